@@ -1,0 +1,177 @@
+"""Masks: 1 or white = repaint, 0 or black = keep. Reading them, and what the models make of them.
+
+A mask stays soft (0..1) as long as it can serve for blending; what is repainted is where it is at least 0.5.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from sdinpaint.errors import MaskError, SdInpaintWarning
+from sdinpaint.picture_io import DEEP_MODES, decode, open_image
+
+__all__ = ["binarize", "is_empty", "masked_image", "read_mask", "to_latent"]
+
+Soft = NDArray[np.float32]
+Source = Path | str | Image.Image | NDArray[np.generic] | Tensor
+
+NOISE = 4 / 255
+"""Below this, a pixel is noise of a JPEG or the far edge of a soft brush."""
+COLOUR = 24
+"""Differences of red, green and blue above this are a colour; a JPEG's noise is well below."""
+WHITE = {"uint8": 255.0, "uint16": 65535.0, "int32": 65535.0}
+"""What is white in arrays of whole numbers; int32 is PIL's mode I, in which 16-bit files come."""
+MISTAKEN = {255.0: 1.0, 65535.0: 255.0}
+"""Where white is 255, a mask of 0 and 1 is a mistake that would repaint nothing; likewise 0 to 255 for 16 bits."""
+INVERTED_SHARE = 0.6
+ASPECT_TOLERANCE = 0.01
+CELL = 8
+
+
+def read_mask(source: Source, size: tuple[int, int], argument: str = "mask") -> Soft:
+    """Read a path, PIL image, array or tensor (bool, uint8 0..255, float 0..1) -> float32 (H, W) in [0, 1].
+
+    `size` is (H, W) of the picture; another size with the same aspect within 1 % is scaled, with a warning. A mask
+    that lies in the alpha channel is found there, with a warning. A coloured one is refused.
+    Raises MaskError, or ImageError for a file that is no picture; both name `argument`.
+    """
+    if isinstance(source, str | Path):
+        mask = _from_pil(open_image(source, argument), argument)
+    elif isinstance(source, Image.Image):
+        mask = _from_pil(decode(source, argument), argument)
+    elif isinstance(source, Tensor):
+        values = source.detach().cpu()
+        mask = _from_array((values.float() if values.is_floating_point() else values).numpy(), argument)
+    elif isinstance(source, np.ndarray):
+        mask = _from_array(source, argument)
+    else:
+        expected = "a path, a PIL image, an array or a tensor"
+        raise MaskError("MASK_TYPE", argument, f"a {type(source).__name__}", expected=expected, hint="convert it first")
+    mask = _fitted(mask, size, argument)
+    mask[mask < NOISE] = 0
+    if _looks_inverted(mask):
+        share = f"{(mask >= 0.5).mean():.0%}"
+        message = (
+            f"{argument}: {share} is white, along all borders too; white is repainted: invert it if it is to be kept"
+        )
+        warnings.warn(message, SdInpaintWarning, stacklevel=2)
+    return mask
+
+
+def binarize(mask: Soft) -> NDArray[np.bool_]:
+    """mask (H, W) -> True where it is repainted: at least 0.5, so 127 of 255 keeps and 128 repaints.
+
+    Source: runwayml/stable-diffusion scripts/inpaint_st.py make_batch_sd.
+    """
+    return mask >= 0.5
+
+
+def is_empty(mask: Soft) -> bool:
+    """Whether nothing would be repainted."""
+    return not bool(binarize(mask).any())
+
+
+def to_latent(mask: Tensor, cover: Literal["nearest", "max"] = "nearest") -> Tensor:
+    """mask (B, 1, 8H, 8W) -> (B, 1, H, W), by the first pixel of each cell or, with "max", by any pixel of it.
+
+    The models were trained with "nearest", which a line thinner than 8 pixels may slip through.
+    Source: diffusers pipeline_stable_diffusion_inpaint.py prepare_mask_latents.
+    """
+    if cover == "max":
+        return F.max_pool2d(mask, CELL)
+    return F.interpolate(mask, size=(mask.shape[-2] // CELL, mask.shape[-1] // CELL))
+
+
+def masked_image(image: Tensor, mask: Tensor) -> Tensor:
+    """image (B, 3, H, W), mask (B, 1, H, W) -> the image with 0, mid grey, where it is repainted."""
+    return image * (mask < 0.5).to(image.dtype)
+
+
+def _from_pil(image: Image.Image, argument: str) -> Soft:
+    if image.mode in DEEP_MODES:
+        return _from_array(np.asarray(image), argument)
+    if image.has_transparency_data:
+        pixels = np.asarray(image.convert("RGBA"))
+        alpha = pixels[..., 3]
+        if alpha.min() < alpha.max():
+            _require_one_colour(pixels[alpha > 0][:, :3], argument)
+            message = f"{argument}: the mask is in the alpha channel: opaque is repainted, transparent is kept"
+            warnings.warn(message, SdInpaintWarning, stacklevel=3)
+            return _scaled(alpha, argument)
+    rgb = image.convert("RGB")
+    _require_grey(np.asarray(rgb), argument)
+    return _scaled(np.asarray(rgb.convert("L")), argument)
+
+
+def _from_array(array: NDArray[np.generic], argument: str) -> Soft:
+    if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] in (3, 4) and array.size:
+        return _from_pil(Image.fromarray(array), argument)
+    values = array.squeeze()
+    if values.ndim != 2 or not values.size:
+        expected = "(height, width)"
+        raise MaskError(
+            "MASK_BAD_SHAPE", argument, f"shape {array.shape}", expected=expected, hint="one mask per image"
+        )
+    return _scaled(values, argument)
+
+
+def _scaled(values: NDArray[np.generic], argument: str) -> Soft:
+    """Values (H, W) as float32 in [0, 1]: their type says what is white."""
+    if values.dtype == np.bool_:
+        return values.astype(np.float32)
+    white = 1.0 if np.issubdtype(values.dtype, np.floating) else WHITE.get(values.dtype.name)
+    if white is None:
+        expected = "bool, uint8 or float"
+        raise MaskError("MASK_TYPE", argument, f"values of {values.dtype}", expected=expected, hint="mask.astype(bool)")
+    low, high = float(values.min()), float(values.max())
+    if not 0 <= low <= high <= white or 0 < high <= MISTAKEN.get(white, 0):
+        found, expected = f"{values.dtype} values from {low:g} to {high:g}", f"0 (keep) to {white:g} (repaint)"
+        raise MaskError("MASK_BAD_VALUES", argument, found, expected=expected, hint="mask > 0 is a mask of type bool")
+    return values.astype(np.float32) / np.float32(white)
+
+
+def _require_one_colour(visible: NDArray[np.uint8], argument: str) -> None:
+    if (visible.max(axis=0) - visible.min(axis=0)).max() > COLOUR:
+        found = "both its colours and its transparency vary"
+        hint = "give one channel: mask.getchannel('A'), or ImageOps.invert of it where transparent is to be repainted"
+        raise MaskError("MASK_AMBIGUOUS", argument, found, expected="white = repaint, or one alpha", hint=hint)
+
+
+def _require_grey(rgb: NDArray[np.uint8], argument: str) -> None:
+    coloured = rgb.max(axis=2) - rgb.min(axis=2) > COLOUR
+    if not coloured.any():
+        return
+    brush = rgb[coloured].mean(axis=0)
+    others = rgb[~coloured].mean(axis=0) if not coloured.all() else np.zeros(3)
+    channel = int(np.abs(brush - others).argmax())
+    hint = f"the brush stands out in one channel: mask.convert('RGB').getchannel('{'RGB'[channel]}')"
+    if brush[channel] < others[channel]:
+        hint += ", inverted with ImageOps.invert"
+    found = f"{coloured.mean():.1%} of it is coloured, on average {tuple(int(level) for level in brush)}"
+    raise MaskError("MASK_COLOURED", argument, found, expected="grey: white = repaint, black = keep", hint=hint)
+
+
+def _fitted(mask: Soft, size: tuple[int, int], argument: str) -> Soft:
+    if mask.shape == size:
+        return mask
+    (height, width), (rows, columns) = size, mask.shape
+    found, expected = f"{rows} rows, {columns} columns", f"{height} rows, {width} columns, as the picture has"
+    if abs(columns * height - rows * width) > ASPECT_TOLERANCE * rows * width:
+        hint = "draw the mask over the picture itself, at its size"
+        raise MaskError("MASK_SIZE", argument, found, expected=expected, hint=hint)
+    warnings.warn(f"{argument}: {found}; scaled to {expected}", SdInpaintWarning, stacklevel=3)
+    return np.array(Image.fromarray(mask).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _looks_inverted(mask: Soft) -> bool:
+    white = binarize(mask)
+    edges = (white[0], white[-1], white[:, 0], white[:, -1])
+    return INVERTED_SHARE < float(white.mean()) < 1 and all(bool(edge.any()) for edge in edges)

@@ -1,0 +1,7 @@
+"""The networks, written by hand. A parameter's name is its name in the official single-file checkpoint."""
+
+from sdinpaint.models.clip import CLIPText
+from sdinpaint.models.unet import UNet
+from sdinpaint.models.vae import VAE
+
+__all__ = ["VAE", "CLIPText", "UNet"]

@@ -1,0 +1,125 @@
+"""The text half of CLIP: token ids to one state per token.
+
+Source: https://github.com/openai/CLIP/blob/main/clip/model.py; names as in transformers' CLIPTextModel, which the
+released SD1 files hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from sdinpaint_kernels import attention
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sdinpaint.families import TextConfig
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """The sigmoid approximation of GELU that OpenAI's CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+class Embeddings(nn.Module):
+    """Token plus position."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding = nn.Embedding(config.context_length, config.width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, L) -> (B, L, D)."""
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+
+
+class SelfAttention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, D) -> (B, L, D)."""
+        q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attention(q, k, v, causal=True).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linear layers around the activation."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.fc1 = nn.Linear(config.width, config.mlp_width)
+        self.fc2 = nn.Linear(config.mlp_width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, D) -> (B, L, D)."""
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each on normalised input and added back."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(config.width, config.num_heads)
+        self.layer_norm1 = nn.LayerNorm(config.width)
+        self.mlp = MLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, D) -> (B, L, D)."""
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class TextEncoder(nn.Module):
+    """The stack of layers."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, D) -> (B, L, D)."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class TextModel(nn.Module):
+    """Embeddings, layers, final norm."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = TextEncoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, L) -> (B, L, D)."""
+        return self.final_layer_norm(self.encoder(self.embeddings(ids)))
+
+
+class CLIPText(nn.Module):
+    """The text encoder as SD1 uses it: the last layer's states, normalised."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.text_model = TextModel(config)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, L) int64 -> context (B, L, D)."""
+        return self.text_model(ids)

@@ -1,0 +1,197 @@
+"""The KL autoencoder: pictures to latents an eighth of their height and width, and back.
+
+Source: https://github.com/CompVis/stable-diffusion/blob/main/ldm/modules/diffusionmodules/model.py (Encoder, Decoder);
+names and numbers as trained.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from sdinpaint_kernels import attention
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sdinpaint.families import VAEConfig
+from sdinpaint.models.layers import GroupNorm, conv3, to_map, to_tokens
+
+EPS = 1e-6  # of every GroupNorm in the VAE, as trained
+
+
+class ResBlock(nn.Module):
+    """Two normalised convolutions and a shortcut."""
+
+    def __init__(self, channels_in: int, channels_out: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(groups, channels_in, eps=EPS, silu=True)
+        self.conv1 = conv3(channels_in, channels_out)
+        self.norm2 = GroupNorm(groups, channels_out, eps=EPS, silu=True)
+        self.conv2 = conv3(channels_out, channels_out)
+        if channels_in != channels_out:
+            self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
+        self.has_shortcut = channels_in != channels_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, channels_out, H, W)."""
+        h = self.conv2(self.norm2(self.conv1(self.norm1(x))))
+        return (self.nin_shortcut(x) if self.has_shortcut else x) + h
+
+
+class Attention(nn.Module):
+    """One head of self-attention over all positions; its projections are 1 x 1 convolutions."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = GroupNorm(groups, channels, eps=EPS)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H, W)."""
+        h = self.norm(x)
+        q, k, v = (to_tokens(project(h)).unsqueeze(2) for project in (self.q, self.k, self.v))
+        return x + self.proj_out(to_map(attention(q, k, v).squeeze(2), x))
+
+
+class Downsample(nn.Module):
+    """Halve height and width; pads at the right and at the bottom only, as trained."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H / 2, W / 2)."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double height and width by repeating pixels, then convolve."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, 2H, 2W)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution; the owner adds `downsample` or `upsample` where there is one."""
+
+    def __init__(self, widths: list[int], groups: int) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(a, b, groups) for a, b in pairwise(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, widths[-1], H', W')."""
+        for block in self.block:
+            x = block(x)
+        for name in ("downsample", "upsample"):
+            if hasattr(self, name):
+                x = getattr(self, name)(x)
+        return x
+
+
+class Middle(nn.Module):
+    """Attention between two residual blocks."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels, groups)
+        self.attn_1 = Attention(channels, groups)
+        self.block_2 = ResBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H, W)."""
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """Picture to the posterior's mean and log-variance, before `quant_conv`."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        groups, blocks = config.norm_groups, config.num_res_blocks
+        widths = [config.channels * mult for mult in config.channel_mult]
+        self.conv_in = conv3(config.in_channels, config.channels)
+        self.down = nn.ModuleList(
+            Level([before, *[wide] * blocks], groups) for before, wide in pairwise([config.channels, *widths])
+        )
+        for level, wide in list(zip(self.down, widths, strict=True))[:-1]:
+            level.downsample = Downsample(wide)
+        self.mid = Middle(widths[-1], groups)
+        self.norm_out = GroupNorm(groups, widths[-1], eps=EPS, silu=True)
+        self.conv_out = conv3(widths[-1], 2 * config.latent_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, 3, 8H, 8W) -> (B, 8, H, W)."""
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(self.norm_out(self.mid(x)))
+
+
+class Decoder(nn.Module):
+    """Latents, after `post_quant_conv`, to a picture."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        groups, blocks = config.norm_groups, config.num_res_blocks + 1
+        widths = [config.channels * mult for mult in config.channel_mult]
+        self.conv_in = conv3(config.latent_channels, widths[-1])
+        self.mid = Middle(widths[-1], groups)
+        # `up` is indexed from the finest level to the coarsest, and run the other way round.
+        self.up = nn.ModuleList(
+            Level([above, *[wide] * blocks], groups) for wide, above in pairwise([*widths, widths[-1]])
+        )
+        for level, wide in list(zip(self.up, widths, strict=True))[1:]:
+            level.upsample = Upsample(wide)
+        self.norm_out = GroupNorm(groups, config.channels, eps=EPS, silu=True)
+        self.conv_out = conv3(config.channels, config.in_channels)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z (B, 4, H, W) -> (B, 3, 8H, 8W)."""
+        z = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            z = level(z)
+        return self.conv_out(self.norm_out(z))
+
+
+class VAE(nn.Module):
+    """The autoencoder around *scaled* latents: nobody outside this file sees unscaled ones."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """image (B, 3, 8H, 8W) in [-1, 1] -> mean and standard deviation of the scaled latents, (B, 4, H, W) each."""
+        image = image.contiguous(memory_format=torch.channels_last)
+        mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
+        std = (0.5 * logvar.clamp(-30.0, 20.0)).exp()
+        return mean * self.config.scaling_factor, std * self.config.scaling_factor
+
+    def encode(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """image (B, 3, 8H, 8W) in [-1, 1] -> scaled latents (B, 4, H, W): the mean, or a sample with a generator.
+
+        The sample is drawn in float32 on the generator's device, so that one seed serves every dtype and device.
+        """
+        mean, std = self.posterior(image)
+        if generator is None:
+            return mean
+        noise = torch.randn(mean.shape, generator=generator, device=generator.device)
+        return mean + std * noise.to(mean)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, 4, H, W) -> image (B, 3, 8H, 8W), about [-1, 1]."""
+        latents = latents.contiguous(memory_format=torch.channels_last) / self.config.scaling_factor
+        return self.decoder(self.post_quant_conv(latents))

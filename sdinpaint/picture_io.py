@@ -1,0 +1,261 @@
+"""Picture files: reading them with limits, writing them whole or not at all, and the settings kept inside."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+import uuid
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from sdinpaint.errors import ImageError, SdInpaintWarning
+
+__all__ = [
+    "FORMATS",
+    "MAX_PIXELS",
+    "check_output_path",
+    "decode",
+    "open_image",
+    "over_white",
+    "read_settings",
+    "save_png",
+]
+
+# The decoders in wide use; Pillow's others are where its security fixes keep happening.
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
+MAX_PIXELS = 64 * 2**20
+
+DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", *DEEP_MODES)
+
+SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+# WebP is written lossless, so that kept pixels stay what they were; JPEG cannot be.
+ENCODING: dict[str, dict[str, Any]] = {"PNG": {}, "JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
+
+MAX_METADATA = 60_000
+"""Bytes of settings in a file: an Exif block holds 64 kB at most, and Pillow refuses PNG texts above 1 MB."""
+
+# What Pillow's decoders raise on broken files: they validate little themselves.
+DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    AttributeError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
+BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+def open_image(path: Path | str, argument: str) -> Image.Image:
+    """Read a picture file as PIL, upright. Raises ImageError naming `argument` and the file."""
+    path = Path(path)
+    subject = f"{argument} {str(path)!r}"
+    if not path.exists():
+        hint = "addresses are not fetched: save the picture first" if ":/" in str(path) else "check the path"
+        raise ImageError("IMAGE_NOT_FOUND", subject, "no such file", expected="a picture file", hint=hint)
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "not a regular file"
+        raise ImageError(
+            "IMAGE_NOT_A_FILE", subject, found, expected="a picture file", hint="give the path of one file"
+        )
+    try:
+        image = Image.open(path, formats=FORMATS)
+    except (*BOMBS, *DECODER_ERRORS) as error:
+        raise _unreadable(path, subject, error) from error
+    with image:
+        return decode(image, subject)
+
+
+def decode(image: Image.Image, subject: str) -> Image.Image:
+    """Check the size, decode the first frame, and turn it upright as its Exif tag says."""
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_large(f"{image.width} x {image.height} pixels", subject)
+    if image.mode not in MODES:
+        raise ImageError("IMAGE_TYPE", subject, f"PIL mode {image.mode}", expected="RGB", hint="convert it to RGB")
+    try:
+        if getattr(image, "is_animated", False):
+            warnings.warn(f"{subject}: only the first frame or page is used", SdInpaintWarning, stacklevel=4)
+            image.seek(0)
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except BOMBS as error:
+        raise _too_large(str(error), subject) from error
+    except DECODER_ERRORS as error:
+        ended = any(word in str(error).lower() for word in ("truncated", "not enough", "unexpected end"))
+        found = "the file ends early" if ended else "the picture data is damaged"
+        code = "IMAGE_TRUNCATED" if ended else "IMAGE_UNREADABLE"
+        hint = "copy or fetch the file again"
+        raise ImageError(code, subject, f"{found}: {_reason(error)}", expected="a whole picture", hint=hint) from error
+
+
+def over_white(image: Image.Image) -> Image.Image:
+    """An RGB image in which transparent pixels show white."""
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def check_output_path(path: Path | str) -> Path:
+    """Check, before anything is computed, that a picture can be written at `path`. Raises ImageError."""
+    path = Path(path)
+    subject = f"output {str(path)!r}"
+    if path.suffix.lower() not in SUFFIXES:
+        found = f"the extension {path.suffix!r}" if path.suffix else "no extension"
+        raise ImageError("IMAGE_OUTPUT_TYPE", subject, found, expected=" ".join(SUFFIXES), hint="save as .png")
+    if path.is_dir():
+        raise ImageError("IMAGE_OUTPUT_PATH", subject, "a folder of that name exists", hint="choose another name")
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        found = f"no folder {str(folder)!r}"
+        raise ImageError("IMAGE_OUTPUT_PATH", subject, found, expected="an existing folder", hint="create it first")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        found = f"cannot write into {str(folder)!r}: {_reason(error)}"
+        raise ImageError("IMAGE_OUTPUT_PATH", subject, found, hint="choose a folder you may write to") from error
+    return path
+
+
+def save_png(image: Image.Image, path: Path | str, settings: Mapping[str, Any]) -> None:
+    """Write a picture with its settings inside, whole or not at all; .jpg and .webp by extension.
+
+    Settings that cannot be stored in full are shortened; they never prevent a save. Raises ImageError.
+    """
+    target = check_output_path(path).resolve()
+    kind = SUFFIXES[target.suffix.lower()]
+    options = ENCODING[kind] | _metadata(kind, _record(settings)) | {"icc_profile": image.info.get("icc_profile")}
+    if kind == "JPEG" and image.mode != "RGB":
+        if image.has_transparency_data:
+            message = f"output {str(path)!r}: JPEG has no transparency, so it is saved over white"
+            warnings.warn(message, SdInpaintWarning, stacklevel=2)
+        image = over_white(image)
+    try:
+        with _replacing(target) as temporary, temporary.open("xb") as stream:
+            image.save(stream, format=kind, **options)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except (OSError, ValueError, struct.error) as error:
+        found = f"could not be written: {_reason(error)}"
+        hint = "the file of that name, if any, is untouched; check the free space and the folder"
+        raise ImageError("IMAGE_NOT_WRITTEN", f"output {str(path)!r}", found, hint=hint) from error
+
+
+def read_settings(path: Path | str) -> dict[str, Any]:
+    """The settings that `save_png` stored in a picture. Raises ImageError if it holds none."""
+    image = open_image(path, "picture")
+    stored = image.info.get("sdinpaint") or image.getexif().get(ExifTags.Base.ImageDescription, "")
+    try:
+        settings = json.loads(stored)
+    except (ValueError, TypeError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        found, expected = "no settings inside", "a picture saved by sdinpaint"
+        hint = "other programs may have removed them when they saved it again"
+        raise ImageError("IMAGE_NO_SETTINGS", f"picture {str(path)!r}", found, expected=expected, hint=hint)
+    return settings
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A path beside `target` that takes its place when the block ends well, and is gone when it does not."""
+    temporary = target.with_name(f".sdinpaint-{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _record(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as plain JSON values of at most MAX_METADATA bytes, with a sha256 of what was shortened."""
+    try:
+        text = json.dumps(dict(settings), default=str, skipkeys=True)
+    except (ValueError, RecursionError):
+        return {"error": "these settings cannot be written as JSON"}
+    record: dict[str, Any] = json.loads(text)
+    if len(text) <= MAX_METADATA:
+        return record
+    digest = {"shortened_from_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    short = {key: _shortened(value) for key, value in record.items()} | digest
+    return short if len(json.dumps(short)) <= MAX_METADATA else digest
+
+
+def _shortened(value: Any) -> Any:
+    return value[:1000] + "..." if isinstance(value, str) and len(value) > 1000 else value
+
+
+def _metadata(kind: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    if kind == "PNG":
+        info = PngInfo()
+        info.add_itxt("sdinpaint", json.dumps(record))
+        info.add_itxt("parameters", _parameters(record))
+        return {"pnginfo": info}
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = json.dumps(record)
+    return {"exif": exif}
+
+
+def _parameters(record: Mapping[str, Any]) -> str:
+    """The one-text form that A1111 and what reads its pictures understand."""
+    labels = {
+        "steps": "Steps",
+        "sampler": "Sampler",
+        "guidance_scale": "CFG scale",
+        "seed": "Seed",
+        "size": "Size",
+        "model": "Model",
+        "strength": "Denoising strength",
+    }
+    lines = [str(record.get("prompt", ""))]
+    if record.get("negative_prompt"):
+        lines.append(f"Negative prompt: {record['negative_prompt']}")
+    lines.append(", ".join(f"{label}: {record[key]}" for key, label in labels.items() if record.get(key) is not None))
+    return "\n".join(lines).encode("utf-8", "replace").decode()
+
+
+def _too_large(found: str, subject: str) -> ImageError:
+    expected = f"at most {MAX_PIXELS} pixels"
+    return ImageError("IMAGE_TOO_LARGE", subject, found, expected=expected, hint="scale it down, or cut out a part")
+
+
+def _unreadable(path: Path, subject: str, error: Exception) -> ImageError:
+    if isinstance(error, BOMBS):
+        return _too_large(_reason(error), subject)
+    expected = f"a picture: {' '.join(FORMATS)}"
+    hint = "save it as PNG"
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(12)
+    except OSError:
+        start, hint = b"", "check its permissions"
+    found = f"not a picture of a known format: it starts with {start!r}"
+    if not isinstance(error, UnidentifiedImageError):
+        found = _reason(error)
+    if "MAX_TEXT" in found:
+        found, hint = "its text chunks are too large", "remove its metadata, or save it again"
+    elif not start and isinstance(error, UnidentifiedImageError):
+        found, hint = "an empty file", "copy or fetch the file again"
+    elif start[4:8] == b"ftyp":
+        found = f"a HEIF or AVIF file ({start[8:].decode('latin-1')})"
+        hint = "save it as PNG; or pip install pillow-heif, open it with PIL, and give the opened image"
+    return ImageError("IMAGE_UNREADABLE", subject, found, expected=expected, hint=hint)
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,0 +1,189 @@
+"""Samplers: from noise to latents along a schedule, given denoise(x, sigma) -> x0.
+
+A sampler is a function `sampler(denoise, x, sigmas, *, eta=0.0, noise=None, on_step=None) -> x`:
+x (B, 4, H, W) at sigmas[0] in, x at sigmas[-1] out, in x's own dtype. `noise(x)` draws unit noise shaped like x;
+`on_step(step, x, x0)` is told of every finished step, counted from 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sdinpaint.errors import NumericError, SettingError
+
+Denoise = Callable[[Tensor, float], Tensor]
+Noise = Callable[[Tensor], Tensor]
+OnStep = Callable[[int, Tensor, Tensor], object]
+Advance = Callable[[Tensor, Tensor, float, float], Tensor]
+
+
+class SamplerFunction(Protocol):
+    """The signature that every sampler has."""
+
+    def __call__(
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        sigmas: Tensor,
+        *,
+        eta: float = ...,
+        noise: Noise | None = ...,
+        on_step: OnStep | None = ...,
+    ) -> Tensor:
+        """x at sigmas[0] -> x at sigmas[-1]."""
+
+
+def euler(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    eta: float = 0.0,
+    noise: Noise | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """First order: walk towards x0 in a straight line; `eta` replaces part of the noise by fresh noise.
+
+    Raises: SettingError where eta > 0 comes without `noise`; NumericError where a prediction is not finite.
+    Source: Karras et al. 2022, alg. 1; crowsonkb/k-diffusion sampling.py get_ancestral_step.
+    """
+    _check_eta(eta, noise)
+
+    def advance(x: Tensor, x0: Tensor, sigma: float, sigma_to: float) -> Tensor:
+        fresh = min(1.0, eta * math.sqrt(1 - (sigma_to / sigma) ** 2))  # of the noise at sigma_to
+        x = _towards(x0, x, sigma, sigma_to * math.sqrt(1 - fresh**2))
+        if noise is None or sigma_to * fresh == 0:
+            return x
+        return x + sigma_to * fresh * noise(x)
+
+    return _run(denoise, x, sigmas, advance, on_step)
+
+
+def euler_ancestral(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    eta: float = 1.0,
+    noise: Noise | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """`euler` with as much fresh noise as the training process has."""
+    return euler(denoise, x, sigmas, eta=eta, noise=noise, on_step=on_step)
+
+
+def ddim(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    eta: float = 0.0,
+    noise: Noise | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """`euler`: divided by sqrt(alpha_cumprod), DDIM's step (Song et al. 2021, eq. 12 and 16) is Euler's, eta included.
+
+    What users know as DDIM is the schedule that `SAMPLERS` pairs with it.
+    """
+    return euler(denoise, x, sigmas, eta=eta, noise=noise, on_step=on_step)
+
+
+def dpmpp_2m(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    eta: float = 0.0,
+    noise: Noise | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Second order: Euler's step towards an x0 extrapolated in log sigma from the last two predictions.
+
+    The first step, and one to sigma 0, are Euler's.
+    Raises: SettingError where eta is not 0; NumericError where a prediction is not finite.
+    Source: Lu et al. 2022, DPM-Solver++, alg. 2 (multistep, midpoint).
+    """
+    if eta != 0:
+        raise SettingError(
+            "SETTING_ETA",
+            "eta",
+            f"{eta!r} with dpmpp_2m, which draws no noise",
+            expected="0",
+            hint="use ddim or euler_ancestral",
+        )
+    last: tuple[float, Tensor] | None = None
+
+    def advance(x: Tensor, x0: Tensor, sigma: float, sigma_to: float) -> Tensor:
+        nonlocal last
+        target = x0
+        if last is not None and sigma_to > 0:
+            sigma_from, x0_from = last
+            target = x0 + (x0 - x0_from) * (math.log(sigma / sigma_to) / (2 * math.log(sigma_from / sigma)))
+        last = sigma, x0
+        return _towards(target, x, sigma, sigma_to)
+
+    return _run(denoise, x, sigmas, advance, on_step)
+
+
+def _run(denoise: Denoise, x: Tensor, sigmas: Tensor, advance: Advance, on_step: OnStep | None) -> Tensor:
+    """Denoise and advance along the schedule: what all samplers share."""
+    path = _path(sigmas)
+    for step, (sigma, sigma_to) in enumerate(pairwise(path)):
+        x0 = denoise(x, sigma)
+        if not bool(torch.isfinite(x0).all()):
+            raise _not_finite(x0, step, len(path) - 1, sigma)
+        x = advance(x, x0, sigma, sigma_to)
+        if on_step is not None:
+            on_step(step, x, x0)
+    return x
+
+
+def _towards(x0: Tensor, x: Tensor, sigma: float, sigma_to: float) -> Tensor:
+    """The point at sigma_to on the line from x at sigma to x0 at 0."""
+    return x0 + (sigma_to / sigma) * (x - x0)
+
+
+def _check_eta(eta: float, noise: Noise | None) -> None:
+    if not (math.isfinite(eta) and eta >= 0):
+        raise SettingError("SETTING_ETA", "eta", f"{eta!r}", expected="a finite number, at least 0")
+    if eta > 0 and noise is None:
+        raise SettingError(
+            "SETTING_NOISE",
+            "noise",
+            f"None with eta={eta}",
+            expected="a function noise(x) that draws unit noise shaped like x",
+            hint="pass noise=..., or eta=0 for a run without fresh noise",
+        )
+
+
+def _path(sigmas: Tensor) -> list[float]:
+    """The sigmas as numbers. Raises: SettingError where they do not fall strictly from a finite one to at least 0."""
+    path: list[float] = sigmas.tolist()
+    falling = len(path) > 1 and all(high > low for high, low in pairwise(path))
+    if not falling or not math.isfinite(path[0]) or path[-1] < 0:
+        shown = ", ".join(f"{sigma:.4g}" for sigma in path[:4]) + (", ..." if len(path) > 4 else "")
+        raise SettingError(
+            "SETTING_SIGMAS",
+            "sigmas",
+            f"{len(path)} values: {shown}",
+            expected="two or more finite sigmas, strictly falling, the last one at least 0",
+            hint="sdinpaint.sampling.schedules makes such a list",
+        )
+    return path
+
+
+def _not_finite(x0: Tensor, step: int, steps: int, sigma: float) -> NumericError:
+    bad = int((~torch.isfinite(x0)).sum())
+    return NumericError(
+        "NUMERIC_NOT_FINITE",
+        "denoiser",
+        f"{bad} of {x0.numel()} predicted values are NaN or infinite at step {step + 1} of {steps} (sigma {sigma:.4g})",
+        expected="finite latents",
+        hint="run in float32, or check the weights with sdinpaint.inspect",
+    )

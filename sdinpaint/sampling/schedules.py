@@ -1,0 +1,134 @@
+"""Noise levels: which sigmas a run visits, how it starts and how it ends.
+
+Everything is written in x = x0 + sigma * noise. Sigmas are CPU float64, so that reading them never waits for a device.
+A spacing is a function (train_sigmas, steps) -> sigmas (steps + 1,), strictly falling; the last one is the end point.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sdinpaint.errors import SettingError
+from sdinpaint.families import ScheduleConfig
+
+
+def train_sigmas(schedule: ScheduleConfig) -> Tensor:
+    """Sigma at every training index t, rising: CPU float64 (train_steps,).
+
+    Source: Ho et al. 2020, eq. 4; betas linear in their square roots as in CompVis/latent-diffusion
+    ldm/modules/diffusionmodules/util.py make_beta_schedule("linear").
+    """
+    roots = torch.linspace(schedule.beta_start**0.5, schedule.beta_end**0.5, schedule.train_steps, dtype=torch.float64)
+    alphas_cumprod = torch.cumprod(1 - roots**2, dim=0)
+    return ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+
+
+def leading(train_sigmas: Tensor, steps: int, *, steps_offset: int = 1, spare: int = 0, end: float = 0.0) -> Tensor:
+    """Multiples of train_steps // steps, plus `steps_offset`: what DDIM and the released configs use.
+
+    The largest sigmas of training are not visited. `spare` more points are spaced out, and the lowest are left out.
+    """
+    count = _train_count(train_sigmas, steps)
+    points = min(steps + spare, count)
+    stride = count // points
+    offset = min(steps_offset, count - 1 - (points - 1) * stride)
+    return _ending(train_sigmas[_falling(points, steps) * stride + offset], end)
+
+
+def linspace(train_sigmas: Tensor, steps: int, *, whole: bool = False, spare: int = 0, end: float = 0.0) -> Tensor:
+    """Evenly spaced t from the last trained one to 0; `whole` rounds each t to one that was trained.
+
+    `spare` more points are spaced out, and the lowest are left out.
+    """
+    count = _train_count(train_sigmas, steps)
+    points = min(steps + spare, count)
+    stride = (count - 1) / max(points - 1, 1)
+    t = _falling(points, steps).double() * stride  # counted from 0 as numpy.linspace does: its rounding decides ties
+    t[0] = count - 1
+    if whole:
+        t = t.round()
+    below = t.floor().long().clamp(max=count - 2)
+    return _ending(torch.lerp(train_sigmas[below], train_sigmas[below + 1], t - below), end)
+
+
+def trailing(train_sigmas: Tensor, steps: int, *, end: float = 0.0) -> Tensor:
+    """Multiples of train_steps / steps counted down from the last t (Lin et al. 2023, table 2)."""
+    count = _train_count(train_sigmas, steps)
+    stride = (count - count / steps) - count  # as numpy.arange computes it: its rounding decides ties
+    t = (count + torch.arange(steps, dtype=torch.float64) * stride).round().long() - 1
+    return _ending(train_sigmas[t], end)
+
+
+def karras(train_sigmas: Tensor, steps: int, *, rho: float = 7.0, end: float = 0.0) -> Tensor:
+    """Evenly spaced sigma ** (1 / rho) over the whole trained range (Karras et al. 2022, eq. 5)."""
+    _train_count(train_sigmas, steps)
+    highest, lowest = train_sigmas[-1], train_sigmas[0]
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    sigmas = torch.lerp(highest ** (1 / rho), lowest ** (1 / rho), ramp) ** rho
+    sigmas[-1] = lowest  # the power does not return exactly where it came from
+    sigmas[0] = highest
+    return _ending(sigmas, end)
+
+
+def start(noise: Tensor, sigmas: Tensor, *, unit_variance: bool = True) -> Tensor:
+    """Pure noise at the first sigma, from unit noise (B, 4, H, W): noise * sqrt(1 + sigma^2).
+
+    Input scaling makes that unit variance, as in training; noise * sigma where `unit_variance` is False, 0.2 % less.
+    """
+    sigma = float(sigmas[0])
+    return noise * (math.hypot(1, sigma) if unit_variance else sigma)
+
+
+def start_from(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+    """`latents` (B, 4, H, W) noised to the first sigma, where a run of strength < 1 begins."""
+    return latents + float(sigmas[0]) * noise
+
+
+def finish(x: Tensor, sigmas: Tensor) -> Tensor:
+    """Latents (B, 4, H, W) from x at the end point; a run that ends above zero keeps a trace of noise, as DDIM does."""
+    return x / math.hypot(1, float(sigmas[-1]))
+
+
+def for_strength(sigmas: Tensor, strength: float) -> Tensor:
+    """The last steps * strength steps of a schedule, rounded down but at least one; strength is in (0, 1].
+
+    Raises: SettingError where strength is outside of that.
+    """
+    if not 0 < strength <= 1:
+        raise SettingError("SETTING_STRENGTH", "strength", f"{strength!r}", expected="a number above 0, at most 1")
+    steps = len(sigmas) - 1
+    run = max(1, math.floor(steps * strength + 1e-9))  # 50 * 0.58 is 28.999999999999996
+    return sigmas[steps - run :]
+
+
+def timestep(train_sigmas: Tensor, sigma: float) -> float:
+    """The training index t of a sigma: exact where it was trained, log-linear in between, clamped to the ends."""
+    above = int(torch.searchsorted(train_sigmas, torch.tensor(sigma, dtype=torch.float64)))
+    if above == 0:
+        return 0.0
+    if above == len(train_sigmas):
+        return float(above - 1)
+    low, high = train_sigmas[above - 1 : above + 1].tolist()
+    return above - math.log(high / sigma) / math.log(high / low)
+
+
+def _train_count(train_sigmas: Tensor, steps: int) -> int:
+    """How many sigmas were trained, once `steps` is known to be one of 1 .. that many."""
+    count = len(train_sigmas)
+    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= count:
+        raise SettingError("SETTING_STEPS", "steps", f"{steps!r}", expected=f"a whole number from 1 to {count}")
+    return count
+
+
+def _falling(points: int, steps: int) -> Tensor:
+    """points - 1, points - 2, ..., the first `steps` of them."""
+    return torch.arange(points - 1, points - 1 - steps, -1)
+
+
+def _ending(sigmas: Tensor, end: float) -> Tensor:
+    """Append the end point: `end`, or 0 where the sigmas already reach that low and a last step would do nothing."""
+    last = end if end < float(sigmas[-1]) else 0.0
+    return torch.cat([sigmas, sigmas.new_tensor([last])])

@@ -1,0 +1,91 @@
+"""The settings of a run, checked once, before anything is computed."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdinpaint.errors import SdInpaintWarning, SettingError
+from sdinpaint.sampling import find_sampler, find_spacing
+
+__all__ = ["Settings", "as_list", "check_seed", "common_length"]
+
+MAX_SEED = 2**63 - 1
+MAX_STEPS = 1000
+HIGH_GUIDANCE = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a run does beside its pictures and prompts; `spacing` and `eta` are the sampler's own where None was given.
+
+    Raises: SettingError that names the setting.
+    """
+
+    steps: int
+    guidance_scale: float
+    sampler: str
+    spacing: str | None
+    eta: float | None
+    strength: float
+    cover: str
+    paste_back: bool
+
+    def __post_init__(self) -> None:
+        sampler = find_sampler(self.sampler)
+        find_spacing(self.sampler, self.spacing)
+        put = object.__setattr__
+        put(self, "spacing", self.spacing or sampler.spacing)
+        put(self, "eta", sampler.eta if self.eta is None else _number("eta", self.eta, 0, math.inf))
+        put(self, "steps", _whole("steps", self.steps, 1, MAX_STEPS))
+        put(self, "strength", _number("strength", self.strength, 0, 1))
+        put(self, "guidance_scale", _number("guidance_scale", self.guidance_scale, -math.inf, math.inf))
+        if self.guidance_scale > HIGH_GUIDANCE:
+            message = f"guidance_scale {self.guidance_scale:g} is very high: colours will burn out; 5 to 10 is usual"
+            warnings.warn(message, SdInpaintWarning, stacklevel=4)
+        if self.cover not in ("nearest", "max"):
+            raise SettingError("SETTING_COVER", "cover", f"{self.cover!r}", expected="'nearest' or 'max'")
+
+
+def check_seed(seed: Any) -> int:
+    """A seed from 0 to 2^63 - 1; drawn where None or -1 is given. Raises: SettingError."""
+    if seed is None or (isinstance(seed, int) and seed == -1):
+        return secrets.randbelow(2**32)
+    return _whole("seed", seed, 0, MAX_SEED)
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list or tuple as a list; anything else as the list of that one."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def common_length(**lists: Sequence[Any]) -> int:
+    """The one length of all lists that are not of length 1. Raises: SettingError naming all of them."""
+    lengths = {len(values) for values in lists.values()}
+    longest = max(lengths)
+    if not lengths <= {1, longest} or 0 in lengths:
+        found = ", ".join(f"{len(values)} {name}" for name, values in lists.items())
+        raise SettingError("SETTING_COUNTS", "inpaint", found, expected="equal counts, or one for all")
+    return longest
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+    expected = f"a whole number from {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+        raise SettingError(f"SETTING_{name.upper()}", name, f"{value!r}", expected=expected)
+    if not low <= value <= high:
+        raise SettingError(f"SETTING_{name.upper()}", name, f"{value!r}", expected=expected)
+    return int(value)
+
+
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    bounds = "a finite number" if math.isinf(low) else f"a number from {low:g} to {high:g}"
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:
+        code = "SETTING_GUIDANCE" if name == "guidance_scale" else f"SETTING_{name.upper()}"
+        raise SettingError(code, name, f"{value!r}", expected=bounds)
+    return float(value)

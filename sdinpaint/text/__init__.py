@@ -1,0 +1,1 @@
+"""From prompts to what the UNet attends to: the tokenizer and the conditioning made with the text encoders."""

@@ -1,0 +1,153 @@
+"""The vocabulary of a CLIP text encoder: its layout, and the files that hold it.
+
+A vocabulary is (vocab, merges): ids by token, and the byte pairs to join in order of precedence.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from sdinpaint.errors import TokenizerError
+
+__all__ = ["CLIP_ROWS", "CLIP_SHA256", "END", "START", "SUFFIX", "Merge", "Vocabulary"]
+__all__ += ["byte_symbols", "clip_layout", "merges_sha256", "read_vocabulary", "require_fitting"]
+
+Merge = tuple[str, str]
+Vocabulary = tuple[dict[str, int], list[Merge]]
+
+START, END, SUFFIX = "<|startoftext|>", "<|endoftext|>", "</w>"
+
+CLIP_ROWS = 49408
+CLIP_MERGES = CLIP_ROWS - 2 * 256 - 2
+CLIP_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
+"""`merges_sha256` of the vocabulary that all released Stable Diffusion text encoders were trained with."""
+
+MAX_BYTES = 64 * 2**20
+
+
+def byte_symbols() -> list[str]:
+    """One printable character per byte, in CLIP's order: printable bytes as they are, the rest from U+0100 on.
+
+    Source: openai/CLIP clip/simple_tokenizer.py bytes_to_unicode.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(code) for code in (*printable, *range(256, 512 - len(printable)))]
+
+
+def clip_layout(merges: Sequence[Merge]) -> dict[str, int]:
+    """Ids in CLIP's order: 256 bytes, 256 bytes that end a word, one token per merge, start, end."""
+    symbols = byte_symbols()
+    joined = (left + right for left, right in merges)
+    return {token: i for i, token in enumerate([*symbols, *(s + SUFFIX for s in symbols), *joined, START, END])}
+
+
+def merges_sha256(merges: Sequence[Merge]) -> str:
+    """sha256 over "left right" of each merge, in order, with newlines between."""
+    return hashlib.sha256("\n".join(f"{left} {right}" for left, right in merges).encode()).hexdigest()
+
+
+def read_vocabulary(path: Path) -> Vocabulary:
+    """Read a folder or file: vocab.json (merges.txt beside it if any), tokenizer.json, or OpenAI's bpe_*.txt.gz.
+
+    Raises TokenizerError naming the file and what is wrong with it.
+    """
+    try:
+        if path.is_dir():
+            path = _file_in(path)
+        vocab, merges = _from_gzip(path) if path.suffix == ".gz" else _from_json(path)
+        _require_complete(vocab, merges)
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, RecursionError) as error:
+        found = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        expected = "a CLIP vocabulary: vocab.json with merges.txt, tokenizer.json, or bpe_simple_vocab_16e6.txt.gz"
+        hint = "give the path of such a file or folder, or fetch it again"
+        raise TokenizerError("TOKENIZER_BROKEN", path, found, expected=expected, hint=hint) from error
+    return vocab, merges
+
+
+def require_fitting(vocab: Mapping[str, int], merges: Sequence[Merge], rows: int, source: object) -> None:
+    """Check a vocabulary against the number of embedding rows; for CLIP's 49,408 rows against its sha256 too."""
+    hint = "give the vocabulary that belongs to this text encoder"
+    if len(vocab) != rows:
+        found, expected = f"a vocabulary of {len(vocab)} tokens", f"{rows} tokens, as the embedding has rows"
+        raise TokenizerError("TOKENIZER_MISMATCH", source, found, expected=expected, hint=hint)
+    if rows == CLIP_ROWS and (merges_sha256(merges) != CLIP_SHA256 or vocab != clip_layout(merges)):
+        found = f"{len(merges)} merges with sha256 {merges_sha256(merges)[:16]}..."
+        if merges_sha256(merges) == CLIP_SHA256:
+            found = "CLIP's merges, but other ids"
+        expected = f"CLIP's {CLIP_MERGES} merges in CLIP's order, sha256 {CLIP_SHA256[:16]}..."
+        raise TokenizerError("TOKENIZER_MISMATCH", source, found, expected=expected, hint=hint)
+
+
+def _file_in(folder: Path) -> Path:
+    files = (folder / "vocab.json", folder / "tokenizer.json")
+    if found := next((file for file in files if file.is_file()), None):
+        return found
+    raise ValueError("a folder with neither vocab.json nor tokenizer.json")
+
+
+def _from_gzip(path: Path) -> Vocabulary:
+    with gzip.open(path) as stream:
+        lines = stream.read(MAX_BYTES).decode().split("\n")
+    merges = _merges_of_lines(lines[1 : CLIP_MERGES + 1])
+    return clip_layout(merges), merges
+
+
+def _from_json(path: Path) -> Vocabulary:
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path.stat().st_size} bytes, where a vocabulary has about a million")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"a JSON {type(content).__name__}")
+    if isinstance(content.get("model"), dict):
+        added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+        return {**content["model"]["vocab"], **added}, _merges_of_lines(content["model"]["merges"])
+    beside = path.with_name("merges.txt")
+    if beside.is_file():
+        return content, _merges_of_lines(beside.read_text(encoding="utf-8").split("\n"))
+    return content, list(_rebuilt_merges(content))
+
+
+def _merges_of_lines(lines: Sequence[str | Sequence[str]]) -> list[Merge]:
+    """Merges from "left right" lines or [left, right] lists, without a #version line and blank lines."""
+    pairs = [line.split(" ") if isinstance(line, str) else line for line in lines if line]
+    if pairs and pairs[0][0] == "#version:":
+        pairs = pairs[1:]
+    return [(left, right) for left, right in pairs]
+
+
+def _rebuilt_merges(vocab: Mapping[str, int]) -> Iterator[Merge]:
+    """The merges behind a list of tokens: under the merges before it, each token falls into exactly two parts."""
+    ranks: dict[Merge, int] = {}
+    for token in sorted(set(vocab) - {START, END}, key=lambda token: vocab[token]):
+        parts = _parts(token, ranks)
+        if len(parts) > 2:
+            raise ValueError(f"no merges.txt beside it, and token {token!r} is not made of two earlier ones")
+        if len(parts) == 2:
+            merge = parts[0], parts[1]
+            ranks[merge] = len(ranks)
+            yield merge
+
+
+def _parts(token: str, ranks: Mapping[Merge, int]) -> list[str]:
+    body = token.removesuffix(SUFFIX) or token
+    parts = [*body[:-1], body[-1] + token[len(body) :]]
+    while candidates := [pair for pair in pairwise(parts) if pair in ranks]:
+        best = min(candidates, key=lambda pair: ranks[pair])
+        i = next(i for i, pair in enumerate(pairwise(parts)) if pair == best)
+        parts[i : i + 2] = ["".join(best)]
+    return parts
+
+
+def _require_complete(vocab: Mapping[str, int], merges: Sequence[Merge]) -> None:
+    needed = (token for left, right in merges for token in (left, right, left + right))
+    lost = next((token for token in (START, END, *needed) if token not in vocab), None)
+    if lost is not None:
+        raise ValueError(f"{len(vocab)} tokens and {len(merges)} merges, but no token {lost!r}")
+    if sorted(vocab.values()) != list(range(len(vocab))) or any(type(i) is not int for i in vocab.values()):
+        raise ValueError(f"the ids of its {len(vocab)} tokens are not 0 to {len(vocab) - 1}")

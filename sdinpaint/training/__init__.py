@@ -1,0 +1,1 @@
+"""What trained the shipped demo checkpoint: procedural scenes, their judge, and the inpainting objective."""

@@ -1,0 +1,33 @@
+"""Train the demo checkpoint: `python -m sdinpaint.training --out FOLDER`. Stop it at any moment; it resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import click
+import torch
+
+from sdinpaint.families import SD15_INPAINT
+from sdinpaint.loading import save_diffusers
+from sdinpaint.pipeline import Pipeline
+from sdinpaint.training import autoencoder, inpainting
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for states, logs and the result.")
+@click.option("--autoencoder-steps", default=5000, show_default=True, help="About 15 minutes on 2 CPU cores.")
+@click.option("--steps", default=4000, show_default=True, help="Of the UNet; about 90 minutes on 2 CPU cores.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+def main(out: Path, autoencoder_steps: int, steps: int, device: str) -> None:
+    """Train the autoencoder, then the UNet with its text encoder, and write OUT/model as a diffusers folder."""
+    vae = autoencoder.train(out / "autoencoder", steps=autoencoder_steps, device=device)
+    unet, text = inpainting.train(out / "inpainting", vae, steps=steps, device=device)
+    family = dataclasses.replace(SD15_INPAINT, unet=unet.config, vae=vae.config, text=text.config, size=inpainting.SIZE)
+    pipe = Pipeline(family, unet, vae, text, inpainting.vocabulary(), source=str(out))
+    save_diffusers(out / "model", pipe, torch.float16)
+    click.echo(f"wrote {out / 'model'}")
+
+
+if __name__ == "__main__":
+    main()

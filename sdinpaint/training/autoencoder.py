@@ -1,0 +1,152 @@
+"""Train the small KL autoencoder on procedural scenes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sdinpaint.families import SD15_INPAINT
+from sdinpaint.models import VAE
+from sdinpaint.models.vae import Attention, Downsample, ResBlock, Upsample
+from sdinpaint.training.loop import Trainer
+from sdinpaint.training.scenes import random_scene, render, without
+
+SIZE = 128
+# A flat colour survives a norm over half of the channels; over the few in each of 32 groups it would not.
+CONFIG = dataclasses.replace(SD15_INPAINT.vae, channels=16, num_res_blocks=1, norm_groups=2)
+KL_WEIGHT = 5e-4
+WINDOWED = 0.8
+"""Share of the steps, from the first, that see a quarter of a scene each: four times as many fit in the time."""
+
+
+def pictures(rng: np.random.Generator, count: int, side: int = SIZE) -> Tensor:
+    """Scenes, some of them emptied and some with the mid-grey hole of a masked image, each cut to a random window.
+
+    -> (B, 3, side, side) in [-1, 1].
+    """
+    images = []
+    for _ in range(count):
+        scene = random_scene(rng)
+        kind = rng.random()
+        image = render(without(scene, scene.things[0]) if kind < 0.1 else scene, SIZE).astype(np.float32) / 127.5 - 1
+        if kind > 0.7:
+            top, left = rng.integers(0, 80, 2)
+            height, width = rng.integers(32, 90, 2)
+            image[top : top + height, left : left + width] = 0
+        top, left = rng.integers(0, SIZE - side + 1, 2)
+        images.append(image[top : top + side, left : left + side])
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Errors of brightness and of two colour differences: absolute, squared, of edges, and of 4 x 4 averages.
+
+    Absolute errors alone leave the picture grey for thousands of steps: colourful things cover little of it.
+    """
+    error = _opponent(output - target)
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return 0.5 * (error.abs().mean() + edges) + 4 * (error**2).mean() + 8 * (F.avg_pool2d(error, 4) ** 2).mean()
+
+
+def _opponent(image: Tensor) -> Tensor:
+    red, green, blue = image.unbind(1)
+    return torch.stack([(red + green + blue) / 3, red - green, (red + green) / 2 - blue], dim=1)
+
+
+@torch.no_grad()
+def start_as_average(vae: VAE) -> None:
+    """Set the weights so that latents are the averages of 8 x 8 pixels, and decoding repeats them; details are learned.
+
+    Each colour is carried as itself and as its negative, since silu(a) - silu(-a) = a, and the pair leaves the mean of
+    its group at 0. A pair of constants keeps the group's variance in place.
+    """
+    for module in vae.modules():
+        if isinstance(module, ResBlock):
+            nn.init.zeros_(module.conv2.weight)
+            nn.init.zeros_(_bias(module.conv2))
+            if module.has_shortcut:
+                nn.init.dirac_(module.nin_shortcut.weight)
+        elif isinstance(module, Attention):
+            nn.init.zeros_(module.proj_out.weight)
+        elif isinstance(module, Downsample):
+            nn.init.zeros_(module.conv.weight)
+            module.conv.weight[:, :, :2, :2] = torch.eye(len(module.conv.weight))[:, :, None, None] / 4
+        elif isinstance(module, Upsample):
+            nn.init.dirac_(module.conv.weight)
+    latent, colors = vae.config.latent_channels, vae.config.in_channels
+    _carry(vae.encoder.conv_in, vae.encoder.conv_out, colors)
+    _carry(vae.decoder.conv_in, vae.decoder.conv_out, colors)
+    for conv in (vae.quant_conv, vae.post_quant_conv):
+        nn.init.dirac_(conv.weight)
+    vae.encoder.conv_out.weight[latent:] *= 0.1
+    nn.init.constant_(_bias(vae.quant_conv)[latent:], -4.0)  # a small deviation, or noise hides the picture
+
+
+def _carry(first: nn.Conv2d, last: nn.Conv2d, count: int) -> None:
+    """Let `first` put `count` inputs and their negatives into its first outputs, and `last` take their difference."""
+    weight, bias = first.weight, _bias(first)
+    weight *= 0.3
+    weight[: 2 * count] = 0
+    for index in range(count):
+        weight[index, index, 1, 1] = 1
+        weight[count + index, index, 1, 1] = -1
+    bias[2 * count : 2 * count + 2] = torch.tensor([1.0, -1.0])
+    last.weight[:count] *= 0.1
+    for index in range(count):
+        last.weight[index, index, 1, 1] = 1
+        last.weight[index, count + index, 1, 1] = -1
+
+
+def train(folder: Path, *, steps: int, batch: int = 8, device: str = "cpu", progress: bool = True) -> VAE:
+    """Train (or go on training) in `folder`, and return the averaged autoencoder with normalised latents."""
+    torch.manual_seed(0)
+    vae = VAE(CONFIG).to(device)
+    start_as_average(vae)
+
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        torch.manual_seed(step)
+        side = SIZE if step >= WINDOWED * steps else SIZE // 2
+        image = pictures(np.random.default_rng((1, step)), batch, side).to(device)
+        mean, std = (part / CONFIG.scaling_factor for part in vae.posterior(image))
+        output = vae.decode((mean + std * torch.randn_like(std)) * CONFIG.scaling_factor).float()
+        reconstruction = reconstruction_loss(output, image)
+        mean, std = mean.float(), std.float()
+        kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
+        psnr = -10 * (F.mse_loss(output.detach(), image) / 4).log10()
+        figures = {"loss": reconstruction.item(), "kl": kl.item(), "psnr": psnr.item()}
+        return reconstruction + KL_WEIGHT * kl, figures
+
+    trainer = Trainer(vae, folder, steps=steps, peak_lr=2e-3, ema_decay=0.998)
+    trainer.fit(loss, progress=progress)
+    trainer.use_ema()
+    normalise(vae, pictures(np.random.default_rng(2), 256).to(device))
+    return vae
+
+
+@torch.no_grad()
+def normalise(vae: VAE, images: Tensor) -> None:
+    """Rescale the latents in place so that the family's scaling factor brings each channel to mean 0, deviation 1.
+
+    The change of variables is folded into `quant_conv` and `post_quant_conv`, and leaves every reconstruction as it is.
+    """
+    latents = torch.cat([vae.encode(chunk) for chunk in images.split(16)]) / vae.config.scaling_factor
+    shift, scale = latents.mean((0, 2, 3)), latents.std((0, 2, 3)) * vae.config.scaling_factor
+    # latents' = (latents - shift) / scale; the second half of quant_conv's channels are log-variances.
+    channels = vae.config.latent_channels
+    weight, bias = vae.quant_conv.weight, _bias(vae.quant_conv)
+    weight[:channels] /= scale[:, None, None, None]
+    bias[:channels] = (bias[:channels] - shift) / scale
+    bias[channels:] -= 2 * scale.log()
+    weight, bias = vae.post_quant_conv.weight, _bias(vae.post_quant_conv)
+    bias += weight[:, :, 0, 0] @ shift
+    weight *= scale[None, :, None, None]
+
+
+def _bias(conv: nn.Conv2d) -> Tensor:
+    return cast(Tensor, conv.bias)

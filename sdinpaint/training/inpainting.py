@@ -1,0 +1,172 @@
+"""Train a small 9-channel UNet with its text encoder on the inpainting objective of the released models.
+
+Masks of several kinds (a tenth of them full), text dropped at times, noise predicted (eps). The loss counts the hole
+more than the known area and high noise more than low, so that hours on a CPU suffice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sdinpaint.families import SD15_INPAINT
+from sdinpaint.models import VAE, CLIPText, UNet
+from sdinpaint.sampling import schedules
+from sdinpaint.text.tokenizer import Tokenizer, train_tokenizer
+from sdinpaint.training.loop import Trainer
+from sdinpaint.training.scenes import (
+    captions,
+    empty_caption,
+    object_mask,
+    random_mask,
+    random_scene,
+    render,
+    scene_caption,
+    silhouette,
+    without,
+)
+
+SIZE = 128
+TEXT = dataclasses.replace(SD15_INPAINT.text, vocab_size=640, width=128, mlp_width=512, num_layers=2, num_heads=4)
+UNET = dataclasses.replace(
+    SD15_INPAINT.unet,
+    model_channels=64,
+    channel_mult=(1, 2, 2),
+    num_res_blocks=1,
+    transformer_depth=(1, 1, 0),
+    context_dim=TEXT.width,
+    num_heads=4,
+    norm_groups=8,
+)
+DROP_TEXT = 0.08
+KNOWN_WEIGHT = 0.25
+MIN_SNR = 5.0  # https://arxiv.org/abs/2303.09556: low-noise steps, which decide nothing, would dominate the loss
+
+
+class Example(NamedTuple):
+    """A picture (S, S, 3) uint8, its hole (S, S) bool, and what the hole shows."""
+
+    image: NDArray[np.uint8]
+    hole: NDArray[np.bool_]
+    caption: str
+
+
+def example(rng: np.random.Generator) -> Example:
+    """One training example: mostly a whole object under a generous hole; also other holes, and nothing to see."""
+    scene = random_scene(rng)
+    kind = rng.random()
+    if kind < 0.6:
+        thing = scene.things[0]
+        return Example(render(scene, SIZE), object_mask(rng, scene, thing, SIZE), captions(rng, scene, thing))
+    if kind < 0.7:
+        thing, emptied = scene.things[0], without(scene, scene.things[0])
+        return Example(render(emptied, SIZE), object_mask(rng, scene, thing, SIZE), empty_caption(rng))
+    hole = random_mask(rng, SIZE)
+    shown = tuple(thing for thing in scene.things if hole[silhouette(thing, SIZE)].mean() > 0.5)
+    caption = scene_caption(rng, dataclasses.replace(scene, things=shown))
+    return Example(render(scene, SIZE), hole, caption)
+
+
+def vocabulary() -> Tokenizer:
+    """A small vocabulary in CLIP's format, learned from the captions of many scenes."""
+    rng = np.random.default_rng(3)
+    return train_tokenizer((example_caption(rng) for _ in range(5_000)), TEXT.vocab_size)
+
+
+def example_caption(rng: np.random.Generator) -> str:
+    """A caption alone, without drawing the picture."""
+    scene = random_scene(rng)
+    pick = rng.random()
+    if pick < 0.1:
+        return empty_caption(rng)
+    return scene_caption(rng, scene) if pick < 0.4 else captions(rng, scene, scene.things[0])
+
+
+class Bank:
+    """Encoded examples, kept and slowly renewed: encoding is the expensive part, and noise makes each use a new one."""
+
+    def __init__(self, vae: VAE, tokenizer: Tokenizer, size: int, device: str) -> None:
+        self.vae, self.tokenizer, self.device = vae, tokenizer, device
+        self.items: tuple[Tensor, ...] = ()
+        self.next = 0
+        for start in range(0, size, 64):
+            new = self._encode(np.random.default_rng((4, start)), 64)
+            self.items = tuple(torch.cat(pair) for pair in zip(self.items, new, strict=True)) if self.items else new
+
+    def renew(self, rng: np.random.Generator, count: int) -> None:
+        """Replace the oldest `count` examples."""
+        where = (torch.arange(count) + self.next) % len(self)
+        for kept, new in zip(self.items, self._encode(rng, count), strict=True):
+            kept[where] = new
+        self.next = (self.next + count) % len(self)
+
+    def draw(self, rng: np.random.Generator, count: int) -> Iterator[Tensor]:
+        """Latents, latent masks, masked latents and token ids of `count` examples."""
+        where = torch.from_numpy(rng.integers(0, len(self), count))
+        return (item[where].to(self.device) for item in self.items)
+
+    def __len__(self) -> int:
+        return len(self.items[0])
+
+    @torch.no_grad()
+    def _encode(self, rng: np.random.Generator, count: int) -> tuple[Tensor, ...]:
+        examples = [example(rng) for _ in range(count)]
+        image = torch.from_numpy(np.stack([one.image for one in examples])).permute(0, 3, 1, 2).float() / 127.5 - 1
+        mask = torch.from_numpy(np.stack([one.hole for one in examples]))[:, None].float()
+        with torch.autocast(self.device, torch.bfloat16):
+            mean, std = self.vae.posterior(torch.cat([image, image * (1 - mask)]).to(self.device))
+        latents, masked = (mean + std * torch.randn_like(std)).float().cpu().chunk(2)
+        prompts = ["" if rng.random() < DROP_TEXT else one.caption for one in examples]
+        return latents, F.interpolate(mask, size=latents.shape[-2:]), masked, self.tokenizer(prompts)
+
+
+def train(
+    folder: Path, vae: VAE, *, steps: int, batch: int = 32, bank: int = 4096, device: str = "cpu", progress: bool = True
+) -> tuple[UNet, CLIPText]:
+    """Train (or go on training) in `folder`, and return the averaged UNet and text encoder."""
+    torch.manual_seed(1)
+    tokenizer = vocabulary()
+    unet, text = UNet(UNET), CLIPText(dataclasses.replace(TEXT, vocab_size=tokenizer.vocab_size))
+    model = nn.ModuleDict({"unet": unet, "text": text}).to(device)
+    _start_as_identity(unet)
+    for embedding in (text.text_model.embeddings.token_embedding, text.text_model.embeddings.position_embedding):
+        nn.init.normal_(embedding.weight, std=0.02)
+    examples = Bank(vae.to(device).eval(), tokenizer, bank, device)
+    sigmas = schedules.train_sigmas(SD15_INPAINT.schedule).float().to(device)
+
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        torch.manual_seed(step)
+        rng = np.random.default_rng((5, step))
+        examples.renew(rng, batch // 8)
+        latents, mask, masked, ids = examples.draw(rng, batch)
+        t = torch.randint(0, len(sigmas), (batch,), device=device)
+        sigma = sigmas[t][:, None, None, None]
+        noise = torch.randn_like(latents)
+        noisy = (latents + sigma * noise) / (1 + sigma**2).sqrt()
+        eps = unet(torch.cat([noisy, mask, masked], dim=1), t, text(ids)).float()
+        error = (eps - noise) ** 2
+        snr = sigma**-2
+        weight = (MIN_SNR / snr).clamp(max=1) * (KNOWN_WEIGHT + (1 - KNOWN_WEIGHT) * mask)
+        value = (weight * error).mean()
+        hole = (error.detach() * mask).sum() / (4 * mask.sum()).clamp(min=1)
+        return value, {"loss": value.item(), "hole": hole.item()}
+
+    trainer = Trainer(model, folder, steps=steps, peak_lr=1e-3)
+    trainer.fit(loss, progress=progress)
+    trainer.use_ema()
+    return unet, text
+
+
+def _start_as_identity(unet: UNet) -> None:
+    """Zero the last layer of every branch, as the released models were before their training."""
+    for name, parameter in unet.named_parameters():
+        if name.startswith("out.2.") or ".out_layers.3." in name or ".proj_out." in name:
+            nn.init.zeros_(parameter)

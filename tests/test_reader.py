@@ -1,0 +1,712 @@
+"""Weights files: what is readable reads bit by bit, and whatever else is refused by a CheckpointError that explains."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import random
+import struct
+import subprocess
+import sys
+import time
+import types
+import zipfile
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from sdinpaint_weights import pickle_file, pickle_walker
+from sdinpaint_weights.errors import CheckpointError
+from sdinpaint_weights.folder import open_folder_component
+from sdinpaint_weights.reader import open_weights
+
+CLASS = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
+
+
+def example():
+    generator = torch.Generator().manual_seed(0)
+    draw = torch.randn(7, 5, generator=generator)
+    return OrderedDict(
+        single=draw,
+        half=draw.half(),
+        brain=draw.bfloat16(),
+        double=draw.double(),
+        eight=draw.to(torch.float8_e4m3fn),
+        eight_wide=draw.to(torch.float8_e5m2),
+        ids=torch.arange(6).reshape(1, 6),
+        scalar=torch.tensor(2.5),
+        empty=torch.empty(0, 3),
+        odd=torch.arange(3, dtype=torch.uint8),
+    )
+
+
+def same(a, b):
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.to(torch.float64), b.to(torch.float64))
+
+
+def read_all(path):
+    weights = open_weights(path)
+    return {key: weights.tensor(key) for key in weights}
+
+
+def refusal(path, read=read_all):
+    """The error, after checking what every error must have: the path, what was found, and how to go on."""
+    with pytest.raises(CheckpointError) as caught:
+        read(path)
+    error = caught.value
+    assert error.code.startswith("CKPT_")
+    assert str(path) in str(error)
+    assert error.found
+    assert error.hint
+    return error
+
+
+def save_zip(path, value):
+    torch.save(value, path)
+
+
+def save_legacy(path, value):
+    torch.save(value, path, _use_new_zipfile_serialization=False)
+
+
+pickled = pytest.mark.parametrize("save", [save_zip, save_legacy])
+
+
+# What is readable
+
+
+def test_safetensors_reads_every_dtype_bit_by_bit(tmp_path):
+    tensors = example()
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"who": "test"})
+    weights = open_weights(tmp_path / "a.safetensors")
+    assert weights.kind == "safetensors"
+    assert weights.metadata == {"who": "test"}
+    assert set(weights) == set(tensors)
+    for key, tensor in tensors.items():
+        assert weights.shape(key) == tuple(tensor.shape)
+        assert weights.dtype(key) == tensor.dtype
+        assert same(weights[key], tensor)
+        assert same(weights.tensor(key, torch.float64), tensor.to(torch.float64))
+
+
+@pickled
+def test_pickles_read_every_dtype_and_view(tmp_path, save):
+    tensors = example()
+    base = torch.arange(12.0)
+    tensors["part"] = base[3:7]
+    tensors["stepped"] = base[::3]
+    tensors["transposed"] = base.reshape(3, 4).t()
+    tensors["parameter"] = torch.nn.Parameter(base)
+    tensors["annotated"] = torch.nn.Parameter(base.clone())
+    tensors["annotated"].note = "makes torch pickle it by _rebuild_from_type_v2 or _rebuild_parameter_with_state"
+    save(tmp_path / "a.ckpt", tensors)
+    weights = open_weights(tmp_path / "a.ckpt")
+    assert set(weights) == set(tensors)
+    assert weights.kind == {"save_zip": "zip pickle", "save_legacy": "legacy pickle"}[save.__name__]
+    assert weights.ignored == ()
+    for key, tensor in tensors.items():
+        assert same(weights[key], tensor.detach()), key
+        assert same(weights.tensor(key, torch.float32), tensor.detach().float()), key
+
+
+@pickled
+def test_lightning_checkpoint_reads_without_lightning(tmp_path, save, monkeypatch):
+    module, _, name = CLASS.rpartition(".")
+    for part in ("pytorch_lightning", "pytorch_lightning.callbacks", module):
+        monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    callback = type(name, (), {"__module__": module})
+    setattr(sys.modules[module], name, callback)
+    tensors = {"w": torch.randn(3, 2)}
+    checkpoint = {
+        "epoch": np.int64(3),
+        "callbacks": {callback: {"best_model_score": np.float32(0.5), "scores": np.arange(3)}},
+        "state_dict": {"state_dict": OrderedDict(tensors)},
+        "optimizer_states": [{"state": {0: torch.zeros(4)}}],
+    }
+    save(tmp_path / "a.ckpt", checkpoint)
+    monkeypatch.undo()
+    weights = open_weights(tmp_path / "a.ckpt")
+    assert list(weights) == ["w"]
+    assert same(weights["w"], tensors["w"])
+    assert weights.ignored == (CLASS,)
+
+
+def test_both_names_of_numpy_scalars_are_known(tmp_path):
+    save_zip(tmp_path / "a.ckpt", {"w": torch.ones(2), "loss": np.float64(1.5)})
+    new = rewritten(tmp_path / "a.ckpt", lambda data: data)
+    assert b"numpy._core.multiarray" in zipfile.ZipFile(io.BytesIO(new)).read("a/data.pkl")
+    old = rewritten(tmp_path / "a.ckpt", lambda data: data.replace(b"numpy._core.", b"numpy.core."))
+    (tmp_path / "old.ckpt").write_bytes(old)
+    assert open_weights(tmp_path / "old.ckpt").ignored == ()
+
+
+class Marker:
+    """Pickled as a persistent id."""
+
+    def __init__(self, identity):
+        self.identity = identity
+
+
+class Rebuilt:
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor, self.arguments
+
+
+class MarkerPickler(pickle.Pickler):
+    def persistent_id(self, value):
+        return value.identity if isinstance(value, Marker) else None
+
+
+def test_a_view_as_pytorch_0_wrote_it(tmp_path):
+    # Before PyTorch 0.4 a tensor that saw a part of a storage said so in the storage's id.
+    identity = ("storage", torch.FloatStorage, "11", "cpu", 6, ("22", 2, 3))
+    out = io.BytesIO()
+    for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}):
+        pickle.dump(value, out, protocol=2)
+    MarkerPickler(out, protocol=2).dump({"w": Rebuilt(Marker(identity), 1, (2,), (1,))})
+    pickle.dump(["11"], out, protocol=2)
+    out.write(struct.pack("<q6f", 6, 0, 10, 20, 30, 40, 50))
+    (tmp_path / "a.pth").write_bytes(out.getvalue())
+    assert read_all(tmp_path / "a.pth")["w"].tolist() == [30, 40]
+
+
+def test_content_decides_and_not_the_name(tmp_path):
+    tensors = {"w": torch.randn(2, 3)}
+    save_file(tensors, tmp_path / "a.ckpt")
+    save_zip(tmp_path / "b.safetensors", tensors)
+    save_legacy(tmp_path / "c.safetensors", tensors)
+    for name in ("a.ckpt", "b.safetensors", "c.safetensors"):
+        assert same(open_weights(tmp_path / name)["w"], tensors["w"])
+
+
+@pytest.mark.parametrize("save", [save_zip, save_legacy, lambda path, value: save_file(value, path)])
+def test_writing_to_a_tensor_leaves_the_file_as_it_is(tmp_path, save):
+    save(tmp_path / "a", {"w": torch.zeros(16)})
+    before = (tmp_path / "a").read_bytes()
+    open_weights(tmp_path / "a")["w"].fill_(7)
+    assert (tmp_path / "a").read_bytes() == before
+
+
+def test_a_dtype_as_stored_copies_nothing(tmp_path):
+    save_file({"w": torch.zeros(1024)}, tmp_path / "a")
+    weights = open_weights(tmp_path / "a")
+    assert weights["w"].data_ptr() == weights.tensor("w", torch.float32).data_ptr()
+
+
+def test_tensors_beyond_four_gigabytes(tmp_path):
+    huge, path = 5 * 10**9, tmp_path / "huge.safetensors"
+    header = {
+        "huge": {"dtype": "F16", "shape": [huge // 2], "data_offsets": [0, huge]},
+        "tail": {"dtype": "F32", "shape": [2], "data_offsets": [huge, huge + 8]},
+    }
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.seek(huge, os.SEEK_CUR)
+        file.write(struct.pack("<2f", 1.5, -2.0))
+    weights = open_weights(path)
+    assert weights["tail"].tolist() == [1.5, -2.0]
+    assert weights.tensor("tail", torch.float64).tolist() == [1.5, -2.0]
+    assert weights["huge"][-3:].tolist() == [0, 0, 0]
+
+
+# Pickles that want to run something
+
+
+class Evil:
+    def __init__(self, sentinel):
+        self.sentinel = sentinel
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.sentinel}",)
+
+
+def evil_files(folder):
+    evil = Evil(folder / "sentinel")
+    for name, value in {"alone": evil, "beside": {"w": torch.ones(1), "x": evil}}.items():
+        for save in (save_zip, save_legacy):
+            path = folder / f"{name}-{save.__name__}.ckpt"
+            save(path, value)
+            yield path
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        path = folder / f"plain-{protocol}.safetensors"
+        path.write_bytes(pickle.dumps({"w": evil}, protocol))
+        yield path
+
+
+def test_evil_pickles_are_refused_and_do_not_run(tmp_path):
+    for path in evil_files(tmp_path):
+        error = refusal(path)
+        assert error.code == "CKPT_UNSAFE_PICKLE", path.name
+        assert f"{os.name}.system" in error.found
+    assert not (tmp_path / "sentinel").exists()
+
+
+def test_the_evil_call_would_leave_its_mark(tmp_path):
+    function, arguments = Evil(tmp_path / "sentinel").__reduce__()
+    function(*arguments)
+    assert (tmp_path / "sentinel").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("builtins eval", "builtins exec", "builtins getattr", "builtins __import__", "builtins print"),
+        *("os popen", "posix system", "nt system", "subprocess Popen", "sys exit", "runpy run_path", "shutil rmtree"),
+        *("importlib import_module", "socket socket", "ctypes CDLL", "pip main", "asyncio.subprocess foo"),
+        *(
+            "torch load",
+            "torch.hub load",
+            "torch.storage _load_from_bytes",
+            "webbrowser open",
+            "code InteractiveConsole",
+        ),
+        *("multiprocessing.util spawnv_passfds", "collections abc.sys.modules", "benign helper.eval"),
+    ],
+)
+def test_dangerous_names_are_refused(tmp_path, name):
+    module, _, attribute = name.partition(" ")
+    by_name = f"c{module}\n{attribute}\n.".encode()
+    by_stack = b"\x80\x04" + b"".join(b"\x8c" + bytes([len(t)]) + t.encode() for t in (module, attribute)) + b"\x93."
+    for content in (by_name, by_stack, b"\x80\x02" + by_name):
+        (tmp_path / "a.ckpt").write_bytes(content + bytes(32))
+        error = refusal(tmp_path / "a.ckpt")
+        assert error.code == "CKPT_UNSAFE_PICKLE"
+        assert f"{module}.{attribute}" in error.found
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["argparse Namespace", "omegaconf.dictconfig DictConfig", "lightning.fabric.plugins.io.x Y", "pathlib PosixPath"],
+)
+def test_harmless_classes_are_ignored_and_listed(tmp_path, name):
+    save_zip(tmp_path / "a.ckpt", {"w": torch.ones(2)})
+    # An object of the class, with attributes, as another entry of the dictionary.
+    entry = b"X\x04\x00\x00\x00argsc" + name.replace(" ", "\n").encode() + b"\n)\x81}X\x01\x00\x00\x00aK\x01sbs."
+    content = rewritten(tmp_path / "a.ckpt", lambda data: data[:-1] + entry)
+    (tmp_path / "b.ckpt").write_bytes(content)
+    weights = open_weights(tmp_path / "b.ckpt")
+    assert weights["w"].tolist() == [1, 1]
+    assert weights.ignored == (name.replace(" ", "."),)
+
+
+# Files that are something else, or damaged
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "says"),
+    [
+        (b"", "CKPT_EMPTY", "empty"),
+        (b"abc", "CKPT_UNKNOWN_FORMAT", "3 bytes"),
+        (b"\x01\x02\x03", "CKPT_TRUNCATED", "3 bytes"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4265146304\n",
+            "CKPT_LFS_POINTER",
+            "4.27 GB",
+        ),
+        (b"<!DOCTYPE html><title>401 Unauthorized</title>", "CKPT_HTML", "401 Unauthorized"),
+        (b'\n  {"error": "Invalid username or password."}', "CKPT_HTML", "Invalid username"),
+        (b"GGUF\x03\x00\x00\x00" + bytes(64), "CKPT_GGUF", "GGUF"),
+        (b"\x1f\x8b\x08\x00" + bytes(64), "CKPT_UNKNOWN_FORMAT", "gzip"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(64), "CKPT_UNKNOWN_FORMAT", "picture"),
+        (bytes(range(200, 250)), "CKPT_UNKNOWN_FORMAT", "c8 c9"),
+        (b"just some words\n", "CKPT_UNKNOWN_FORMAT", "just some words"),
+        (pickle.dumps({"w": [1.0]}), "CKPT_NOT_TORCH", "torch.save"),
+        (b"PK\x03\x04" + bytes(64), "CKPT_TRUNCATED", "index"),
+    ],
+)
+def test_other_files_are_named(tmp_path, content, code, says):
+    (tmp_path / "a.safetensors").write_bytes(content)
+    error = refusal(tmp_path / "a.safetensors")
+    assert error.code == code
+    assert says in str(error)
+
+
+def test_paths_that_are_no_file_are_named(tmp_path):
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    os.mkfifo(tmp_path / "pipe")
+    expected = {
+        tmp_path: "CKPT_IS_DIRECTORY",
+        tmp_path / "missing.safetensors": "CKPT_NOT_FOUND",
+        tmp_path / "no folder" / "a": "CKPT_NOT_FOUND",
+        tmp_path / "dangling": "CKPT_NOT_REGULAR",
+        tmp_path / "loop": "CKPT_NOT_REGULAR",
+        tmp_path / "pipe": "CKPT_NOT_REGULAR",
+        os.devnull: "CKPT_NOT_REGULAR",
+        f"{tmp_path}/a\0b": "CKPT_NOT_FOUND",
+        f"{tmp_path}/{'x' * 300}": "CKPT_NOT_READABLE",
+    }
+    assert {path: refusal(path).code for path in expected} == expected
+
+
+def test_a_file_that_changes_under_the_reader_is_refused(tmp_path):
+    save_file({"w": torch.zeros(64)}, tmp_path / "a")
+    weights = open_weights(tmp_path / "a")
+    with open(tmp_path / "a", "r+b") as file:
+        file.truncate(100)
+    assert refusal(tmp_path / "a", lambda _: weights["w"]).code == "CKPT_CHANGED"
+
+
+@pytest.mark.parametrize("save", [save_zip, save_legacy, lambda path, value: save_file(value, path)])
+def test_every_truncation_is_refused(tmp_path, save):
+    save(tmp_path / "whole", example())
+    whole = (tmp_path / "whole").read_bytes()
+    # A legacy file's last bytes may be cut without loss: they are the end of no storage. Others need every byte.
+    codes = set()
+    for size in [*range(8, len(whole), max(1, len(whole) // 150)), len(whole) - 1]:
+        (tmp_path / "cut").write_bytes(whole[:size])
+        codes.add(refusal(tmp_path / "cut").code)
+    assert codes == {"CKPT_TRUNCATED"}
+
+
+def test_size_arithmetic_of_a_cut_safetensors_file(tmp_path):
+    save_file({"w": torch.zeros(1_000_000)}, tmp_path / "a")
+    os.truncate(tmp_path / "a", 2_000_000)
+    error = refusal(tmp_path / "a")
+    assert error.code == "CKPT_TRUNCATED"
+    assert "the header promises 4.00 MB" in error.found
+    assert "the file has 2.00 MB (2000000 bytes): incomplete" in error.found
+
+
+def safetensors_bytes(header, data=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def one(dtype="F32", shape=(2,), offsets=(0, 8)):
+    return {"w": {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}}
+
+
+EMPTY = one(shape=(0,), offsets=(0, 0))["w"]
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (safetensors_bytes(one(), bytes(8), length=1 << 63), "CKPT_BAD_HEADER"),
+        (safetensors_bytes(one(), bytes(8), length=(1 << 64) - 1), "CKPT_BAD_HEADER"),
+        (safetensors_bytes(one(), bytes(8), length=200_000_000), "CKPT_BAD_HEADER"),
+        (safetensors_bytes(one(), bytes(8), length=0), "CKPT_BAD_HEADER"),
+        (safetensors_bytes(b"{not json}", bytes(8)), "CKPT_BAD_HEADER"),
+        (safetensors_bytes(b"\xff\xfe{}", bytes(8)), "CKPT_BAD_HEADER"),
+        (safetensors_bytes(b'{"a":' + b"[" * 100_000, bytes(8)), "CKPT_BAD_HEADER"),
+        (safetensors_bytes(b"[" * 100_000, bytes(8)), "CKPT_BAD_HEADER"),
+        (safetensors_bytes(b'{"w":' + b"9" * 5000 + b"}", bytes(8)), "CKPT_BAD_HEADER"),
+        (safetensors_bytes({**one(), **{"v": one()["w"]}}, bytes(8)), "CKPT_BAD_HEADER"),  # overlap
+        (safetensors_bytes(one(offsets=(4, 12)), bytes(12)), "CKPT_BAD_HEADER"),  # hole
+        (safetensors_bytes(one(), bytes(12)), "CKPT_BAD_HEADER"),  # trailing bytes
+        (safetensors_bytes(one(shape=(3,)), bytes(8)), "CKPT_BAD_HEADER"),
+        (safetensors_bytes(one(shape=(1 << 61, 1 << 61)), bytes(8)), "CKPT_BAD_HEADER"),
+        (safetensors_bytes(one(shape=(-2,)), bytes(8)), "CKPT_BAD_HEADER"),
+        (safetensors_bytes(one(shape=(2.0,)), bytes(8)), "CKPT_BAD_HEADER"),
+        (safetensors_bytes(one(offsets=(8, 0)), bytes(8)), "CKPT_BAD_HEADER"),
+        (safetensors_bytes(one(dtype="F7"), bytes(8)), "CKPT_BAD_HEADER"),
+        (safetensors_bytes({"w": 3}), "CKPT_BAD_HEADER"),
+        (safetensors_bytes({"__metadata__": {"a": 1}, **one()}, bytes(8)), "CKPT_BAD_HEADER"),
+        (safetensors_bytes(one(offsets=(0, 8)), bytes(4)), "CKPT_TRUNCATED"),
+        (
+            safetensors_bytes(json.dumps(one()).encode()[:-1] + b"," + json.dumps(one()).encode()[1:], bytes(8)),
+            "CKPT_DUPLICATE_KEY",
+        ),
+        (
+            safetensors_bytes({f"t{i}": one(shape=(0,), offsets=(0, 0))["w"] for i in range(20_001)}),
+            "CKPT_TOO_MANY_TENSORS",
+        ),
+    ],
+)
+def test_safetensors_headers(tmp_path, content, code):
+    (tmp_path / "a").write_bytes(content)
+    begin = time.process_time()
+    assert refusal(tmp_path / "a").code == code
+    assert time.process_time() - begin < 1
+
+
+def rewritten(path, edit=lambda data: data, *, members=(), compress=zipfile.ZIP_STORED, drop=()):
+    """The bytes of a torch.save archive with its data.pkl edited, and members added or dropped."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(out, "w", compress) as new:
+        for name in old.namelist():
+            if name.rpartition("/")[2] not in drop:
+                new.writestr(name, edit(old.read(name)) if name.endswith("data.pkl") else old.read(name))
+        for name, content in members:
+            new.writestr(name, content)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"compress": zipfile.ZIP_DEFLATED}, "CKPT_BAD_ARCHIVE"),
+        ({"members": [("b/data.pkl", b"N.")]}, "CKPT_BAD_ARCHIVE"),
+        ({"members": [("a/constants.pkl", b"N.")]}, "CKPT_TORCHSCRIPT"),
+        ({"drop": ["data.pkl"]}, "CKPT_NOT_TORCH"),
+        ({"drop": ["0"]}, "CKPT_TRUNCATED"),
+        ({"drop": ["0"], "members": [("a/data/0", bytes(8))]}, "CKPT_BAD_PICKLE"),
+        ({"drop": ["byteorder"], "members": [("a/byteorder", b"big")]}, "CKPT_BIG_ENDIAN"),
+        ({"edit": lambda data: data[:-20]}, "CKPT_BAD_PICKLE"),
+        ({"edit": lambda data: data.replace(b"K\x05\x85", b"K\x06\x85")}, "CKPT_UNSUPPORTED_TENSOR"),
+        ({"edit": lambda data: data.replace(b"QK\x00K\x05", b"QK\x01K\x05")}, "CKPT_BAD_PICKLE"),
+        ({"edit": lambda data: data.replace(b"FloatStorage", b"QInt8Storage")}, "CKPT_UNSUPPORTED_TENSOR"),
+        ({"edit": lambda data: b"\x80\x02\x82\x01."}, "CKPT_BAD_PICKLE"),
+        ({"edit": lambda data: b"\x80\x02}."}, "CKPT_NO_TENSORS"),
+    ],
+)
+def test_archives(tmp_path, changes, code):
+    save_zip(tmp_path / "a.ckpt", {"w": torch.arange(5.0)})
+    assert open_weights(tmp_path / "a.ckpt")["w"].tolist() == [0, 1, 2, 3, 4]
+    content = rewritten(tmp_path / "a.ckpt", **changes)
+    assert content != rewritten(tmp_path / "a.ckpt")
+    (tmp_path / "b.ckpt").write_bytes(content)
+    assert refusal(tmp_path / "b.ckpt").code == code
+
+
+def test_a_member_twice_is_refused(tmp_path):
+    save_zip(tmp_path / "a.ckpt", {"w": torch.arange(5.0)})
+    with pytest.warns(UserWarning, match="Duplicate"):
+        content = rewritten(tmp_path / "a.ckpt", members=[("a/data/0", bytes(20))])
+    (tmp_path / "b.ckpt").write_bytes(content)
+    assert refusal(tmp_path / "b.ckpt").code == "CKPT_DUPLICATE_KEY"
+
+
+@pickled
+@pytest.mark.parametrize(
+    ("build", "code"),
+    [
+        (lambda: {"w": torch.ones(1).expand(10**10)}, "CKPT_UNSUPPORTED_TENSOR"),
+        (lambda: {"w": torch.eye(3).to_sparse_csr()}, "CKPT_UNSUPPORTED_TENSOR"),
+        (lambda: {"w": torch.eye(3).to_sparse()}, "CKPT_UNSUPPORTED_TENSOR"),
+        (lambda: {"w": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}, "CKPT_UNSUPPORTED_TENSOR"),
+        (lambda: torch.nn.Linear(2, 2), "CKPT_PICKLED_OBJECT"),
+        (lambda: {"epoch": 3}, "CKPT_NO_TENSORS"),
+        (lambda: [1, 2], "CKPT_NO_TENSORS"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_values_that_are_no_dense_weights(tmp_path, save, build, code):
+    save(tmp_path / "a.ckpt", build())
+    assert refusal(tmp_path / "a.ckpt").code == code
+
+
+def test_every_flipped_byte_of_the_data_is_found(tmp_path):
+    save_zip(tmp_path / "a.ckpt", {"w": torch.randn(100), "v": torch.randn(100)})
+    content = bytearray((tmp_path / "a.ckpt").read_bytes())
+    with zipfile.ZipFile(tmp_path / "a.ckpt") as archive:
+        data = archive.read("a/data/1")
+    start = content.index(data)
+    for position in range(start, start + len(data), 37):
+        content[position] ^= 1
+        (tmp_path / "b.ckpt").write_bytes(content)
+        content[position] ^= 1
+        weights = open_weights(tmp_path / "b.ckpt")
+        assert weights["w"].shape == (100,)
+        for dtype in (None, torch.float16):
+            error = refusal(tmp_path / "b.ckpt", lambda _, weights=weights, dtype=dtype: weights.tensor("v", dtype))
+            assert error.code == "CKPT_BAD_CRC"
+            assert "a/data/1" in error.found
+
+
+def test_pickles_are_bounded(tmp_path, monkeypatch):
+    save_zip(tmp_path / "a.ckpt", {"w": torch.arange(5.0)})
+    monkeypatch.setattr(pickle_walker, "MAX_OPCODES", 20)
+    assert refusal(tmp_path / "a.ckpt").code == "CKPT_BAD_PICKLE"
+    monkeypatch.undo()
+    monkeypatch.setattr(pickle_file, "MAX_PICKLE", 20)
+    assert refusal(tmp_path / "a.ckpt").code == "CKPT_BAD_ARCHIVE"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"}" + b")" + b"2\x86" * 100 + b"Ns",  # a key of tuples of tuples, 2 ** 100 leaves to hash
+        b"]" + b"2a" * 200_000,  # a list in itself
+        b"(" * 300_000,
+        b"]" * 100_000 + b"a" * 99_999,  # 100,000 lists, one in the other
+        b"\x8b\xff\xff\xff\x7f",  # a number of 2 GB
+        b"\x8e" + b"\xff" * 7 + b"\x7f",  # bytes of 9 EB
+        b"I" + b"9" * 5000 + b"\n",
+        b"0",
+        b"R",
+        b"t",
+        b"NNR",
+        b"h\x07",
+    ],
+)
+def test_hostile_pickles_cost_little(tmp_path, body):
+    (tmp_path / "a.ckpt").write_bytes(b"\x80\x02" + body + b".")
+    begin = time.process_time()
+    refusal(tmp_path / "a.ckpt")
+    assert time.process_time() - begin < 2
+
+
+def mutant(rng, content):
+    content = bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(content))
+        action = rng.randrange(5)
+        if action == 0:
+            content[at] = rng.randrange(256)
+        elif action == 1:
+            content[at] ^= 1 << rng.randrange(8)
+        elif action == 2:
+            del content[at : at + rng.randint(1, 16)]
+        elif action == 3:
+            content[at:at] = rng.randbytes(rng.randint(1, 16))
+        else:
+            source = rng.randrange(len(content))
+            content[at : at + 8] = content[source : source + 8]
+        if len(content) < 16:
+            break
+    return bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_mutants_raise_nothing_but_checkpoint_errors(tmp_path):
+    tensors = {"a.weight": torch.randn(3, 2), "b": torch.ones(2).half(), "ids": torch.arange(3)}
+    wrapped = {"state_dict": tensors, "lr": np.float32(1), "names": ["x", ("y", 2)], "size": torch.Size([1])}
+    save_file(tensors, tmp_path / "0")
+    save_zip(tmp_path / "1", wrapped)
+    save_legacy(tmp_path / "2", wrapped)
+    archive = (tmp_path / "1").read_bytes()
+    with zipfile.ZipFile(tmp_path / "1") as opened:
+        data = opened.read("1/data.pkl")
+    rng = random.Random(20221023)
+    refused = 0
+    for number in range(2400):
+        if number % 4 == 3:
+            # Mutate the pickle under a valid checksum.
+            content = rewritten(tmp_path / "1", lambda _: mutant(rng, data))
+        else:
+            content = mutant(rng, (archive, (tmp_path / "0").read_bytes(), (tmp_path / "2").read_bytes())[number % 4])
+        (tmp_path / "mutant").write_bytes(content)
+        try:
+            read_all(tmp_path / "mutant")
+        except CheckpointError:
+            refused += 1
+    assert 1000 < refused < 2400
+
+
+# Folders
+
+
+def test_folder_takes_safetensors_before_pickles_and_plain_before_variants(tmp_path):
+    for name, value in {
+        "pytorch_model.bin": 1.0,
+        "diffusion_pytorch_model.bin": 2.0,
+        "diffusion_pytorch_model.fp16.safetensors": 3.0,
+        "diffusion_pytorch_model.safetensors": 4.0,
+    }.items():
+        save = save_zip if name.endswith("bin") else lambda path, value: save_file(value, path)
+        save(tmp_path / name, {"w": torch.tensor([value])})
+        weights = open_folder_component(tmp_path)
+        assert weights["w"].item() == (2.0 if value == 3.0 else value)
+        assert weights.notes == ()
+    assert open_folder_component(tmp_path, "fp16")["w"].item() == 3.0
+    assert refusal(tmp_path, lambda folder: open_folder_component(folder, "bf16")).code == "CKPT_NOT_FOUND"
+
+
+def test_folder_falls_back_to_the_only_variant_and_says_so(tmp_path):
+    save_file({"w": torch.ones(1)}, tmp_path / "model.fp16.safetensors")
+    save_zip(tmp_path / "pytorch_model.fp16.bin", {"w": torch.ones(1)})
+    weights = open_folder_component(tmp_path)
+    assert weights.path.name == "model.fp16.safetensors"
+    assert "fp16" in weights.notes[0]
+    save_file({"w": torch.ones(1)}, tmp_path / "model.non_ema.safetensors")
+    error = refusal(tmp_path, open_folder_component)
+    assert error.code == "CKPT_VARIANT"
+    assert "fp16, non_ema" in error.found
+
+
+def write_index(folder, table, name="model.safetensors.index.json"):
+    (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": table}))
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_shards_are_merged(tmp_path, variant):
+    middle = f".{variant}" if variant else ""
+    shards = [f"model{middle}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    save_file({"a": torch.ones(1), "b": torch.ones(2)}, tmp_path / shards[0])
+    save_file({"c": torch.ones(3)}, tmp_path / shards[1])
+    table = {"a": shards[0], "b": shards[0], "c": shards[1]}
+    write_index(tmp_path, table, f"model.safetensors.index{middle}.json")
+    for weights in (open_folder_component(tmp_path), open_folder_component(tmp_path, variant)):
+        assert weights.shapes() == {"a": (1,), "b": (2,), "c": (3,)}
+        assert weights["c"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("table", "code"),
+    [
+        ({"a": "../outside.safetensors"}, "CKPT_BAD_INDEX"),
+        ({"a": "/etc/passwd"}, "CKPT_BAD_INDEX"),
+        ({"a": ".."}, "CKPT_BAD_INDEX"),
+        ({"a": 3}, "CKPT_BAD_INDEX"),
+        ({}, "CKPT_BAD_INDEX"),
+        (["a"], "CKPT_BAD_INDEX"),
+        ({"a": "one.safetensors", "b": "one.safetensors"}, "CKPT_BAD_INDEX"),
+        ({"a": "two.safetensors"}, "CKPT_BAD_INDEX"),
+        ({"a": "missing.safetensors"}, "CKPT_NOT_FOUND"),
+    ],
+)
+def test_bad_indices(tmp_path, table, code):
+    folder = tmp_path / "unet"
+    folder.mkdir()
+    save_file({"a": torch.ones(1)}, tmp_path / "outside.safetensors")
+    save_file({"a": torch.ones(1)}, folder / "one.safetensors")
+    save_file({"a": torch.ones(1), "z": torch.ones(1)}, folder / "two.safetensors")
+    write_index(folder, table)
+    assert refusal(folder, open_folder_component).code == code
+
+
+def test_folders_without_weights(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    error = refusal(tmp_path, open_folder_component)
+    assert error.code == "CKPT_NOT_FOUND"
+    assert "config.json" in error.found
+    assert refusal(tmp_path / "no", open_folder_component).code == "CKPT_NOT_FOUND"
+    (tmp_path / "model.safetensors.index.json").write_text("[" * 100_000)
+    assert refusal(tmp_path, open_folder_component).code == "CKPT_BAD_INDEX"
+
+
+# Memory
+
+MEASURE = """
+import re, sys, torch
+from sdinpaint_weights.layout import identify
+from sdinpaint_weights.native import load_tensors, native_state
+from sdinpaint_weights.reader import open_weights
+
+def memory(field):
+    return int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+torch.zeros(1).half().float()
+base = memory("VmRSS")
+for path in sys.argv[2:]:
+    weights = open_weights(path)
+    state = load_tensors(native_state(weights, "unet", identify(weights.shapes())), getattr(torch, sys.argv[1]))
+    del weights, state
+print(memory("VmHWM") - base)
+"""
+
+
+def test_peak_memory(tmp_path):
+    tensors = {f"input_blocks.{i}.0.weight": torch.randn(2_500_000) for i in range(20)}
+    save_zip(tmp_path / "zip", tensors)
+    save_file(tensors, tmp_path / "safetensors")
+    total, largest, slack = 200_000_000, 10_000_000, 16_000_000
+    for dtype, limit in {"float32": 1.15 * total, "float16": total / 2 + largest + slack}.items():
+        result = subprocess.run(
+            [sys.executable, "-c", MEASURE, dtype, tmp_path / "zip", tmp_path / "safetensors"],
+            check=True,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        assert int(result.stdout) <= limit, dtype

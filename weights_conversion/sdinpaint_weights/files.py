@@ -1,0 +1,164 @@
+"""The bytes of a weights file: what the path is, a private map of its bytes, and plain reads of them."""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+import stat
+import threading
+import weakref
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdinpaint_weights.errors import CheckpointError
+
+CRC_CHUNK = 1 << 20
+FETCH_AGAIN = "the download is incomplete or damaged: delete the file and fetch it again"
+
+
+class SourceFile:
+    """A regular file that is open for reading, with its size as it was when it was opened.
+
+    Raises: CheckpointError when the path is missing, a folder, a device or the like, unreadable, or empty.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        require_regular(self.path)
+        try:
+            self._file = io.FileIO(self.path, "rb")
+            self._opened = os.fstat(self._file.fileno())
+        except OSError as error:
+            raise CheckpointError("CKPT_NOT_READABLE", path, _reason(error), hint="check its permissions") from error
+        weakref.finalize(self, self._file.close)
+        self.size = self._opened.st_size
+        if self.size == 0:
+            raise CheckpointError("CKPT_EMPTY", path, "an empty file", expected="weights", hint=FETCH_AGAIN)
+        self._lock = threading.Lock()
+        self._map: mmap.mmap | None = None
+
+    def read(self, offset: int, count: int) -> bytearray:
+        """`count` bytes from `offset`, through plain file reads into memory of their own."""
+        buffer = bytearray(count)
+        self._read_into(memoryview(buffer), offset)
+        return buffer
+
+    def second_handle(self) -> io.FileIO:
+        """Another handle on the very same file; the two share their position."""
+        return io.FileIO(os.dup(self._file.fileno()), "rb")
+
+    def crc32(self, offset: int, count: int) -> int:
+        """CRC-32 of `count` bytes from `offset`, read in chunks so that memory stays small."""
+        chunk = memoryview(bytearray(min(CRC_CHUNK, count)))
+        crc = 0
+        for start in range(offset, offset + count, CRC_CHUNK):
+            part = chunk[: min(CRC_CHUNK, offset + count - start)]
+            self._read_into(part, start)
+            crc = zlib.crc32(part, crc)
+        return crc
+
+    def mapped(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
+        """(count,) elements from byte `offset`: a view over one copy-on-write map, so that no write reaches the file.
+
+        The bytes must not be changed or cut by another program while the tensor lives.
+        """
+        return torch.frombuffer(self.map(), dtype=dtype, count=count, offset=offset)
+
+    def loaded(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
+        """(count,) elements from byte `offset`, in memory of their own."""
+        return torch.frombuffer(self.read(offset, count * dtype.itemsize), dtype=dtype)
+
+    def map(self) -> mmap.mmap:
+        """The whole file, mapped privately on first use."""
+        with self._lock:
+            self._require_unchanged()
+            if self._map is None:
+                try:
+                    self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+                except OSError as error:
+                    hint = "free memory, or ask for another dtype so that the file is read instead of mapped"
+                    raise CheckpointError("CKPT_NOT_MAPPED", self.path, _reason(error), hint=hint) from error
+            return self._map
+
+    def _read_into(self, buffer: memoryview, offset: int) -> None:
+        with self._lock:
+            self._require_unchanged()
+            try:
+                self._file.seek(offset)
+                while buffer:
+                    # One call reads at most 2 GB on Linux, and 0 bytes at the end of the file.
+                    count = self._file.readinto(buffer)
+                    if not count:
+                        raise CheckpointError("CKPT_TRUNCATED", self.path, "the file ends early", hint=FETCH_AGAIN)
+                    buffer = buffer[count:]
+            except CheckpointError:
+                raise
+            except OSError as error:
+                hint = "check the disk or the network mount, then try again"
+                raise CheckpointError("CKPT_NOT_READABLE", self.path, _reason(error), hint=hint) from error
+
+    def _require_unchanged(self) -> None:
+        now = os.fstat(self._file.fileno())
+        if (now.st_size, now.st_mtime_ns) != (self._opened.st_size, self._opened.st_mtime_ns):
+            raise CheckpointError(
+                "CKPT_CHANGED",
+                self.path,
+                f"the file was changed while it was read: {size_text(self.size)} before, {size_text(now.st_size)} now",
+                hint="wait until the download or copy has ended, then load again",
+            )
+
+
+def require_regular(path: Path) -> None:
+    """Refuse what is not a file, by name and before it is opened: opening a FIFO would wait for ever.
+
+    Raises: CheckpointError.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        if _is_link(path):
+            found, hint = "a link whose target does not exist", "fetch the file again, or repair the link"
+            raise CheckpointError("CKPT_NOT_REGULAR", path, found, hint=hint) from error
+        raise CheckpointError("CKPT_NOT_FOUND", path, "no such file", hint=_what_is_there(path)) from error
+    except OSError as error:
+        loop = _is_link(path)
+        code = "CKPT_NOT_REGULAR" if loop else "CKPT_NOT_READABLE"
+        found = "a link that leads back to itself" if loop else _reason(error)
+        raise CheckpointError(code, path, found, hint="give the path of a weights file") from error
+    if stat.S_ISDIR(mode):
+        hint = "give the weights file itself, or load the folder as a diffusers folder"
+        raise CheckpointError("CKPT_IS_DIRECTORY", path, "a folder", expected="a weights file", hint=hint)
+    if not stat.S_ISREG(mode):
+        found = "a pipe, socket or device"
+        raise CheckpointError("CKPT_NOT_REGULAR", path, found, expected="a regular file", hint="save it to disk first")
+
+
+def size_text(count: int) -> str:
+    """A byte count for people, with the exact number: two sizes may differ by a few bytes only."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit} ({count} bytes)"
+    return f"{count} bytes"
+
+
+def _what_is_there(path: Path) -> str:
+    try:
+        beside = sorted(entry.name for entry in path.parent.iterdir())
+    except (OSError, ValueError):
+        return f"check the path: the folder {path.parent} does not exist either"
+    return f"check the path; its folder holds: {', '.join(beside[:5]) or 'nothing'}"
+
+
+def _is_link(path: Path) -> bool:
+    try:
+        return path.is_symlink()
+    except (OSError, ValueError):
+        return False
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or type(error).__name__

@@ -1,0 +1,117 @@
+"""Open the weights of one component's folder in the diffusers layout: one file, or shards that an index lists."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from sdinpaint_weights.errors import CheckpointError
+from sdinpaint_weights.files import FETCH_AGAIN, SourceFile
+from sdinpaint_weights.reader import open_weights
+from sdinpaint_weights.weights import Entry, Weights
+
+NAMES = (
+    "diffusion_pytorch_model.safetensors",
+    "model.safetensors",
+    "diffusion_pytorch_model.bin",
+    "pytorch_model.bin",
+)
+"""In order of preference; each may also be sharded, with an index `<name>.index.json`."""
+MAX_INDEX = 16_000_000
+_VARIANT = re.compile(
+    r"(?:diffusion_pytorch_model|model|pytorch_model)\.(?:([\w-]+)\.(?:safetensors|bin)"
+    r"|(?:safetensors|bin)\.index\.([\w-]+)\.json)"
+)
+_SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}")
+
+
+def open_folder_component(folder: str | os.PathLike[str], variant: str | None = None) -> Weights:
+    """The weights in a folder such as `unet/`, lazily; shards are merged into one mapping.
+
+    `variant` is the middle of `diffusion_pytorch_model.fp16.safetensors`. None takes the plain file, or where there
+    is none the only variant that there is, and says so in `notes`.
+
+    Raises: CheckpointError.
+    """
+    folder = Path(folder)
+    try:
+        present = {entry.name for entry in folder.iterdir()}
+    except (OSError, ValueError) as error:
+        hint = "check the path; each component has its folder: unet, vae, text_encoder"
+        raise CheckpointError("CKPT_NOT_FOUND", folder, "no such folder", hint=hint) from error
+    chosen = next((name for name in _candidates(variant) if name in present), None)
+    if chosen is not None:
+        return _open(folder, chosen)
+    variants = sorted(_variants(present))
+    if variant is not None or len(variants) != 1:
+        _refuse_choice(folder, present, variant, variants)
+    weights = open_folder_component(folder, variants[0])
+    weights.notes += (f"{folder.name}: no plain weights are there, so the variant {variants[0]!r} is used",)
+    return weights
+
+
+def _candidates(variant: str | None) -> Iterator[str]:
+    for name in NAMES:
+        for full in (name, f"{name}.index.json"):
+            stem, _, ending = full.rpartition(".")
+            yield full if variant is None else f"{stem}.{variant}.{ending}"
+
+
+def _variants(present: set[str]) -> set[str]:
+    matches = (_VARIANT.fullmatch(name) for name in present)
+    names = {match[1] or match[2] for match in matches if match}
+    return {name for name in names if not _SHARD_NUMBER.search(name)}
+
+
+def _refuse_choice(folder: Path, present: set[str], variant: str | None, variants: list[str]) -> NoReturn:
+    if variant is None and variants:
+        found = f"no plain weights, but the variants {', '.join(variants)}"
+        raise CheckpointError("CKPT_VARIANT", folder, found, hint="ask for one of them: variant=...")
+    found = f"no weights of the variant {variant!r}" if variant else "no weights"
+    there = ", ".join(sorted(present)[:8]) or "nothing"
+    expected = next(_candidates(variant))
+    raise CheckpointError("CKPT_NOT_FOUND", folder, f"{found}; it holds {there}", expected=expected, hint=FETCH_AGAIN)
+
+
+def _open(folder: Path, name: str) -> Weights:
+    if not name.endswith(".json"):
+        return open_weights(folder / name)
+    index = _read_index(folder / name)
+    shards = {shard: open_weights(folder / shard) for shard in dict.fromkeys(index.values())}
+    entries: dict[str, Entry] = {}
+    for key, shard in index.items():
+        if key not in shards[shard]:
+            raise CheckpointError("CKPT_BAD_INDEX", folder / name, f"{key!r} is not in {shard!r}", hint=FETCH_AGAIN)
+        entries[key] = shards[shard].entries[key]
+    extra = [key for weights in shards.values() for key in weights if key not in entries]
+    if extra:
+        found = f"{len(extra)} tensors of the shards are not listed, e.g. {extra[0]!r}"
+        raise CheckpointError("CKPT_BAD_INDEX", folder / name, found, hint=FETCH_AGAIN)
+    ignored = sorted({inert for weights in shards.values() for inert in weights.ignored})
+    first = next(iter(shards.values()))
+    return Weights(folder / name, first.kind, entries, first.metadata, tuple(ignored))
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> shard name; a shard's name may not lead out of the folder."""
+    file = SourceFile(path)
+    text = file.read(0, min(file.size, MAX_INDEX))
+    try:
+        index = json.loads(text)
+        table = index["weight_map"]
+        if not table or not all(isinstance(shard, str) for shard in table.values()):
+            raise TypeError("weight_map")
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        found = "an index that cannot be read"
+        raise CheckpointError(
+            "CKPT_BAD_INDEX", path, found, expected="JSON with a weight_map", hint=FETCH_AGAIN
+        ) from error
+    for shard in set(table.values()):
+        if shard in ("", ".", "..") or re.search(r"[/\\:\0]", shard):
+            found = f"the shard name {shard[:80]!r} leads out of the folder"
+            raise CheckpointError("CKPT_BAD_INDEX", path, found, expected="a file name", hint="do not use this folder")
+    return dict(table)

@@ -1,0 +1,157 @@
+"""The name tables: diffusers' module names and those of the official single files (LDM). Standard library only.
+
+Both layouts hold the same modules; diffusers numbers them by level, LDM in one row. So a table follows from how many
+blocks each level has, and which levels attend. A table is {diffusers module: LDM module}; what comes after a module's
+name in a key is the same in both.
+
+Source: ldm/modules/diffusionmodules/openaimodel.py and model.py of CompVis/latent-diffusion;
+UNet2DConditionModel and AutoencoderKL of diffusers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+Table = dict[str, str]
+
+_UNET_ENDS = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_VAE_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"conv_shortcut": "nin_shortcut"}
+# The names of 2022 come first: of two names for one module, `inverse` keeps the last.
+_VAE_ATTENTION = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"} | {
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+
+
+@dataclass(frozen=True)
+class Level:
+    """One resolution of a UNet: residual blocks of its down path, and whether each is followed by attention."""
+
+    blocks: int
+    attention: bool
+
+
+def unet_table(levels: tuple[Level, ...]) -> Table:
+    """{diffusers: LDM} for the modules of a UNet, whose levels are given from full resolution downwards."""
+    table = dict(_UNET_ENDS)
+    last = len(levels) - 1
+    row = 1
+    for number, level in enumerate(levels):
+        for block in range(level.blocks):
+            table |= _children(f"down_blocks.{number}.resnets.{block}", f"input_blocks.{row}.0", _UNET_RESNET)
+            table[f"down_blocks.{number}.attentions.{block}"] = f"input_blocks.{row}.1"
+            row += 1
+        if number < last:
+            table[f"down_blocks.{number}.downsamplers.0.conv"] = f"input_blocks.{row}.0.op"
+            row += 1
+    table |= _children("mid_block.resnets.0", "middle_block.0", _UNET_RESNET)
+    table["mid_block.attentions.0"] = "middle_block.1"
+    table |= _children("mid_block.resnets.1", "middle_block.2", _UNET_RESNET)
+    row = 0
+    for number, level in enumerate(reversed(levels)):
+        for block in range(level.blocks + 1):
+            table |= _children(f"up_blocks.{number}.resnets.{block}", f"output_blocks.{row}.0", _UNET_RESNET)
+            if level.attention:
+                table[f"up_blocks.{number}.attentions.{block}"] = f"output_blocks.{row}.1"
+            row += 1
+        if number < last:
+            after_attention = 2 if level.attention else 1
+            table[f"up_blocks.{number}.upsamplers.0.conv"] = f"output_blocks.{row - 1}.{after_attention}.conv"
+    return table
+
+
+def vae_table(levels: int, blocks: int) -> Table:
+    """{diffusers: LDM} for the modules of a KL autoencoder; both sets of diffusers' attention names are in it."""
+    table = {f"{half}.conv_norm_out": f"{half}.norm_out" for half in ("encoder", "decoder")}
+    for same in ("encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out"):
+        table[same] = same
+    table |= {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    for half in ("encoder", "decoder"):
+        table |= _children(f"{half}.mid_block.resnets.0", f"{half}.mid.block_1", _VAE_RESNET)
+        table |= _children(f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1", _VAE_ATTENTION)
+        table |= _children(f"{half}.mid_block.resnets.1", f"{half}.mid.block_2", _VAE_RESNET)
+    for level in range(levels):
+        # LDM counts the decoder's levels from full resolution, diffusers from where it begins.
+        down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{levels - 1 - level}"
+        for block in range(blocks):
+            table |= _children(f"{down}.resnets.{block}", f"encoder.down.{level}.block.{block}", _VAE_RESNET)
+        for block in range(blocks + 1):
+            table |= _children(f"{up}.resnets.{block}", f"decoder.up.{level}.block.{block}", _VAE_RESNET)
+        table[f"{down}.downsamplers.0.conv"] = f"encoder.down.{level}.downsample.conv"
+        table[f"{up}.upsamplers.0.conv"] = f"decoder.up.{level}.upsample.conv"
+    return table
+
+
+def unet_table_for(keys: Iterable[str]) -> Table:
+    """The table for a UNet of which these are the names, in either layout, without a prefix."""
+    keys = list(keys)
+    return unet_table(_levels_of_diffusers(keys) or _levels_of_ldm(keys))
+
+
+def vae_table_for(keys: Iterable[str]) -> Table:
+    """The table for an autoencoder of which these are the names, in either layout, without a prefix."""
+    keys = list(keys)
+    blocks = _numbers(keys, r"encoder\.down(?:_blocks)?\.(\d{1,3})\.(?:block|resnets)\.(\d{1,3})\.")
+    return vae_table(len({level for level, _ in blocks}), len({block for _, block in blocks}))
+
+
+def renamed(key: str, table: Table) -> str | None:
+    """The key with its module's name replaced by the table's; None where the table has no module of it."""
+    module = key
+    while module:
+        if module in table:
+            return table[module] + key[len(module) :]
+        module = module.rpartition(".")[0]
+    return None
+
+
+def inverse(table: Table) -> Table:
+    """{LDM: diffusers}; of two diffusers names for one module the newer one."""
+    return {ldm: diffusers for diffusers, ldm in table.items()}
+
+
+def _levels_of_diffusers(keys: list[str]) -> tuple[Level, ...]:
+    blocks = _numbers(keys, r"down_blocks\.(\d{1,3})\.resnets\.(\d{1,3})\.")
+    attending = {level for level, _ in _numbers(keys, r"down_blocks\.(\d{1,3})\.attentions\.(\d{1,3})\.")}
+    levels = sorted({level for level, _ in blocks})
+    return tuple(Level(sum(level == at for at, _ in blocks), level in attending) for level in levels)
+
+
+def _levels_of_ldm(keys: list[str]) -> tuple[Level, ...]:
+    """Row 0 is the first convolution, and each level but the last one ends with a row that halves the resolution."""
+    parts = _numbers(keys, r"input_blocks\.(\d{1,3})\.(\d)\.")
+    halvings = sorted(row for row, _ in _numbers(keys, r"input_blocks\.(\d{1,3})\.(0)\.op\."))
+    ends = [*halvings, 1 + max((row for row, _ in parts), default=0)]
+    begins = [1, *(row + 1 for row in halvings)]
+    rows = [range(begin, end) for begin, end in zip(begins, ends, strict=True)]
+    return tuple(Level(len(level), any((row, 1) in parts for row in level)) for level in rows)
+
+
+def _children(diffusers: str, ldm: str, names: Table) -> Table:
+    return {f"{diffusers}.{ours}": f"{ldm}.{theirs}" for ours, theirs in names.items()}
+
+
+def _numbers(keys: Iterable[str], pattern: str) -> set[tuple[int, int]]:
+    matches = (re.match(pattern, key) for key in keys)
+    return {(int(match[1]), int(match[2])) for match in matches if match}

@@ -1,0 +1,196 @@
+"""Open what `torch.save` wrote: the zip archive of PyTorch 1.6 and later, and the plain file of the versions before.
+
+Source: torch/serialization.py (`_save`, `_legacy_save`).
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import NoReturn
+
+from sdinpaint_weights.errors import CheckpointError
+from sdinpaint_weights.files import FETCH_AGAIN, SourceFile, size_text
+from sdinpaint_weights.pickle_objects import Names, PickledStorage, check_extent, named_tensors, storage_of
+from sdinpaint_weights.pickle_walker import PickleFault, walk
+from sdinpaint_weights.weights import MAX_TENSORS, Entry, Storage, Weights
+
+MAX_PICKLE = 64_000_000
+MAX_MEMBERS = 100_000
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+RESAVE = "load it where it was made, and save a plain dictionary of tensors, best as .safetensors"
+HINTS = {
+    "CKPT_UNSAFE_PICKLE": "nothing of it was run; get the weights as .safetensors from a source you trust",
+    "CKPT_UNSUPPORTED_TENSOR": RESAVE,
+    "CKPT_PICKLED_OBJECT": RESAVE,
+    "CKPT_NO_TENSORS": "give a file of weights",
+    "CKPT_TORCHSCRIPT": "get the weights themselves, or save the module's state_dict()",
+    "CKPT_NOT_TORCH": "if it is an archive, unpack it; otherwise get the weights as .safetensors",
+    "CKPT_BIG_ENDIAN": RESAVE,
+    "CKPT_TOO_MANY_TENSORS": "give a file of weights",
+}
+
+
+def read_zip(file: SourceFile) -> Weights:
+    """Every tensor of a zip archive by `torch.save`, lazily; a storage's CRC-32 is compared on its first read.
+
+    Raises: CheckpointError.
+    """
+    members, folder, data = _open_archive(file)
+    names = Names()
+    top = _walk(file, io.BytesIO(data), names, storage_of)
+    prefix = f"{folder}data/"
+
+    def find(key: str) -> Storage | None:
+        member = members.get(prefix + key)
+        return None if member is None else _member_storage(file, member)
+
+    return Weights(file.path, "zip pickle", _entries(file, top, find), ignored=tuple(sorted(names.unknown)))
+
+
+def read_legacy(file: SourceFile) -> Weights:
+    """Every tensor of a file by `torch.save` before PyTorch 1.6, lazily; such files have no checksums.
+
+    Raises: CheckpointError.
+    """
+    # Five pickles (magic number, version, machine, object, storage keys), then the storages, one after the other.
+    stream = io.BytesIO(file.read(0, min(file.size, MAX_PICKLE)))
+    names = Names()
+    seen: dict[str, PickledStorage] = {}
+
+    def remember(identity: object) -> object:
+        storage = storage_of(identity)
+        if isinstance(storage, PickledStorage):
+            seen[storage.key] = storage
+        return storage
+
+    if _walk(file, stream, names, storage_of) != LEGACY_MAGIC:
+        _refuse(file, "CKPT_NOT_TORCH", "a pickle that torch.save did not write")
+    _walk(file, stream, names, storage_of)
+    machine = _walk(file, stream, names, storage_of)
+    if isinstance(machine, dict) and machine.get("little_endian") is False:
+        _refuse(file, "CKPT_BIG_ENDIAN", "weights saved on a big-endian machine")
+    top = _walk(file, stream, names, remember)
+    keys = _walk(file, stream, names, storage_of)
+    storages = _legacy_storages(file, stream.tell(), keys if isinstance(keys, list) else [], seen)
+    return Weights(file.path, "legacy pickle", _entries(file, top, storages.get), ignored=tuple(sorted(names.unknown)))
+
+
+def _open_archive(file: SourceFile) -> tuple[dict[str, zipfile.ZipInfo], str, bytes]:
+    """The archive's members, the folder in it that holds the weights, and the pickle in that folder."""
+    try:
+        with file.second_handle() as handle, zipfile.ZipFile(handle) as archive:
+            members = _members(file, archive.infolist())
+            folder = _weights_folder(file, members)
+            if f"{folder}byteorder" in members and archive.read(f"{folder}byteorder") != b"little":
+                _refuse(file, "CKPT_BIG_ENDIAN", "weights saved on a big-endian machine")
+            return members, folder, archive.read(f"{folder}data.pkl")
+    except CheckpointError:
+        raise
+    except zipfile.BadZipFile as error:
+        if "CRC" in str(error):
+            raise CheckpointError("CKPT_BAD_CRC", file.path, str(error), hint=FETCH_AGAIN) from error
+        found = f"the file has {size_text(file.size)}, but the index at the end of the archive is missing or damaged"
+        raise CheckpointError("CKPT_TRUNCATED", file.path, found, hint=FETCH_AGAIN) from error
+    except (OSError, ValueError, RuntimeError, EOFError, OverflowError, struct.error) as error:
+        found = f"a damaged zip archive ({type(error).__name__})"
+        raise CheckpointError("CKPT_BAD_ARCHIVE", file.path, found, hint=FETCH_AGAIN) from error
+
+
+def _members(file: SourceFile, infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
+    members = {info.filename: info for info in infos}
+    if len(infos) > MAX_MEMBERS:
+        _refuse(file, "CKPT_TOO_MANY_TENSORS", f"an archive of {len(infos)} members", f"at most {MAX_MEMBERS}")
+    if len(members) != len(infos):
+        _refuse(file, "CKPT_DUPLICATE_KEY", "an archive in which a member's name occurs twice")
+    return members
+
+
+def _weights_folder(file: SourceFile, members: Mapping[str, zipfile.ZipInfo]) -> str:
+    """The folder that holds data.pkl, with its slash."""
+    pickles = [name for name in members if name.rpartition("/")[2] == "data.pkl"]
+    if not pickles:
+        _refuse(file, "CKPT_NOT_TORCH", "a zip archive that torch.save did not write")
+    if len(pickles) > 1:
+        _refuse(file, "CKPT_BAD_ARCHIVE", f"an archive of {len(pickles)} files named data.pkl", "one")
+    folder = pickles[0].removesuffix("data.pkl")
+    if f"{folder}constants.pkl" in members:
+        _refuse(file, "CKPT_TORCHSCRIPT", "a TorchScript program", "a dictionary of tensors")
+    pickled = members[pickles[0]]
+    if pickled.compress_type != zipfile.ZIP_STORED or pickled.file_size > MAX_PICKLE:
+        found = f"data.pkl is compressed, or large: {size_text(pickled.file_size)}"
+        _refuse(file, "CKPT_BAD_ARCHIVE", found, f"not compressed, at most {size_text(MAX_PICKLE)}")
+    return folder
+
+
+def _member_storage(file: SourceFile, member: zipfile.ZipInfo) -> Storage:
+    """Where a member's bytes are; its local header, before them, has fields of their own lengths."""
+    if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size or member.flag_bits & 1:
+        _refuse(file, "CKPT_BAD_ARCHIVE", f"{member.filename!r} is compressed or encrypted", "not compressed")
+    begin = member.header_offset
+    header = file.read(begin, 30) if 0 <= begin <= file.size - 30 else b""
+    if not header.startswith(b"PK\x03\x04"):
+        _refuse(file, "CKPT_BAD_ARCHIVE", f"{member.filename!r} does not begin where the index says")
+    start = begin + 30 + sum(struct.unpack("<HH", header[26:30]))
+    if start + member.file_size > file.size:
+        _refuse(file, "CKPT_TRUNCATED", f"{member.filename!r} reaches beyond the end of the file")
+    return Storage(file, start, member.file_size, member.CRC, member.filename)
+
+
+def _legacy_storages(
+    file: SourceFile, position: int, keys: list[object], seen: Mapping[str, PickledStorage]
+) -> dict[str, Storage]:
+    """Each storage is an element count of 8 bytes, then its bytes."""
+    storages = {}
+    for key in keys:
+        if not isinstance(key, str) or key not in seen:
+            _refuse(file, "CKPT_BAD_PICKLE", "a damaged pickle: a storage that no tensor uses")
+        size = seen[key].total * seen[key].dtype.itemsize
+        position += 8
+        if position + size > file.size:
+            found = f"its tensors need {size_text(position + size)} or more, the file has {size_text(file.size)}"
+            _refuse(file, "CKPT_TRUNCATED", f"{found}: incomplete")
+        if int.from_bytes(file.read(position - 8, 8), "little") != seen[key].total:
+            _refuse(file, "CKPT_BAD_PICKLE", f"storage {key!r} has not the size that its tensors say")
+        storages[key] = Storage(file, position, size, name=key)
+        position += size
+    return storages
+
+
+def _entries(file: SourceFile, top: object, find: Callable[[str], Storage | None]) -> dict[str, Entry]:
+    try:
+        tensors = named_tensors(top)
+        for name, tensor in tensors.items():
+            check_extent(name, tensor)
+    except PickleFault as fault:
+        _refuse(file, fault.code, fault.found)
+    if len(tensors) > MAX_TENSORS:
+        _refuse(file, "CKPT_TOO_MANY_TENSORS", f"{len(tensors)} tensors", f"at most {MAX_TENSORS}")
+    # Tensors that share a storage share its object, so that its checksum is compared once.
+    storages: dict[str, Storage] = {}
+    entries = {}
+    for name, tensor in tensors.items():
+        key, size = tensor.storage.key, tensor.storage.total * tensor.storage.dtype.itemsize
+        storage = storages.get(key) or find(key)
+        if storage is None:
+            _refuse(file, "CKPT_TRUNCATED", f"the bytes of {name!r} are not in the file")
+        if storage.size != size:
+            _refuse(file, "CKPT_BAD_PICKLE", f"{name!r} has a storage of {storage.size} bytes", f"{size} bytes")
+        storages[key] = storage
+        entries[name] = Entry(storage, tensor.start, tensor.dtype, tensor.shape, tensor.stride)
+    return entries
+
+
+def _walk(file: SourceFile, stream: io.BytesIO, names: Names, persistent: Callable[[object], object]) -> object:
+    try:
+        return walk(stream, names, persistent)
+    except PickleFault as fault:
+        # A legacy file's stream is the file itself, so that a pickle which runs into its end was cut.
+        cut = fault.code == "CKPT_BAD_PICKLE" and stream.tell() == file.size
+        _refuse(file, "CKPT_TRUNCATED" if cut else fault.code, fault.found)
+
+
+def _refuse(file: SourceFile, code: str, found: str, expected: str = "") -> NoReturn:
+    raise CheckpointError(code, file.path, found, expected=expected, hint=HINTS.get(code, FETCH_AGAIN))

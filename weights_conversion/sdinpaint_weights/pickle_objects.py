@@ -1,0 +1,216 @@
+"""What the pickle inside a `torch.save` file describes: tensors over numbered storages, by name.
+
+Source: torch/_utils.py (`_rebuild_tensor_v2` and its kin) and torch/serialization.py (`persistent_id`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeGuard
+
+import torch
+
+from sdinpaint_weights.pickle_names import is_dangerous, is_harmless
+from sdinpaint_weights.pickle_walker import Arguments, Inert, Known, PickleFault
+from sdinpaint_weights.weights import extent_of
+
+MAX_DIMENSIONS = 16
+STORAGE_DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,
+}
+DTYPES = {str(dtype): dtype for dtype in (*STORAGE_DTYPES.values(), torch.float8_e4m3fn, torch.float8_e5m2)}
+
+
+@dataclass(frozen=True, slots=True)
+class PickledStorage:
+    """The part of a storage that a tensor sees, `count` elements from `start`, of `total` elements."""
+
+    key: str
+    dtype: torch.dtype
+    start: int
+    count: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class PickledTensor:
+    """A tensor before its storage is looked up; `offset` and `stride` in elements of `dtype`."""
+
+    storage: PickledStorage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def start(self) -> int:
+        """First byte in the whole storage."""
+        return self.storage.start * self.storage.dtype.itemsize + self.offset * self.dtype.itemsize
+
+
+class Names:
+    """Stands for the imports of one file, and keeps the names that are unknown."""
+
+    def __init__(self) -> None:
+        self.unknown: set[str] = set()
+
+    def __call__(self, module: str, name: str) -> object:
+        """What a name means: a dtype, a way to build something, or an inert object.
+
+        Raises: PickleFault for a dangerous name.
+        """
+        full = f"{module}.{name}"
+        if is_dangerous(module, name):
+            raise PickleFault("CKPT_UNSAFE_PICKLE", f"a pickle that calls {full!r}, which weights have no use for")
+        if full in _BUILDERS:
+            return Known(full, _BUILDERS[full])
+        if module in ("torch", "torch.cuda", "torch.storage") and name in STORAGE_DTYPES:
+            return STORAGE_DTYPES[name]
+        if full in DTYPES:
+            return DTYPES[full]
+        if full.startswith("torch._utils._rebuild_"):
+            raise PickleFault("CKPT_UNSUPPORTED_TENSOR", f"a tensor made by {name!r}: only dense ones are read")
+        if not is_harmless(module, name):
+            self.unknown.add(full)
+        return Inert(full)
+
+
+def storage_of(identity: object) -> PickledStorage | Inert:
+    """What a persistent id stands for: ("storage", dtype, key, device, elements[, (key, start, count) of a view]).
+
+    Raises: PickleFault.
+    """
+    fields = identity if isinstance(identity, tuple) else ()
+    if fields[:1] == ("module",):
+        return Inert("the source of a module")
+    if len(fields) not in (5, 6) or fields[0] != "storage" or not isinstance(fields[2], str):
+        raise PickleFault("CKPT_BAD_PICKLE", "a damaged pickle: an unknown kind of storage")
+    dtype, key, total = fields[1], fields[2], fields[4]
+    if not isinstance(dtype, torch.dtype):
+        kind = dtype.name if isinstance(dtype, Inert) else "unknown"
+        raise PickleFault("CKPT_UNSUPPORTED_TENSOR", f"a storage of the class {kind!r}")
+    view = fields[5] if len(fields) == 6 and fields[5] is not None else (key, 0, total)
+    span = (*view[1:], total) if isinstance(view, tuple) else ()
+    if not _are_counts(span) or len(span) != 3 or span[0] + span[1] > span[2]:
+        raise PickleFault("CKPT_BAD_PICKLE", "a damaged pickle: a storage of no possible size")
+    return PickledStorage(key, dtype, *span)
+
+
+def named_tensors(top: object) -> dict[str, PickledTensor]:
+    """The tensors of the innermost `state_dict`, or one level down in a table without tensors of its own.
+
+    Raises: PickleFault where there are none.
+    """
+    while isinstance(top, dict) and isinstance(top.get("state_dict"), dict):
+        top = top["state_dict"]
+    if isinstance(top, Inert):
+        raise PickleFault("CKPT_PICKLED_OBJECT", f"a pickled object of the class {top.name!r}")
+    table = top if isinstance(top, dict) else {}
+    tensors = _tensors_in(table) or {
+        f"{outer}.{inner}": tensor
+        for outer, value in table.items()
+        if isinstance(value, dict)
+        for inner, tensor in _tensors_in(value).items()
+    }
+    if not tensors:
+        names = ", ".join(repr(name[:40]) for name in list(table)[:5])
+        raise PickleFault("CKPT_NO_TENSORS", f"no tensors, but {names}" if names else "no tensors")
+    return tensors
+
+
+def check_extent(name: str, tensor: PickledTensor) -> None:
+    """Refuse a tensor that is larger than its storage, or reaches beyond it.
+
+    Raises: PickleFault.
+    """
+    room = tensor.storage.count * tensor.storage.dtype.itemsize // tensor.dtype.itemsize
+    elements = math.prod(tensor.shape)
+    repeated = any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride, strict=True))
+    if elements and (repeated or elements > room):
+        found = f"{name!r} is an expanded tensor: {elements} elements over a storage of {room}"
+        raise PickleFault("CKPT_UNSUPPORTED_TENSOR", found)
+    if tensor.offset + extent_of(tensor.shape, tensor.stride) > room:
+        raise PickleFault("CKPT_BAD_PICKLE", f"{name!r} reaches beyond its storage of {room} elements")
+
+
+def _tensors_in(table: Mapping[str, object]) -> dict[str, PickledTensor]:
+    return {name: value for name, value in table.items() if isinstance(value, PickledTensor)}
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    # The bound keeps products and messages small: no file has 2 ** 62 elements.
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _are_counts(value: object) -> TypeGuard[tuple[int, ...]]:
+    return isinstance(value, tuple) and all(_is_count(item) for item in value)
+
+
+def _tensor(arguments: Arguments) -> PickledTensor:
+    """(storage, offset, shape, stride, ...)."""
+    storage, offset, shape, stride = arguments[:4] if len(arguments) >= 4 else (None,) * 4
+    if (
+        not isinstance(storage, PickledStorage)
+        or not _is_count(offset)
+        or not (_are_counts(shape) and _are_counts(stride))
+        or len(shape) != len(stride)
+        or len(shape) > MAX_DIMENSIONS
+    ):
+        raise PickleFault("CKPT_BAD_PICKLE", "a damaged pickle: a tensor without a storage, shape or stride")
+    return PickledTensor(storage, offset, shape, stride, storage.dtype)
+
+
+def _tensor_of_dtype(arguments: Arguments) -> PickledTensor:
+    """(storage, offset, shape, stride, requires_grad, hooks, dtype, ...)."""
+    dtype = arguments[6] if len(arguments) > 6 else None
+    if not isinstance(dtype, torch.dtype):
+        raise PickleFault("CKPT_UNSUPPORTED_TENSOR", "a tensor of an unknown dtype")
+    return replace(_tensor(arguments), dtype=dtype)
+
+
+def _tensor_with_attributes(arguments: Arguments) -> object:
+    """(builder, class, the builder's arguments, attributes)."""
+    function = arguments[0] if len(arguments) > 2 else None
+    inner = arguments[2] if len(arguments) > 2 else None
+    # One of these inside another would be recursion under the file's control.
+    if not isinstance(function, Known) or function.build is _tensor_with_attributes or not isinstance(inner, tuple):
+        raise PickleFault("CKPT_UNSUPPORTED_TENSOR", "a tensor of a class of its own")
+    return function.build(inner)
+
+
+def _first(arguments: Arguments) -> object:
+    if not arguments:
+        raise PickleFault("CKPT_BAD_PICKLE", "a damaged pickle: a call without its argument")
+    return arguments[0]
+
+
+def _table(arguments: Arguments) -> dict[str, object]:
+    """(pairs,) as Python 2 wrote an OrderedDict; usually no arguments, and the items follow."""
+    pairs = arguments[0] if arguments and isinstance(arguments[0], (list, tuple)) else ()
+    items = [pair for pair in pairs if isinstance(pair, (list, tuple)) and len(pair) == 2]
+    return {key: value for key, value in items if isinstance(key, str)}
+
+
+_BUILDERS: dict[str, Callable[[Arguments], object]] = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_of_dtype,
+    "torch._utils._rebuild_parameter": _first,
+    "torch._utils._rebuild_parameter_with_state": _first,
+    "torch._tensor._rebuild_from_type_v2": _tensor_with_attributes,
+    "torch.Size": _first,
+    "collections.OrderedDict": _table,
+    "collections.defaultdict": _table,
+}

@@ -1,0 +1,146 @@
+"""Open a safetensors file: our own checks, which can explain themselves, then the safetensors library's.
+
+Source: the format's description, https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import NamedTuple, NoReturn, TypeGuard
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sdinpaint_weights.errors import CheckpointError
+from sdinpaint_weights.files import FETCH_AGAIN, SourceFile, size_text
+from sdinpaint_weights.weights import MAX_TENSORS, Entry, Storage, Weights, contiguous_stride
+
+MAX_HEADER = 16_000_000
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class _Span(NamedTuple):
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class _DuplicateNameError(Exception):
+    pass
+
+
+def read_safetensors(file: SourceFile) -> Weights:
+    """Every tensor of a safetensors file, lazily.
+
+    Raises: CheckpointError.
+    """
+    header, data_start = _read_header(file)
+    metadata = _metadata(file, header.pop("__metadata__", {}))
+    if len(header) > MAX_TENSORS:
+        _refuse(file, f"{len(header)} tensors", f"at most {MAX_TENSORS}", code="CKPT_TOO_MANY_TENSORS")
+    spans = {name: _span(file, name, value) for name, value in header.items()}
+    promised = data_start + max((span.end for span in spans.values()), default=0)
+    if promised > file.size:
+        found = f"the header promises {size_text(promised)}, the file has {size_text(file.size)}: incomplete"
+        _refuse(file, found, code="CKPT_TRUNCATED")
+    _ask_library(file)
+    entries = {
+        name: Entry(
+            Storage(file, data_start + span.start, span.end - span.start),
+            0,
+            span.dtype,
+            span.shape,
+            contiguous_stride(span.shape),
+        )
+        for name, span in spans.items()
+    }
+    return Weights(file.path, "safetensors", entries, metadata)
+
+
+def _read_header(file: SourceFile) -> tuple[dict[str, object], int]:
+    if file.size < 8:
+        _refuse(file, f"only {file.size} bytes", code="CKPT_TRUNCATED")
+    length = int.from_bytes(file.read(0, 8), "little")
+    if length > MAX_HEADER:
+        _refuse(file, f"a header of {length} bytes", f"at most {MAX_HEADER} bytes")
+    if 8 + length > file.size:
+        found = f"the header alone needs {size_text(8 + length)}, the file has {size_text(file.size)}: incomplete"
+        _refuse(file, found, code="CKPT_TRUNCATED")
+    text = file.read(8, length)
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except _DuplicateNameError as error:
+        _refuse(file, f"the name {error} occurs twice in the header", code="CKPT_DUPLICATE_KEY")
+    except (ValueError, RecursionError) as error:
+        _refuse(file, f"a header that is not JSON ({type(error).__name__})")
+    if not isinstance(header, dict):
+        _refuse(file, "a header that is not a JSON object")
+    return header, 8 + length
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    names = dict(pairs)
+    if len(names) != len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise _DuplicateNameError(repr(name))
+            seen.add(name)
+    return names
+
+
+def _metadata(file: SourceFile, value: object) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        _refuse(file, "__metadata__ that is not a table of texts")
+    return value
+
+
+def _span(file: SourceFile, name: str, value: object) -> _Span:
+    fields = value if isinstance(value, dict) else {}
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        _refuse(file, f"tensor {name!r}: dtype {str(dtype)[:20]!r}", f"one of {', '.join(DTYPES)}")
+    if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
+        _refuse(file, f"tensor {name!r}: its shape or its offsets are not lists of sizes")
+    start, end = offsets
+    size = math.prod(shape) * DTYPES[dtype].itemsize
+    if end - start != size:
+        _refuse(file, f"tensor {name!r}: {end - start} bytes for {dtype} {tuple(shape)}", f"{size} bytes")
+    return _Span(DTYPES[dtype], tuple(shape), start, end)
+
+
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
+    return (
+        isinstance(value, list)
+        and len(value) <= 16
+        # Beyond 2 ** 62 bytes no file exists; the bound keeps products and messages small.
+        and all(type(item) is int and 0 <= item < 1 << 62 for item in value)
+    )
+
+
+def _ask_library(file: SourceFile) -> None:
+    """Have the library check what we do not: holes, overlaps and trailing bytes."""
+    try:
+        with safe_open(file.path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        _refuse(file, f"the safetensors library refuses it: {error}")
+
+
+def _refuse(file: SourceFile, found: str, expected: str = "", code: str = "CKPT_BAD_HEADER") -> NoReturn:
+    raise CheckpointError(code, file.path, found, expected=expected, hint=FETCH_AGAIN)

@@ -1,0 +1,137 @@
+"""A lazy mapping from name to tensor over one or several weights files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdinpaint_weights.errors import CheckpointError
+from sdinpaint_weights.files import FETCH_AGAIN, SourceFile
+
+MAX_TENSORS = 20_000
+"""An SD1 checkpoint has about 1,100 tensors, an XL one 2,500."""
+
+
+@dataclass(eq=False)
+class Storage:
+    """A run of bytes in a file, with the CRC-32 that the file promises for it, if it promises one."""
+
+    file: SourceFile
+    offset: int
+    size: int
+    crc: int | None = None
+    name: str = ""
+
+    def verify(self) -> None:
+        """Compare the checksum, on the first read only.
+
+        Raises: CheckpointError.
+        """
+        if self.crc is None:
+            return
+        if self.file.crc32(self.offset, self.size) != self.crc:
+            found = f"the bytes of {self.name!r} do not match their CRC-32 checksum"
+            raise CheckpointError("CKPT_BAD_CRC", self.file.path, found, hint=FETCH_AGAIN)
+        self.crc = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: `start` bytes into a storage; `stride` in elements."""
+
+    storage: Storage
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def extent(self) -> int:
+        """Elements from the first to the last one used."""
+        return extent_of(self.shape, self.stride)
+
+    def tensor(self, dtype: torch.dtype | None) -> Tensor:
+        """The tensor as a view of the mapped file, or read and cast where another dtype is asked for."""
+        self.storage.verify()
+        if self.extent == 0:
+            return torch.empty(self.shape, dtype=dtype or self.dtype)
+        file, offset = self.storage.file, self.storage.offset + self.start
+        as_stored = dtype in (None, self.dtype)
+        aligned = offset % self.dtype.itemsize == 0
+        flat = (file.mapped if as_stored and aligned else file.loaded)(offset, self.extent, self.dtype)
+        tensor = flat.as_strided(self.shape, self.stride)
+        return tensor if dtype is None else tensor.to(dtype)
+
+
+@dataclass(eq=False)
+class Weights(Mapping[str, Tensor]):
+    """The tensors of a file or of a folder's shards; nothing is read before it is asked for.
+
+    `weights[key]` and `weights.tensor(key)` are views of the mapped file.
+    """
+
+    path: Path
+    kind: str
+    """"safetensors", "zip pickle" or "legacy pickle"."""
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    """Classes named in a pickle that are no weights; they were neither imported nor run."""
+    notes: tuple[str, ...] = ()
+    """What was chosen on the caller's behalf, as sentences."""
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.entries
+
+    def __repr__(self) -> str:
+        return f"Weights({str(self.path)!r}, {self.kind}, {len(self)} tensors)"
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of one tensor; reads nothing."""
+        return self.entries[key].shape
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor; reads nothing."""
+        return {key: entry.shape for key, entry in self.entries.items()}
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Stored dtype of one tensor; reads nothing."""
+        return self.entries[key].dtype
+
+    def tensor(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor on the CPU: a view of the mapped file, or where `dtype` differs a cast copy.
+
+        A view may be written to (the file is not), and needs the file to stay unchanged while it lives.
+        A checksum, where the file has one, is compared on the first read of each storage.
+        Raises: KeyError for an unknown name; CheckpointError for damaged bytes.
+        """
+        return self.entries[key].tensor(dtype)
+
+
+def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in elements, of a dense row-major tensor."""
+    stride, step = [], 1
+    for size in reversed(shape):
+        stride.append(step)
+        step *= size
+    return tuple(reversed(stride))
+
+
+def extent_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Elements from the first to the last one used; 0 for a tensor without elements."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
