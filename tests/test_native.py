@@ -60,7 +60,7 @@ def released_files():
         yield name, "vae"
 
 
-@pytest.mark.parametrize(("name", "component"), released_files())
+@pytest.mark.parametrize(("name", "component"), list(released_files()))
 def test_every_key_of_the_released_files_is_claimed(name, component):
     weights = inventory(name)
     state = claim(weights, component)

@@ -11,7 +11,7 @@ import torch
 from sdinpaint.families import SD15_INPAINT
 from sdinpaint.loading import save_diffusers
 from sdinpaint.pipeline import Pipeline
-from sdinpaint.training import autoencoder, inpainting
+from sdinpaint.training import autoencoder, curves, inpainting
 
 
 @click.command()
@@ -21,12 +21,14 @@ from sdinpaint.training import autoencoder, inpainting
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 def main(out: Path, autoencoder_steps: int, steps: int, device: str) -> None:
     """Train the autoencoder, then the UNet with its text encoder, and write OUT/model as a diffusers folder."""
+    curves.require_matplotlib()
     vae = autoencoder.train(out / "autoencoder", steps=autoencoder_steps, device=device)
     unet, text = inpainting.train(out / "inpainting", vae, steps=steps, device=device)
     family = dataclasses.replace(SD15_INPAINT, unet=unet.config, vae=vae.config, text=text.config, size=inpainting.SIZE)
     pipe = Pipeline(family, unet, vae, text, inpainting.vocabulary(), source=str(out))
     save_diffusers(out / "model", pipe, torch.float16)
-    click.echo(f"wrote {out / 'model'}")
+    curves.draw(out, out / "training.png")
+    click.echo(f"wrote {out / 'model'} and {out / 'training.png'}")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def diffusers_state(component: str, tensors: Tensors) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         renamed_to = renamed(name, table)
         if renamed_to is None:
-            found = f"{component}: {name} has no name in the diffusers layout"
+            found = f"{name} has no name in the diffusers layout"
             raise CheckpointError("CKPT_KEYS", component, found, hint="write a single file instead")
         # The VAE's attention is four 1 x 1 convolutions in LDM, and four linear layers in diffusers.
         linear = component == "vae" and ".attentions." in renamed_to and tensor.ndim == 4

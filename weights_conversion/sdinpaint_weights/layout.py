@@ -12,7 +12,11 @@ from sdinpaint_weights.errors import CheckpointError
 Shapes = Mapping[str, tuple[int, ...]]
 
 FOREIGN = (
-    (r"lora_(unet|te\d?|transformer)_|.*\.lora_(up|down|A|B)\.|.*\.(hada_w1_a|lokr_w1)", "lora", "a LoRA"),
+    (
+        r"lora_(unet|te\d?|transformer)_|.*\.lora[._](up|down|A|B|linear_layer)\.|.*\.(hada_w1_a|lokr_w1)",
+        "lora",
+        "a LoRA",
+    ),
     (r"(image_proj|ip_adapter)\.", "ip-adapter", "an IP-Adapter"),
     (r"emb_params$|string_to_param\.|clip_[lg]$|<[^>]*>$", "textual inversion", "a textual-inversion embedding"),
     (r".*\.motion_modules\.", "motion module", "an AnimateDiff motion module"),
@@ -110,7 +114,8 @@ def identify(shapes: Shapes) -> Layout:
             return _other(layout, title, f"{_say(shapes, name)}: {title}")
     met = _marks_met(shapes)
     if not met:
-        return _other("unknown", f"not a Stable Diffusion checkpoint: none of its {len(shapes)} tensors is known")
+        plural = "" if len(shapes) == 1 else "s"
+        return _other("unknown", f"not a Stable Diffusion checkpoint: {len(shapes)} tensor{plural}, none known")
     components = [mark.component for mark, _ in met]
     why = [f"{_say(shapes, name)}: {ALONE.get(mark.component, mark.component)}" for mark, name in met]
     family = _family(shapes, met, why)

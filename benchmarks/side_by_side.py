@@ -1,0 +1,207 @@
+"""sdinpaint beside diffusers on one full-size random SD-1.5-inpainting checkpoint: import, load, one UNet step.
+
+    python benchmarks/side_by_side.py [import] [load] [step]
+
+Everything is timed in turns, ours and theirs, and reported as medians. Load is timed in a process of its own each
+time, with the file in the page cache for both; its peak is the kernel's VmHWM less what the imports took.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from sdinpaint.configs import diffusers_configs
+from sdinpaint.families import SD15_INPAINT
+from sdinpaint.loading import Models
+from sdinpaint.models import VAE, CLIPText, UNet
+
+RESULTS = Path(__file__).parent / "results" / "side_by_side.jsonl"
+
+IMPORTS = {
+    "sdinpaint": "import sdinpaint",
+    "diffusers": "from diffusers import StableDiffusionInpaintPipeline",
+    "torch": "import torch",
+}
+LOADS = {
+    "sdinpaint": """
+import sdinpaint
+from sdinpaint.text.tokenizer import find_tokenizer
+begin()
+pipe = sdinpaint.load(folder, dtype=dtype, device="cpu", progress=False)
+end(pipe.unet, pipe.vae, pipe.text)
+""",
+    "diffusers": """
+import torch
+from diffusers import StableDiffusionInpaintPipeline
+begin()
+pipe = StableDiffusionInpaintPipeline.from_pretrained(
+    folder, torch_dtype=getattr(torch, dtype), local_files_only=True, safety_checker=None
+)
+end(pipe.unet, pipe.vae, pipe.text_encoder)
+""",
+}
+# Reading one value of every page makes both pay for what a memory map would put off.
+PROBE = """
+import json, os, sys, time
+folder, dtype = sys.argv[1:]
+def status(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
+def begin():
+    global started, before
+    open("/proc/self/clear_refs", "w").write("5")
+    before, started = status("VmRSS"), time.perf_counter()
+def end(*models):
+    seconds = time.perf_counter() - started
+    parameters = [p for model in models for p in model.parameters()]
+    for p in parameters:
+        p.flatten()[:: 4096 // p.element_size()].sum()
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    touched = time.perf_counter() - started
+    print(json.dumps({"seconds": seconds, "touched": touched, "peak": status("VmHWM") - before, "weights": weights}))
+"""
+
+
+def environment() -> dict[str, object]:
+    """Where the figures come from."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    import diffusers
+    import transformers
+
+    return {
+        "commit": commit.stdout.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def report(row: dict[str, object]) -> None:
+    """Append a row, and show it."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**row, **environment()}) + "\n")
+    print(json.dumps(row), flush=True)
+
+
+def run(code: str, *arguments: str) -> str:
+    """Run Python code in a new process -> what it printed."""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return done.stdout
+
+
+def random_models(dtype: torch.dtype) -> Models:
+    """The full-size networks with torch's own initial weights, which keep activations finite."""
+    torch.manual_seed(0)
+    family = SD15_INPAINT
+    return Models(UNet(family.unet).to(dtype), VAE(family.vae).to(dtype), CLIPText(family.text).to(dtype))
+
+
+def measure_import(rounds: int = 7) -> None:
+    """Seconds of each import statement in a new process, less the interpreter's own start."""
+    timed = "import time; t = time.perf_counter()\n{}\nprint(time.perf_counter() - t)"
+    seconds: dict[str, list[float]] = {name: [] for name in IMPORTS}
+    for _ in range(rounds + 1):
+        for name, statement in IMPORTS.items():
+            seconds[name].append(float(run(timed.format(statement))))
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first fills the cache
+    report({"what": "import", "seconds": medians, "ratio": medians["sdinpaint"] / medians["diffusers"]})
+
+
+def measure_load(rounds: int = 5) -> None:
+    """Load time and peak memory for each pair of stored and asked dtype."""
+    from sdinpaint_weights.export import write_diffusers
+
+    from sdinpaint.text.tokenizer import find_tokenizer
+
+    for stored, asked in (
+        ("float32", "float32"),
+        ("float16", "float16"),
+        ("float16", "bfloat16"),
+        ("float32", "bfloat16"),
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            models = random_models(getattr(torch, stored))
+            states = dict(zip(("unet", "vae", "text_encoder"), (model.state_dict() for model in models), strict=True))
+            write_diffusers(folder, states, diffusers_configs(SD15_INPAINT))
+            find_tokenizer().save(Path(folder) / "tokenizer")
+            del models, states
+            found: dict[str, list[dict[str, float]]] = {name: [] for name in LOADS}
+            for _ in range(rounds + 1):
+                for name, code in LOADS.items():
+                    found[name].append(json.loads(run(PROBE + code, folder, asked).splitlines()[-1]))
+        row: dict[str, object] = {"what": "load", "stored": stored, "asked": asked}
+        for name, rows in found.items():
+            median = {key: statistics.median(one[key] for one in rows[1:]) for key in rows[0]}
+            row[name] = {**median, "peak_to_weights": median["peak"] / median["weights"]}
+        report(row)
+
+
+def measure_step(rounds: int = 5) -> None:
+    """One guided step (batch 2) at 512 x 512 in float32 and bfloat16, outputs compared first."""
+    from diffusers import UNet2DConditionModel
+    from sdinpaint_weights.export import diffusers_state
+
+    torch.manual_seed(0)
+    ours = UNet(SD15_INPAINT.unet).eval()
+    config = {
+        name: value for name, value in diffusers_configs(SD15_INPAINT)["unet/config.json"].items() if name[0] != "_"
+    }
+    with torch.device("meta"):
+        theirs = UNet2DConditionModel(**config).eval()
+    theirs.load_state_dict(diffusers_state("unet", ours.state_dict()), assign=True)
+    x, t, context = torch.randn(2, 9, 64, 64), torch.tensor([501.0, 501.0]), torch.randn(2, 77, 768)
+    for dtype in (torch.float32, torch.bfloat16):
+        for model in (ours, theirs):
+            model.to(dtype)
+        inputs = x.to(dtype), t, context.to(dtype)
+        calls = {
+            "sdinpaint": lambda: ours(*inputs),  # noqa: B023 - called within the loop's turn
+            "diffusers": lambda: theirs(*inputs, return_dict=False)[0],  # noqa: B023
+        }
+        with torch.inference_mode():
+            out = {name: call().float() for name, call in calls.items()}
+            error = float((out["sdinpaint"] - out["diffusers"]).norm() / out["diffusers"].norm())
+            if error > (1e-4 if dtype == torch.float32 else 3e-2):
+                raise RuntimeError(f"the outputs differ by {error:.1e}: nothing is timed")
+            seconds: dict[str, list[float]] = {name: [] for name in calls}
+            for _ in range(rounds):
+                for name, call in calls.items():
+                    started = time.perf_counter()
+                    call()
+                    seconds[name].append(time.perf_counter() - started)
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        ratios = [a / b for a, b in zip(seconds["sdinpaint"], seconds["diffusers"], strict=True)]
+        report(
+            {
+                "what": "step",
+                "dtype": str(dtype).removeprefix("torch."),
+                "relative_difference": error,
+                "seconds": medians,
+                "all_seconds": seconds,
+                "ratio": statistics.median(ratios),
+            }
+        )
+
+
+if __name__ == "__main__":
+    measures = {"import": measure_import, "load": measure_load, "step": measure_step}
+    for chosen in sys.argv[1:] or measures:
+        measures[chosen]()

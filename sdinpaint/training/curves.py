@@ -1,0 +1,51 @@
+"""The loss curves of a training run as one picture. Needs matplotlib (the `train` extra)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+from sdinpaint.errors import SettingError
+
+SMOOTHING = 0.95
+
+
+def require_matplotlib() -> None:
+    """Raises: SettingError where matplotlib is missing, so that it is known before hours of training."""
+    if importlib.util.find_spec("matplotlib") is None:
+        hint = "pip install 'sdinpaint[train]'"
+        raise SettingError("SETTING_MATPLOTLIB", "training", "matplotlib is not installed", hint=hint)
+
+
+def draw(folder: Path, target: Path) -> None:
+    """Draw FOLDER/{autoencoder,inpainting}/log.jsonl to a PNG."""
+    require_matplotlib()
+    import matplotlib.pyplot as plt  # noqa: PLC0415 - an extra
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    panels = [
+        ("autoencoder", "psnr", "autoencoder: PSNR, dB"),
+        ("inpainting", "loss", "UNet: weighted loss"),
+        ("inpainting", "hole", "UNet: error of the noise in the hole"),
+    ]
+    for axis, (stage, figure_name, title) in zip(axes, panels, strict=True):
+        rows = [json.loads(line) for line in (folder / stage / "log.jsonl").read_text("utf-8").splitlines()]
+        steps, values = [row["step"] for row in rows], [row[figure_name] for row in rows]
+        axis.plot(steps, values, color="#c8d4e8", linewidth=0.8)
+        axis.plot(steps, _smoothed(values), color="#1f4e9c", linewidth=1.6)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if figure_name != "psnr":
+            axis.set_yscale("log")
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    smooth, average = [], values[0]
+    for value in values:
+        average = SMOOTHING * average + (1 - SMOOTHING) * value
+        smooth.append(average)
+    return smooth
