@@ -241,8 +241,8 @@ class Pipeline:
     def _jobs(self, image: Any, mask: Any, prompt: Any, negative_prompt: Any, seed: Any, noise: Any) -> list[Job]:
         """Read everything, and check everything, before anything is computed."""
         given = {
-            "images": as_list(image),
-            "masks": as_list(mask),
+            "images": _unbatched(image),
+            "masks": _unbatched(mask),
             "prompts": as_list(prompt),
             "negative prompts": as_list(negative_prompt),
             "seeds": as_list(seed),
@@ -311,6 +311,11 @@ def _job(picture: Picture, mask: Any, prompt: str, negative_prompt: str, seed: i
         found, expected = f"{tuple(noise.shape[-2:])} latent rows and columns", f"{latent_size} for this picture"
         raise SettingError("SETTING_NOISE", "noise", found, expected=expected)
     return Job(picture, where, image, hole, prompt or "", negative_prompt or "", check_seed(seed), noise)
+
+
+def _unbatched(value: Any) -> list[Any]:
+    """A list; a batch (B, C, H, W) in one tensor is B of them."""
+    return list(value) if isinstance(value, Tensor) and value.ndim == 4 else as_list(value)
 
 
 def _noises(noise: Tensor | None, count: int, channels: int) -> list[Tensor | None]:

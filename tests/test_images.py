@@ -452,7 +452,7 @@ def test_conversion_is_that_of_diffusers(rgb):
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 8, 64]), st.sampled_from(["reflect", "zeros"]))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_padding_and_crop_are_inverse(height, width, multiple, mode):
     image = torch.rand(1, 2, height, width)
     padded, crop = pad_to_multiple(image, multiple, mode)
@@ -480,7 +480,7 @@ def test_reflection_of_a_single_pixel():
 
 
 @given(st.integers(0, 2**32 - 1), st.booleans())
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 def test_paste_changes_the_mask_alone(seed, transparent):
     generator = np.random.default_rng(seed)
     original = Picture(

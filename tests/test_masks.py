@@ -100,6 +100,7 @@ def test_exif_orientation(hole, tmp_path):
 
 
 @given(st.just(0) | st.integers(2, 255))
+@settings(deadline=None)
 def test_every_level_of_grey(level):
     mask = read_mask(np.full(SIZE, level, np.uint8), SIZE)
     assert mask[0, 0] == (np.float32(level / 255) if level >= 4 else 0)
@@ -291,7 +292,7 @@ def test_broken_file_names_the_mask(tmp_path):
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 5))
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_latent_mask(seed, rows, columns):
     mask = (torch.rand(2, 1, 8 * rows, 8 * columns, generator=torch.Generator().manual_seed(seed)) < 0.02).float()
     cells = mask.reshape(2, 1, rows, 8, columns, 8)

@@ -186,6 +186,15 @@ def test_content_decides_and_not_the_name(tmp_path):
         assert same(open_weights(tmp_path / name)["w"], tensors["w"])
 
 
+@pytest.mark.parametrize("length", [0x4B50, 0x80, 0x8B1F, 0x7B, 0x3C])
+def test_header_lengths_that_look_like_the_beginning_of_another_kind(tmp_path, length):
+    # "PK" of a zip file, a pickle's first byte, gzip's magic number, "{" and "<".
+    text = json.dumps(one(), separators=(",", ":")).encode().ljust(length)
+    assert len(text) == length
+    (tmp_path / "a").write_bytes(struct.pack("<Q", length) + text + bytes(8))
+    assert read_all(tmp_path / "a")["w"].tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("save", [save_zip, save_legacy, lambda path, value: save_file(value, path)])
 def test_writing_to_a_tensor_leaves_the_file_as_it_is(tmp_path, save):
     save(tmp_path / "a", {"w": torch.zeros(16)})

@@ -93,14 +93,14 @@ def test_byte_symbols_are_those_of_byte_level_encoding():
 
 
 @given(st.lists(st.text("abcdeghlnorstu", min_size=1, max_size=12), max_size=8))
-def test_ids_follow_the_definition_of_byte_pair_encoding(words):
-    tokenizer = train_tokenizer(CORPUS, 560)
-    expected = [tokenizer.vocab[part] for word in words for part in spelled(word, tokenizer.merges)]
+@settings(max_examples=100, deadline=None)
+def test_ids_follow_the_definition_of_byte_pair_encoding(small, words):
+    expected = [small.vocab[part] for word in words for part in spelled(word, small.merges)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SdInpaintWarning)
-        row = tokenizer(" ".join(words))[0].tolist()
-    expected = [tokenizer.start_id, *expected[:75], tokenizer.end_id]
-    assert row == expected + [tokenizer.end_id] * (77 - len(expected))
+        row = small(" ".join(words))[0].tolist()
+    expected = [small.start_id, *expected[:75], small.end_id]
+    assert row == expected + [small.end_id] * (77 - len(expected))
 
 
 def test_one_row_per_prompt_and_case_and_space_do_not_count(small):
@@ -180,15 +180,14 @@ def test_lone_surrogate_is_refused_with_its_place(small):
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
-@settings(max_examples=200)
-def test_any_text_makes_a_valid_row(small_text):
-    tokenizer = train_tokenizer(CORPUS, 560)
+@settings(max_examples=200, deadline=None)
+def test_any_text_makes_a_valid_row(small, text):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SdInpaintWarning)
-        row = tokenizer(small_text)[0]
-    assert row[0] == tokenizer.start_id
-    assert tokenizer.end_id in row
-    assert 0 <= row.min() <= row.max() < tokenizer.vocab_size
+        row = small(text)[0]
+    assert row[0] == small.start_id
+    assert small.end_id in row
+    assert 0 <= row.min() <= row.max() < small.vocab_size
 
 
 # the real vocabulary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from pathlib import Path
 
 import click
@@ -22,6 +23,7 @@ from sdinpaint.training import autoencoder, curves, inpainting
 def main(out: Path, autoencoder_steps: int, steps: int, device: str) -> None:
     """Train the autoencoder, then the UNet with its text encoder, and write OUT/model as a diffusers folder."""
     curves.require_matplotlib()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # saves the state, as Ctrl-C does
     vae = autoencoder.train(out / "autoencoder", steps=autoencoder_steps, device=device)
     unet, text = inpainting.train(out / "inpainting", vae, steps=steps, device=device)
     family = dataclasses.replace(SD15_INPAINT, unet=unet.config, vae=vae.config, text=text.config, size=inpainting.SIZE)

@@ -91,7 +91,10 @@ def example_caption(rng: np.random.Generator) -> str:
 
 
 class Bank:
-    """Encoded examples, kept and slowly renewed: encoding is the expensive part, and noise makes each use a new one."""
+    """Encoded examples, kept and slowly renewed: encoding is the expensive part, and noise makes each use a new one.
+
+    A resumed run begins with the bank of the first step again, and renews it from there.
+    """
 
     def __init__(self, vae: VAE, tokenizer: Tokenizer, size: int, device: str) -> None:
         self.vae, self.tokenizer, self.device = vae, tokenizer, device
@@ -145,7 +148,7 @@ def train(
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         torch.manual_seed(step)
         rng = np.random.default_rng((5, step))
-        examples.renew(rng, batch // 8)
+        examples.renew(rng, max(batch // 8, 1))
         latents, mask, masked, ids = examples.draw(rng, batch)
         t = torch.randint(0, len(sigmas), (batch,), device=device)
         sigma = sigmas[t][:, None, None, None]

@@ -1,6 +1,6 @@
 """A training loop that can be stopped at any moment and resumed where it was.
 
-All randomness of a step is drawn from (seed, step), so a resumed run sees what an uninterrupted one would have seen.
+All randomness of a step is drawn from (seed, step), so a resumed run goes on as an uninterrupted one would.
 """
 
 from __future__ import annotations

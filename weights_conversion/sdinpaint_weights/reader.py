@@ -37,16 +37,20 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
     """
     file = SourceFile(path)
     head = bytes(file.read(0, min(HEAD, file.size)))
-    if head.startswith(b"PK"):
+    header_size, begins_json = int.from_bytes(head[:8], "little"), head[8:9] == b"{"
+    if header_size <= MAX_HEADER and begins_json:
+        return read_safetensors(file)
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return read_zip(file)
+    if header_size > MAX_HEADER and head.startswith(b"\x80"):
+        return read_legacy(file)
     if _is_text(head):
         _refuse_text(file, head)
     for magic, code, found in FOREIGN:
         if head.startswith(magic):
             raise CheckpointError(code, path, found, expected=KINDS, hint="get the weights as .safetensors")
-    if head.startswith(b"\x80") and head[8:9] != b"{":
-        return read_legacy(file)
-    if head[8:9] == b"{" or int.from_bytes(head[:8], "little") <= MAX_HEADER:
+    if header_size <= MAX_HEADER or begins_json:
+        # A damaged safetensors file: its reader can say in what way.
         return read_safetensors(file)
     _refuse_unknown(file, f"unknown content of {size_text(file.size)}, beginning {head[:8].hex(' ')}")
 

@@ -1,0 +1,62 @@
+"""What several test files share: a small family, its vocabulary, and the released files as names and shapes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from sdinpaint_weights.weights import Entry, Weights
+
+from sdinpaint.families import SD15_INPAINT
+from sdinpaint.text.tokenizer import train_tokenizer
+
+INVENTORIES = Path(__file__).parent / "data" / "inventories"
+CORPUS = [f"a {colour} {shape} on the {place}" for colour in ("red", "blue") for shape in ("fox", "cube") for place in "ab"]
+
+
+@pytest.fixture(scope="session")
+def inventory():
+    """inventory(name) -> Weights without bytes: names, shapes and dtypes of a released file."""
+
+    def read(name):
+        table = json.loads(gzip.decompress((INVENTORIES / f"{name}.json.gz").read_bytes()))
+        entries = {key: Entry(None, 0, getattr(torch, kind), tuple(shape), ()) for key, (shape, kind) in table.items()}
+        return Weights(Path(name), "safetensors", entries)
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def vocabulary():
+    """A Tokenizer of some 540 tokens."""
+    return train_tokenizer(CORPUS, 540)
+
+
+@pytest.fixture(scope="session")
+def tiny(vocabulary):
+    """An inpainting family with SD1's structure, in which no two sizes that might be confused are equal."""
+    unet = replace(
+        SD15_INPAINT.unet,
+        model_channels=24,
+        channel_mult=(1, 2, 3),
+        transformer_depth=(1, 1, 0),
+        context_dim=28,
+        num_heads=3,
+        norm_groups=4,
+    )
+    vae = replace(
+        SD15_INPAINT.vae,
+        channels=10,
+        channel_mult=(1, 2, 3, 4),
+        num_res_blocks=1,
+        norm_groups=5,
+        scaling_factor=0.21,
+    )
+    text = replace(
+        SD15_INPAINT.text, vocab_size=vocabulary.vocab_size, width=28, mlp_width=44, num_layers=3, num_heads=7
+    )
+    return replace(SD15_INPAINT, unet=unet, vae=vae, text=text, size=64)
