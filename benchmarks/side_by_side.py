@@ -28,7 +28,7 @@ from sdinpaint.models import VAE, CLIPText, UNet
 RESULTS = Path(__file__).parent / "results" / "side_by_side.jsonl"
 
 IMPORTS = {
-    "sdinpaint": "import sdinpaint",
+    "sdinpaint": "from sdinpaint import load",
     "diffusers": "from diffusers import StableDiffusionInpaintPipeline",
     "torch": "import torch",
 }

@@ -1,10 +1,38 @@
 """Latent diffusion for inpainting: change the part of a picture under a mask, keep the rest."""
 
-from sdinpaint.errors import SdInpaintError, SdInpaintWarning
-from sdinpaint.inspecting import Report, inspect
-from sdinpaint.loading import load, save_diffusers
-from sdinpaint.pipeline import Pipeline, Result
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sdinpaint.errors import SdInpaintError, SdInpaintWarning
+    from sdinpaint.inspecting import Report, inspect
+    from sdinpaint.loading import load, save_diffusers
+    from sdinpaint.pipeline import Pipeline, Result
 
 __version__ = "0.1.0"
 
 __all__ = ["Pipeline", "Report", "Result", "SdInpaintError", "SdInpaintWarning", "inspect", "load", "save_diffusers"]
+
+# Found on first use, so that the command line can explain itself without waiting for torch.
+_HOMES = {
+    "SdInpaintError": "errors",
+    "SdInpaintWarning": "errors",
+    "Report": "inspecting",
+    "inspect": "inspecting",
+    "load": "loading",
+    "save_diffusers": "loading",
+    "Pipeline": "pipeline",
+    "Result": "pipeline",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

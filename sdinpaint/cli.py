@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from sdinpaint import __version__
 from sdinpaint.errors import ImageError, SdInpaintError, SdInpaintWarning
+from sdinpaint.picture_io import SUFFIXES, check_output_path, read_settings, save_png
 
 __all__ = ["main"]
 
@@ -107,8 +109,13 @@ def main() -> None:
     "--strength", default=1.0, show_default=True, help="Below 1, the repaint starts from what the picture shows."
 )
 @click.option("--eta", type=float, help="Fresh noise in each step, 0 to 1. Default: the sampler's own.")
-@click.option("--cover", type=click.Choice(["nearest", "max"]), default="nearest", show_default=True,
-              help="max also repaints where the mask only touches an 8 x 8 cell.")  # fmt: skip
+@click.option(
+    "--cover",
+    type=click.Choice(["nearest", "max"]),
+    default="nearest",
+    show_default=True,
+    help="max also repaints where the mask only touches an 8 x 8 cell.",
+)
 @click.option(
     "--paste-back/--no-paste-back", default=True, help="Keep black pixels of the mask bit for bit.  [default: on]"
 )
@@ -148,7 +155,6 @@ def inpaint(
     from sdinpaint.images import read_picture
     from sdinpaint.loading import load
     from sdinpaint.masks import read_mask
-    from sdinpaint.picture_io import save_png
     from sdinpaint.settings import Settings, check_seed
 
     # All that can be wrong beside the model is found before the model is loaded.
@@ -193,7 +199,6 @@ def inspect(path: str, variant: str | None, as_json: bool) -> None:
       sdinpaint inspect out.png --json
     """
     from sdinpaint.inspecting import inspect as report_on
-    from sdinpaint.picture_io import SUFFIXES, read_settings
 
     if Path(path).suffix.lower() in SUFFIXES:
         click.echo(json.dumps(read_settings(path), indent=2))
@@ -242,8 +247,6 @@ def doctor(as_json: bool) -> None:
 
 def _targets(out: Path, count: int, inputs: Sequence[str]) -> list[Path]:
     """The files to write: `out`, or out-1, out-2, ... beside it; none of them is an input. Raises: ImageError."""
-    from sdinpaint.picture_io import check_output_path
-
     names = [out] if count == 1 else [out.with_stem(f"{out.stem}-{index + 1}") for index in range(count)]
     given = {Path(one).resolve() for one in inputs}
     for target in names:
@@ -286,7 +289,7 @@ def _notes() -> Iterator[None]:
                 python_way(message, category, filename, lineno, file, line)
             elif str(message) not in shown:
                 shown.add(str(message))
-                tqdm.write(f"note: {message}", file=click.get_text_stream("stderr"))
+                tqdm.write(f"note: {message}", file=sys.stderr)
 
         warnings.simplefilter("always", SdInpaintWarning)
         warnings.showwarning = show

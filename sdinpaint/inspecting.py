@@ -38,9 +38,15 @@ class Report:
     problem: str
     """What keeps it from loading; empty if nothing does."""
 
+    @property
+    def dtype(self) -> str:
+        """The dtype of all tensors, or "mixed"."""
+        kinds = {kind for counts in self.dtypes.values() for kind in counts}
+        return kinds.pop() if len(kinds) == 1 else "mixed"
+
     def to_json(self) -> dict[str, Any]:
         """Every field by name."""
-        return asdict(self)
+        return {**asdict(self), "dtype": self.dtype}
 
     def __str__(self) -> str:
         total = sum(self.parameters.values())
@@ -92,7 +98,7 @@ def _report(checkpoint: Checkpoint, problem: str) -> Report:
         path=str(checkpoint.path),
         title=unet.title if checkpoint.folder is None else "a Stable Diffusion 1 model in a diffusers folder",
         family=family.name,
-        layout=unet.layout if checkpoint.folder is None else "diffusers folder",
+        layout=unet.naming if checkpoint.folder is None else "diffusers",
         in_channels=family.unet.in_channels,
         prediction=family.schedule.prediction,
         has_ema=unet.has_ema,

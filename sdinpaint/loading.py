@@ -15,6 +15,8 @@ from sdinpaint_weights.folder import open_folder_component
 from sdinpaint_weights.layout import Layout, identify, require_family
 from sdinpaint_weights.native import NativeState, check_complete, load_tensors, native_state, outside_keys
 from sdinpaint_weights.reader import open_weights
+from torch import nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from sdinpaint.configs import (
@@ -55,6 +57,18 @@ class Models(NamedTuple):
     text_encoder: CLIPText
 
 
+class _WithoutInitialValues(TorchFunctionMode):
+    """Leaves new parameters unfilled; filling them on the meta device would import 800 modules of torch for nothing."""
+
+    FILLING = frozenset({nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_})
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if func in self.FILLING else func(*args, **kwargs)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint that was found and understood, and of which no tensor has been read."""
@@ -73,7 +87,7 @@ class Checkpoint:
 
     def build(self) -> Models:
         """The models on the meta device, once every name and shape is known to fit. Raises: CheckpointError."""
-        with torch.device("meta"):
+        with torch.device("meta"), _WithoutInitialValues():
             models = Models(UNet(self.family.unet), VAE(self.family.vae), CLIPText(self.family.text))
         for component, model in zip(COMPONENTS, models, strict=True):
             shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}

@@ -243,8 +243,8 @@ class Pipeline:
         given = {
             "images": _unbatched(image),
             "masks": _unbatched(mask),
-            "prompts": as_list(prompt),
-            "negative prompts": as_list(negative_prompt),
+            "prompts": _texts(prompt),
+            "negative prompts": _texts(negative_prompt),
             "seeds": as_list(seed),
         }
         count = common_length(**given)
@@ -310,12 +310,17 @@ def _job(picture: Picture, mask: Any, prompt: str, negative_prompt: str, seed: i
     if noise is not None and noise.shape[-2:] != latent_size:
         found, expected = f"{tuple(noise.shape[-2:])} latent rows and columns", f"{latent_size} for this picture"
         raise SettingError("SETTING_NOISE", "noise", found, expected=expected)
-    return Job(picture, where, image, hole, prompt or "", negative_prompt or "", check_seed(seed), noise)
+    return Job(picture, where, image, hole, prompt, negative_prompt, check_seed(seed), noise)
 
 
 def _unbatched(value: Any) -> list[Any]:
     """A list; a batch (B, C, H, W) in one tensor is B of them."""
     return list(value) if isinstance(value, Tensor) and value.ndim == 4 else as_list(value)
+
+
+def _texts(value: Any) -> list[Any]:
+    """A list of prompts; None is the empty one."""
+    return ["" if text is None else text for text in as_list(value)]
 
 
 def _noises(noise: Tensor | None, count: int, channels: int) -> list[Tensor | None]:

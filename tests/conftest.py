@@ -1,4 +1,4 @@
-"""What several test files share: a small family, its vocabulary, and the released files as names and shapes."""
+"""What several test files share: a small family, its vocabulary, and the released files' names, shapes and settings."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from sdinpaint_weights.weights import Entry, Weights
 from sdinpaint.families import SD15_INPAINT
 from sdinpaint.text.tokenizer import train_tokenizer
 
-INVENTORIES = Path(__file__).parent / "data" / "inventories"
-CORPUS = [f"a {colour} {shape} on the {place}" for colour in ("red", "blue") for shape in ("fox", "cube") for place in "ab"]
+DATA = Path(__file__).parent / "data"
+CORPUS = [
+    f"a {colour} {shape} on the {side}" for colour in ("red", "blue") for shape in ("fox", "cube") for side in "ab"
+]
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +25,7 @@ def inventory():
     """inventory(name) -> Weights without bytes: names, shapes and dtypes of a released file."""
 
     def read(name):
-        table = json.loads(gzip.decompress((INVENTORIES / f"{name}.json.gz").read_bytes()))
+        table = json.loads(gzip.decompress((DATA / "inventories" / f"{name}.json.gz").read_bytes()))
         entries = {key: Entry(None, 0, getattr(torch, kind), tuple(shape), ()) for key, (shape, kind) in table.items()}
         return Weights(Path(name), "safetensors", entries)
 
@@ -31,8 +33,14 @@ def inventory():
 
 
 @pytest.fixture(scope="session")
+def released():
+    """The JSON tables of the released inpainting model by component."""
+    return json.loads((DATA / "released_configs.json").read_text())
+
+
+@pytest.fixture(scope="session")
 def vocabulary():
-    """A Tokenizer of some 540 tokens."""
+    """A Tokenizer of some 530 tokens."""
     return train_tokenizer(CORPUS, 540)
 
 
@@ -49,12 +57,7 @@ def tiny(vocabulary):
         norm_groups=4,
     )
     vae = replace(
-        SD15_INPAINT.vae,
-        channels=10,
-        channel_mult=(1, 2, 3, 4),
-        num_res_blocks=1,
-        norm_groups=5,
-        scaling_factor=0.21,
+        SD15_INPAINT.vae, channels=10, channel_mult=(1, 2, 3, 4), num_res_blocks=1, norm_groups=5, scaling_factor=0.21
     )
     text = replace(
         SD15_INPAINT.text, vocab_size=vocabulary.vocab_size, width=28, mlp_width=44, num_layers=3, num_heads=7

@@ -1,115 +1,104 @@
-"""Twins: our configurations as models of diffusers and transformers, with random weights that hide no mistake."""
+"""Twins: models of diffusers and transformers with random weights that let no mistake pass, and ours over the same."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from sdinpaint_weights.layout import identify
 from sdinpaint_weights.native import check_complete, load_tensors, native_state
 from sdinpaint_weights.weights import Entry, Weights
-from torch import nn
+from torch import Tensor, nn
 
-from sdinpaint.families import Family, TextConfig, UNetConfig, VAEConfig
+from sdinpaint.configs import diffusers_configs
+from sdinpaint.families import Family
 
-RESIDUAL_END = re.compile(r"resnets\.\d+\.conv2\.|attentions\.\d+\.(proj_out|to_out\.0)\.")
-"""The last layer of every residual branch that is added to a feature map."""
+Json = Mapping[str, Any]
+
 QUIET = 0.03
+"""Far below 1: feature maps then stay as small as the input, and the eps of every norm counts."""
+RESIDUAL_END = re.compile(r"resnets\.\d+\.conv2\.|attentions\.\d+\.(proj_out|to_out\.0)\.")
+"""The last layer of every residual branch over a feature map, under diffusers' names."""
 
 
-def unet_twin(config: UNetConfig) -> nn.Module:
-    """diffusers' UNet of our sizes; its memory is not filled yet."""
+def unet_twin(config: Json) -> nn.Module:
+    """diffusers' UNet; its memory holds nothing yet."""
     from diffusers import UNet2DConditionModel
 
-    attends = ["CrossAttn" if depth else "" for depth in config.transformer_depth]
     with torch.device("meta"):
-        model = UNet2DConditionModel(
-            in_channels=config.in_channels,
-            out_channels=config.out_channels,
-            block_out_channels=[config.model_channels * mult for mult in config.channel_mult],
-            layers_per_block=config.num_res_blocks,
-            cross_attention_dim=config.context_dim,
-            attention_head_dim=config.num_heads,  # the released configurations give the number of heads by this name
-            norm_num_groups=config.norm_groups,
-            down_block_types=[f"{kind}DownBlock2D" for kind in attends],
-            up_block_types=[f"{kind}UpBlock2D" for kind in reversed(attends)],
-            sample_size=8,
-        )
+        model = UNet2DConditionModel.from_config(dict(config))
     return model.to_empty(device="cpu").eval()
 
 
-def vae_twin(config: VAEConfig) -> nn.Module:
-    """diffusers' autoencoder of our sizes; its memory is not filled yet."""
+def vae_twin(config: Json) -> nn.Module:
+    """diffusers' autoencoder; its memory holds nothing yet."""
     from diffusers import AutoencoderKL
 
-    widths = [config.channels * mult for mult in config.channel_mult]
     with torch.device("meta"):
-        model = AutoencoderKL(
-            in_channels=config.in_channels,
-            out_channels=config.in_channels,
-            latent_channels=config.latent_channels,
-            block_out_channels=widths,
-            layers_per_block=config.num_res_blocks,
-            norm_num_groups=config.norm_groups,
-            down_block_types=["DownEncoderBlock2D"] * len(widths),
-            up_block_types=["UpDecoderBlock2D"] * len(widths),
-            scaling_factor=config.scaling_factor,
-        )
+        model = AutoencoderKL.from_config(dict(config))
     return model.to_empty(device="cpu").eval()
 
 
-def text_twin(config: TextConfig) -> nn.Module:
-    """transformers' text encoder of our sizes."""
+def text_twin(config: Json) -> nn.Module:
+    """transformers' text encoder; not by way of meta, because its position ids are no parameter."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    sizes = CLIPTextConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.width,
-        intermediate_size=config.mlp_width,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        max_position_embeddings=config.context_length,
-        hidden_act=config.activation,
-        bos_token_id=config.vocab_size - 2,
-        eos_token_id=config.vocab_size - 1,
-        pad_token_id=config.vocab_size - 1,
+    return CLIPTextModel(CLIPTextConfig.from_dict(dict(config))).eval()
+
+
+def pipeline_twin(family: Family, tokenizer_folder: Path, residual: float = 1.0) -> Any:
+    """diffusers' inpainting pipeline with random weights and the family's configuration."""
+    from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
+    from transformers import CLIPTokenizer
+
+    configs = diffusers_configs(family)
+    pipe = StableDiffusionInpaintPipeline(
+        unet=fill(unet_twin(configs["unet/config.json"]), 1, residual),
+        vae=fill(vae_twin(configs["vae/config.json"]), 2, residual),
+        text_encoder=fill(text_twin(configs["text_encoder/config.json"]), 3),
+        tokenizer=CLIPTokenizer.from_pretrained(tokenizer_folder),
+        scheduler=DDIMScheduler.from_config(configs["scheduler/scheduler_config.json"]),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
-    return CLIPTextModel(sizes).eval()  # not on meta: its position ids are no parameter
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @torch.no_grad()
 def fill(model: nn.Module, seed: int, residual: float = 1.0) -> nn.Module:
-    """Random weights that keep the size of activations; norms get weights of their own, so that none can be swapped.
+    """Random weights under which activations keep their size; no two norms are alike, so that none can be swapped.
 
-    With `residual` far below 1 feature maps stay as small as the input, and then the eps of every norm counts.
+    `residual` scales what residual branches add to a feature map, and all biases.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
-        scale = residual if RESIDUAL_END.search(name) or weight.ndim == 1 else 1.0
-        if "norm" in name and name.endswith("weight"):
-            weight.uniform_(0.7, 1.3, generator=generator)
-        else:
-            bound = scale * (math.sqrt(3 / weight[0].numel()) if weight.ndim > 1 else 0.1)
-            weight.uniform_(-bound, bound, generator=generator)
+        scale = residual if weight.ndim == 1 or RESIDUAL_END.search(name) else 1.0
+        bound = scale * (0.1 if weight.ndim == 1 else math.sqrt(3 / weight[0].numel()))
+        middle, bound = (1.0, 0.3) if "norm" in name and name.endswith("weight") else (0.0, bound)
+        weight.uniform_(middle - bound, middle + bound, generator=generator)
     return model
 
 
 class InMemory(Weights):
-    """A model's tensors as if they were those of a file; reading them copies nothing."""
+    """A model's tensors as if they were those of a file; reading one copies nothing."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         entries = {name: Entry(None, 0, tensor.dtype, tuple(tensor.shape), ()) for name, tensor in tensors.items()}
         super().__init__(Path("in memory"), "safetensors", entries)
         self.tensors = tensors
 
-    def tensor(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def tensor(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
         return self.tensors[key].to(dtype or self.tensors[key].dtype)
 
 
-def ours(kind: type[nn.Module], config, component: str, twin: nn.Module) -> nn.Module:
-    """Our model of a component over the very tensors of its twin, through the name tables."""
+def ours(kind: type[nn.Module], config: Any, component: str, twin: nn.Module) -> nn.Module:
+    """Our model over the very tensors of its twin, through the name tables."""
     with torch.device("meta"):
         model = kind(config)
     weights = InMemory(twin.state_dict())
@@ -117,30 +106,3 @@ def ours(kind: type[nn.Module], config, component: str, twin: nn.Module) -> nn.M
     check_complete(state, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
     model.load_state_dict(load_tensors(state), strict=True, assign=True)
     return model.eval().requires_grad_(False)
-
-
-def twin_pipeline(family: Family, tokenizer_folder: Path, residual: float = 1.0):
-    """diffusers' inpainting pipeline of our sizes with random weights, and DDIM as released."""
-    from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
-    from transformers import CLIPTokenizer
-
-    schedule = family.schedule
-    pipe = StableDiffusionInpaintPipeline(
-        unet=fill(unet_twin(family.unet), 1, residual),
-        vae=fill(vae_twin(family.vae), 2, residual),
-        text_encoder=fill(text_twin(family.text), 3),
-        tokenizer=CLIPTokenizer.from_pretrained(tokenizer_folder),
-        scheduler=DDIMScheduler(
-            beta_schedule="scaled_linear",
-            beta_start=schedule.beta_start,
-            beta_end=schedule.beta_end,
-            steps_offset=1,
-            set_alpha_to_one=False,
-            clip_sample=False,
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe

@@ -1,4 +1,4 @@
-"""The checkpoint that ships works: what is asked for is found in the hole, by a judge that knows the scenes' geometry."""
+"""The checkpoint that ships works: what is asked for is found in the hole, by a judge that knows the scenes."""
 
 from __future__ import annotations
 

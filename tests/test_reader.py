@@ -6,20 +6,16 @@ import io
 import json
 import os
 import pickle
-import random
 import struct
 import subprocess
 import sys
-import time
 import types
-import zipfile
 from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from sdinpaint_weights import pickle_file, pickle_walker
 from sdinpaint_weights.errors import CheckpointError
 from sdinpaint_weights.folder import open_folder_component
 from sdinpaint_weights.reader import open_weights
@@ -135,15 +131,6 @@ def test_lightning_checkpoint_reads_without_lightning(tmp_path, save, monkeypatc
     assert weights.ignored == (CLASS,)
 
 
-def test_both_names_of_numpy_scalars_are_known(tmp_path):
-    save_zip(tmp_path / "a.ckpt", {"w": torch.ones(2), "loss": np.float64(1.5)})
-    new = rewritten(tmp_path / "a.ckpt", lambda data: data)
-    assert b"numpy._core.multiarray" in zipfile.ZipFile(io.BytesIO(new)).read("a/data.pkl")
-    old = rewritten(tmp_path / "a.ckpt", lambda data: data.replace(b"numpy._core.", b"numpy.core."))
-    (tmp_path / "old.ckpt").write_bytes(old)
-    assert open_weights(tmp_path / "old.ckpt").ignored == ()
-
-
 class Marker:
     """Pickled as a persistent id."""
 
@@ -177,6 +164,11 @@ def test_a_view_as_pytorch_0_wrote_it(tmp_path):
     assert read_all(tmp_path / "a.pth")["w"].tolist() == [30, 40]
 
 
+def test_a_textual_inversion_embedding_shows_its_names(tmp_path):
+    save_zip(tmp_path / "a.pt", {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(1, 4)}, "step": 3})
+    assert list(open_weights(tmp_path / "a.pt")) == ["string_to_param.*"]
+
+
 def test_content_decides_and_not_the_name(tmp_path):
     tensors = {"w": torch.randn(2, 3)}
     save_file(tensors, tmp_path / "a.ckpt")
@@ -189,7 +181,8 @@ def test_content_decides_and_not_the_name(tmp_path):
 @pytest.mark.parametrize("length", [0x4B50, 0x80, 0x8B1F, 0x7B, 0x3C])
 def test_header_lengths_that_look_like_the_beginning_of_another_kind(tmp_path, length):
     # "PK" of a zip file, a pickle's first byte, gzip's magic number, "{" and "<".
-    text = json.dumps(one(), separators=(",", ":")).encode().ljust(length)
+    header = {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
     assert len(text) == length
     (tmp_path / "a").write_bytes(struct.pack("<Q", length) + text + bytes(8))
     assert read_all(tmp_path / "a")["w"].tolist() == [0, 0]
@@ -224,86 +217,6 @@ def test_tensors_beyond_four_gigabytes(tmp_path):
     assert weights["tail"].tolist() == [1.5, -2.0]
     assert weights.tensor("tail", torch.float64).tolist() == [1.5, -2.0]
     assert weights["huge"][-3:].tolist() == [0, 0, 0]
-
-
-# Pickles that want to run something
-
-
-class Evil:
-    def __init__(self, sentinel):
-        self.sentinel = sentinel
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.sentinel}",)
-
-
-def evil_files(folder):
-    evil = Evil(folder / "sentinel")
-    for name, value in {"alone": evil, "beside": {"w": torch.ones(1), "x": evil}}.items():
-        for save in (save_zip, save_legacy):
-            path = folder / f"{name}-{save.__name__}.ckpt"
-            save(path, value)
-            yield path
-    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        path = folder / f"plain-{protocol}.safetensors"
-        path.write_bytes(pickle.dumps({"w": evil}, protocol))
-        yield path
-
-
-def test_evil_pickles_are_refused_and_do_not_run(tmp_path):
-    for path in evil_files(tmp_path):
-        error = refusal(path)
-        assert error.code == "CKPT_UNSAFE_PICKLE", path.name
-        assert f"{os.name}.system" in error.found
-    assert not (tmp_path / "sentinel").exists()
-
-
-def test_the_evil_call_would_leave_its_mark(tmp_path):
-    function, arguments = Evil(tmp_path / "sentinel").__reduce__()
-    function(*arguments)
-    assert (tmp_path / "sentinel").exists()
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("builtins eval", "builtins exec", "builtins getattr", "builtins __import__", "builtins print"),
-        *("os popen", "posix system", "nt system", "subprocess Popen", "sys exit", "runpy run_path", "shutil rmtree"),
-        *("importlib import_module", "socket socket", "ctypes CDLL", "pip main", "asyncio.subprocess foo"),
-        *(
-            "torch load",
-            "torch.hub load",
-            "torch.storage _load_from_bytes",
-            "webbrowser open",
-            "code InteractiveConsole",
-        ),
-        *("multiprocessing.util spawnv_passfds", "collections abc.sys.modules", "benign helper.eval"),
-    ],
-)
-def test_dangerous_names_are_refused(tmp_path, name):
-    module, _, attribute = name.partition(" ")
-    by_name = f"c{module}\n{attribute}\n.".encode()
-    by_stack = b"\x80\x04" + b"".join(b"\x8c" + bytes([len(t)]) + t.encode() for t in (module, attribute)) + b"\x93."
-    for content in (by_name, by_stack, b"\x80\x02" + by_name):
-        (tmp_path / "a.ckpt").write_bytes(content + bytes(32))
-        error = refusal(tmp_path / "a.ckpt")
-        assert error.code == "CKPT_UNSAFE_PICKLE"
-        assert f"{module}.{attribute}" in error.found
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["argparse Namespace", "omegaconf.dictconfig DictConfig", "lightning.fabric.plugins.io.x Y", "pathlib PosixPath"],
-)
-def test_harmless_classes_are_ignored_and_listed(tmp_path, name):
-    save_zip(tmp_path / "a.ckpt", {"w": torch.ones(2)})
-    # An object of the class, with attributes, as another entry of the dictionary.
-    entry = b"X\x04\x00\x00\x00argsc" + name.replace(" ", "\n").encode() + b"\n)\x81}X\x01\x00\x00\x00aK\x01sbs."
-    content = rewritten(tmp_path / "a.ckpt", lambda data: data[:-1] + entry)
-    (tmp_path / "b.ckpt").write_bytes(content)
-    weights = open_weights(tmp_path / "b.ckpt")
-    assert weights["w"].tolist() == [1, 1]
-    assert weights.ignored == (name.replace(" ", "."),)
 
 
 # Files that are something else, or damaged
@@ -362,244 +275,6 @@ def test_a_file_that_changes_under_the_reader_is_refused(tmp_path):
     with open(tmp_path / "a", "r+b") as file:
         file.truncate(100)
     assert refusal(tmp_path / "a", lambda _: weights["w"]).code == "CKPT_CHANGED"
-
-
-@pytest.mark.parametrize("save", [save_zip, save_legacy, lambda path, value: save_file(value, path)])
-def test_every_truncation_is_refused(tmp_path, save):
-    save(tmp_path / "whole", example())
-    whole = (tmp_path / "whole").read_bytes()
-    # A legacy file's last bytes may be cut without loss: they are the end of no storage. Others need every byte.
-    codes = set()
-    for size in [*range(8, len(whole), max(1, len(whole) // 150)), len(whole) - 1]:
-        (tmp_path / "cut").write_bytes(whole[:size])
-        codes.add(refusal(tmp_path / "cut").code)
-    assert codes == {"CKPT_TRUNCATED"}
-
-
-def test_size_arithmetic_of_a_cut_safetensors_file(tmp_path):
-    save_file({"w": torch.zeros(1_000_000)}, tmp_path / "a")
-    os.truncate(tmp_path / "a", 2_000_000)
-    error = refusal(tmp_path / "a")
-    assert error.code == "CKPT_TRUNCATED"
-    assert "the header promises 4.00 MB" in error.found
-    assert "the file has 2.00 MB (2000000 bytes): incomplete" in error.found
-
-
-def safetensors_bytes(header, data=b"", length=None):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text) if length is None else length) + text + data
-
-
-def one(dtype="F32", shape=(2,), offsets=(0, 8)):
-    return {"w": {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}}
-
-
-EMPTY = one(shape=(0,), offsets=(0, 0))["w"]
-
-
-@pytest.mark.parametrize(
-    ("content", "code"),
-    [
-        (safetensors_bytes(one(), bytes(8), length=1 << 63), "CKPT_BAD_HEADER"),
-        (safetensors_bytes(one(), bytes(8), length=(1 << 64) - 1), "CKPT_BAD_HEADER"),
-        (safetensors_bytes(one(), bytes(8), length=200_000_000), "CKPT_BAD_HEADER"),
-        (safetensors_bytes(one(), bytes(8), length=0), "CKPT_BAD_HEADER"),
-        (safetensors_bytes(b"{not json}", bytes(8)), "CKPT_BAD_HEADER"),
-        (safetensors_bytes(b"\xff\xfe{}", bytes(8)), "CKPT_BAD_HEADER"),
-        (safetensors_bytes(b'{"a":' + b"[" * 100_000, bytes(8)), "CKPT_BAD_HEADER"),
-        (safetensors_bytes(b"[" * 100_000, bytes(8)), "CKPT_BAD_HEADER"),
-        (safetensors_bytes(b'{"w":' + b"9" * 5000 + b"}", bytes(8)), "CKPT_BAD_HEADER"),
-        (safetensors_bytes({**one(), **{"v": one()["w"]}}, bytes(8)), "CKPT_BAD_HEADER"),  # overlap
-        (safetensors_bytes(one(offsets=(4, 12)), bytes(12)), "CKPT_BAD_HEADER"),  # hole
-        (safetensors_bytes(one(), bytes(12)), "CKPT_BAD_HEADER"),  # trailing bytes
-        (safetensors_bytes(one(shape=(3,)), bytes(8)), "CKPT_BAD_HEADER"),
-        (safetensors_bytes(one(shape=(1 << 61, 1 << 61)), bytes(8)), "CKPT_BAD_HEADER"),
-        (safetensors_bytes(one(shape=(-2,)), bytes(8)), "CKPT_BAD_HEADER"),
-        (safetensors_bytes(one(shape=(2.0,)), bytes(8)), "CKPT_BAD_HEADER"),
-        (safetensors_bytes(one(offsets=(8, 0)), bytes(8)), "CKPT_BAD_HEADER"),
-        (safetensors_bytes(one(dtype="F7"), bytes(8)), "CKPT_BAD_HEADER"),
-        (safetensors_bytes({"w": 3}), "CKPT_BAD_HEADER"),
-        (safetensors_bytes({"__metadata__": {"a": 1}, **one()}, bytes(8)), "CKPT_BAD_HEADER"),
-        (safetensors_bytes(one(offsets=(0, 8)), bytes(4)), "CKPT_TRUNCATED"),
-        (
-            safetensors_bytes(json.dumps(one()).encode()[:-1] + b"," + json.dumps(one()).encode()[1:], bytes(8)),
-            "CKPT_DUPLICATE_KEY",
-        ),
-        (
-            safetensors_bytes({f"t{i}": one(shape=(0,), offsets=(0, 0))["w"] for i in range(20_001)}),
-            "CKPT_TOO_MANY_TENSORS",
-        ),
-    ],
-)
-def test_safetensors_headers(tmp_path, content, code):
-    (tmp_path / "a").write_bytes(content)
-    begin = time.process_time()
-    assert refusal(tmp_path / "a").code == code
-    assert time.process_time() - begin < 1
-
-
-def rewritten(path, edit=lambda data: data, *, members=(), compress=zipfile.ZIP_STORED, drop=()):
-    """The bytes of a torch.save archive with its data.pkl edited, and members added or dropped."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(out, "w", compress) as new:
-        for name in old.namelist():
-            if name.rpartition("/")[2] not in drop:
-                new.writestr(name, edit(old.read(name)) if name.endswith("data.pkl") else old.read(name))
-        for name, content in members:
-            new.writestr(name, content)
-    return out.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("changes", "code"),
-    [
-        ({"compress": zipfile.ZIP_DEFLATED}, "CKPT_BAD_ARCHIVE"),
-        ({"members": [("b/data.pkl", b"N.")]}, "CKPT_BAD_ARCHIVE"),
-        ({"members": [("a/constants.pkl", b"N.")]}, "CKPT_TORCHSCRIPT"),
-        ({"drop": ["data.pkl"]}, "CKPT_NOT_TORCH"),
-        ({"drop": ["0"]}, "CKPT_TRUNCATED"),
-        ({"drop": ["0"], "members": [("a/data/0", bytes(8))]}, "CKPT_BAD_PICKLE"),
-        ({"drop": ["byteorder"], "members": [("a/byteorder", b"big")]}, "CKPT_BIG_ENDIAN"),
-        ({"edit": lambda data: data[:-20]}, "CKPT_BAD_PICKLE"),
-        ({"edit": lambda data: data.replace(b"K\x05\x85", b"K\x06\x85")}, "CKPT_UNSUPPORTED_TENSOR"),
-        ({"edit": lambda data: data.replace(b"QK\x00K\x05", b"QK\x01K\x05")}, "CKPT_BAD_PICKLE"),
-        ({"edit": lambda data: data.replace(b"FloatStorage", b"QInt8Storage")}, "CKPT_UNSUPPORTED_TENSOR"),
-        ({"edit": lambda data: b"\x80\x02\x82\x01."}, "CKPT_BAD_PICKLE"),
-        ({"edit": lambda data: b"\x80\x02}."}, "CKPT_NO_TENSORS"),
-    ],
-)
-def test_archives(tmp_path, changes, code):
-    save_zip(tmp_path / "a.ckpt", {"w": torch.arange(5.0)})
-    assert open_weights(tmp_path / "a.ckpt")["w"].tolist() == [0, 1, 2, 3, 4]
-    content = rewritten(tmp_path / "a.ckpt", **changes)
-    assert content != rewritten(tmp_path / "a.ckpt")
-    (tmp_path / "b.ckpt").write_bytes(content)
-    assert refusal(tmp_path / "b.ckpt").code == code
-
-
-def test_a_member_twice_is_refused(tmp_path):
-    save_zip(tmp_path / "a.ckpt", {"w": torch.arange(5.0)})
-    with pytest.warns(UserWarning, match="Duplicate"):
-        content = rewritten(tmp_path / "a.ckpt", members=[("a/data/0", bytes(20))])
-    (tmp_path / "b.ckpt").write_bytes(content)
-    assert refusal(tmp_path / "b.ckpt").code == "CKPT_DUPLICATE_KEY"
-
-
-@pickled
-@pytest.mark.parametrize(
-    ("build", "code"),
-    [
-        (lambda: {"w": torch.ones(1).expand(10**10)}, "CKPT_UNSUPPORTED_TENSOR"),
-        (lambda: {"w": torch.eye(3).to_sparse_csr()}, "CKPT_UNSUPPORTED_TENSOR"),
-        (lambda: {"w": torch.eye(3).to_sparse()}, "CKPT_UNSUPPORTED_TENSOR"),
-        (lambda: {"w": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}, "CKPT_UNSUPPORTED_TENSOR"),
-        (lambda: torch.nn.Linear(2, 2), "CKPT_PICKLED_OBJECT"),
-        (lambda: {"epoch": 3}, "CKPT_NO_TENSORS"),
-        (lambda: [1, 2], "CKPT_NO_TENSORS"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_values_that_are_no_dense_weights(tmp_path, save, build, code):
-    save(tmp_path / "a.ckpt", build())
-    assert refusal(tmp_path / "a.ckpt").code == code
-
-
-def test_every_flipped_byte_of_the_data_is_found(tmp_path):
-    save_zip(tmp_path / "a.ckpt", {"w": torch.randn(100), "v": torch.randn(100)})
-    content = bytearray((tmp_path / "a.ckpt").read_bytes())
-    with zipfile.ZipFile(tmp_path / "a.ckpt") as archive:
-        data = archive.read("a/data/1")
-    start = content.index(data)
-    for position in range(start, start + len(data), 37):
-        content[position] ^= 1
-        (tmp_path / "b.ckpt").write_bytes(content)
-        content[position] ^= 1
-        weights = open_weights(tmp_path / "b.ckpt")
-        assert weights["w"].shape == (100,)
-        for dtype in (None, torch.float16):
-            error = refusal(tmp_path / "b.ckpt", lambda _, weights=weights, dtype=dtype: weights.tensor("v", dtype))
-            assert error.code == "CKPT_BAD_CRC"
-            assert "a/data/1" in error.found
-
-
-def test_pickles_are_bounded(tmp_path, monkeypatch):
-    save_zip(tmp_path / "a.ckpt", {"w": torch.arange(5.0)})
-    monkeypatch.setattr(pickle_walker, "MAX_OPCODES", 20)
-    assert refusal(tmp_path / "a.ckpt").code == "CKPT_BAD_PICKLE"
-    monkeypatch.undo()
-    monkeypatch.setattr(pickle_file, "MAX_PICKLE", 20)
-    assert refusal(tmp_path / "a.ckpt").code == "CKPT_BAD_ARCHIVE"
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"}" + b")" + b"2\x86" * 100 + b"Ns",  # a key of tuples of tuples, 2 ** 100 leaves to hash
-        b"]" + b"2a" * 200_000,  # a list in itself
-        b"(" * 300_000,
-        b"]" * 100_000 + b"a" * 99_999,  # 100,000 lists, one in the other
-        b"\x8b\xff\xff\xff\x7f",  # a number of 2 GB
-        b"\x8e" + b"\xff" * 7 + b"\x7f",  # bytes of 9 EB
-        b"I" + b"9" * 5000 + b"\n",
-        b"0",
-        b"R",
-        b"t",
-        b"NNR",
-        b"h\x07",
-    ],
-)
-def test_hostile_pickles_cost_little(tmp_path, body):
-    (tmp_path / "a.ckpt").write_bytes(b"\x80\x02" + body + b".")
-    begin = time.process_time()
-    refusal(tmp_path / "a.ckpt")
-    assert time.process_time() - begin < 2
-
-
-def mutant(rng, content):
-    content = bytearray(content)
-    for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(len(content))
-        action = rng.randrange(5)
-        if action == 0:
-            content[at] = rng.randrange(256)
-        elif action == 1:
-            content[at] ^= 1 << rng.randrange(8)
-        elif action == 2:
-            del content[at : at + rng.randint(1, 16)]
-        elif action == 3:
-            content[at:at] = rng.randbytes(rng.randint(1, 16))
-        else:
-            source = rng.randrange(len(content))
-            content[at : at + 8] = content[source : source + 8]
-        if len(content) < 16:
-            break
-    return bytes(content)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_mutants_raise_nothing_but_checkpoint_errors(tmp_path):
-    tensors = {"a.weight": torch.randn(3, 2), "b": torch.ones(2).half(), "ids": torch.arange(3)}
-    wrapped = {"state_dict": tensors, "lr": np.float32(1), "names": ["x", ("y", 2)], "size": torch.Size([1])}
-    save_file(tensors, tmp_path / "0")
-    save_zip(tmp_path / "1", wrapped)
-    save_legacy(tmp_path / "2", wrapped)
-    archive = (tmp_path / "1").read_bytes()
-    with zipfile.ZipFile(tmp_path / "1") as opened:
-        data = opened.read("1/data.pkl")
-    rng = random.Random(20221023)
-    refused = 0
-    for number in range(2400):
-        if number % 4 == 3:
-            # Mutate the pickle under a valid checksum.
-            content = rewritten(tmp_path / "1", lambda _: mutant(rng, data))
-        else:
-            content = mutant(rng, (archive, (tmp_path / "0").read_bytes(), (tmp_path / "2").read_bytes())[number % 4])
-        (tmp_path / "mutant").write_bytes(content)
-        try:
-            read_all(tmp_path / "mutant")
-        except CheckpointError:
-            refused += 1
-    assert 1000 < refused < 2400
 
 
 # Folders

@@ -1,4 +1,4 @@
-"""Training: the loop resumes where it was, the autoencoder starts well, and one step of each stage does what it says."""
+"""Training: the loop resumes where it was, the autoencoder starts well, and each stage does what it says."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from sdinpaint_weights.errors import CheckpointError
 from sdinpaint_weights.files import FETCH_AGAIN, SourceFile, size_text
-from sdinpaint_weights.pickle_objects import Names, PickledStorage, check_extent, named_tensors, storage_of
+from sdinpaint_weights.pickle_objects import Names, PickledStorage, check_tensor, named_tensors, storage_of
 from sdinpaint_weights.pickle_walker import PickleFault, walk
 from sdinpaint_weights.weights import MAX_TENSORS, Entry, Storage, Weights
 
@@ -143,10 +143,10 @@ def _legacy_storages(
     file: SourceFile, position: int, keys: list[object], seen: Mapping[str, PickledStorage]
 ) -> dict[str, Storage]:
     """Each storage is an element count of 8 bytes, then its bytes."""
-    storages = {}
+    storages: dict[str, Storage] = {}
     for key in keys:
-        if not isinstance(key, str) or key not in seen:
-            _refuse(file, "CKPT_BAD_PICKLE", "a damaged pickle: a storage that no tensor uses")
+        if not isinstance(key, str) or key not in seen or key in storages:
+            _refuse(file, "CKPT_BAD_PICKLE", "a damaged pickle: a storage twice, or one that no tensor uses")
         size = seen[key].total * seen[key].dtype.itemsize
         position += 8
         if position + size > file.size:
@@ -162,12 +162,12 @@ def _legacy_storages(
 def _entries(file: SourceFile, top: object, find: Callable[[str], Storage | None]) -> dict[str, Entry]:
     try:
         tensors = named_tensors(top)
+        if len(tensors) > MAX_TENSORS:
+            _refuse(file, "CKPT_TOO_MANY_TENSORS", f"{len(tensors)} tensors", f"at most {MAX_TENSORS}")
         for name, tensor in tensors.items():
-            check_extent(name, tensor)
+            check_tensor(name, tensor)
     except PickleFault as fault:
         _refuse(file, fault.code, fault.found)
-    if len(tensors) > MAX_TENSORS:
-        _refuse(file, "CKPT_TOO_MANY_TENSORS", f"{len(tensors)} tensors", f"at most {MAX_TENSORS}")
     # Tensors that share a storage share its object, so that its checksum is compared once.
     storages: dict[str, Storage] = {}
     entries = {}

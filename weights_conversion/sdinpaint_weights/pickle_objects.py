@@ -14,9 +14,10 @@ import torch
 
 from sdinpaint_weights.pickle_names import is_dangerous, is_harmless
 from sdinpaint_weights.pickle_walker import Arguments, Inert, Known, PickleFault
-from sdinpaint_weights.weights import extent_of
+from sdinpaint_weights.weights import extent_of, is_tensor_name
 
 MAX_DIMENSIONS = 16
+MAX_NESTING = 4
 STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -113,16 +114,16 @@ def named_tensors(top: object) -> dict[str, PickledTensor]:
 
     Raises: PickleFault where there are none.
     """
-    while isinstance(top, dict) and isinstance(top.get("state_dict"), dict):
-        top = top["state_dict"]
+    for _ in range(MAX_NESTING):
+        if isinstance(top, dict) and isinstance(top.get("state_dict"), dict):
+            top = top["state_dict"]
     if isinstance(top, Inert):
         raise PickleFault("CKPT_PICKLED_OBJECT", f"a pickled object of the class {top.name!r}")
     table = top if isinstance(top, dict) else {}
+    # Each table once: a pickle may name the same one a million times.
+    inner = {id(value): (name, value) for name, value in table.items() if isinstance(value, dict)}
     tensors = _tensors_in(table) or {
-        f"{outer}.{inner}": tensor
-        for outer, value in table.items()
-        if isinstance(value, dict)
-        for inner, tensor in _tensors_in(value).items()
+        f"{outer}.{name}": tensor for outer, value in inner.values() for name, tensor in _tensors_in(value).items()
     }
     if not tensors:
         names = ", ".join(repr(name[:40]) for name in list(table)[:5])
@@ -130,11 +131,13 @@ def named_tensors(top: object) -> dict[str, PickledTensor]:
     return tensors
 
 
-def check_extent(name: str, tensor: PickledTensor) -> None:
+def check_tensor(name: str, tensor: PickledTensor) -> None:
     """Refuse a tensor that is larger than its storage, or reaches beyond it.
 
     Raises: PickleFault.
     """
+    if not is_tensor_name(name):
+        raise PickleFault("CKPT_BAD_PICKLE", f"a tensor whose name is no name: {name[:20]!r}")
     room = tensor.storage.count * tensor.storage.dtype.itemsize // tensor.dtype.itemsize
     elements = math.prod(tensor.shape)
     repeated = any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride, strict=True))

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from sdinpaint_weights.errors import CheckpointError
 from sdinpaint_weights.files import FETCH_AGAIN, SourceFile, size_text
-from sdinpaint_weights.weights import MAX_TENSORS, Entry, Storage, Weights, contiguous_stride
+from sdinpaint_weights.weights import MAX_TENSORS, Entry, Storage, Weights, contiguous_stride, is_tensor_name
 
 MAX_HEADER = 16_000_000
 DTYPES = {
@@ -99,7 +99,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
-                raise _DuplicateNameError(repr(name))
+                raise _DuplicateNameError(repr(name[:200]))
             seen.add(name)
     return names
 
@@ -111,6 +111,8 @@ def _metadata(file: SourceFile, value: object) -> dict[str, str]:
 
 
 def _span(file: SourceFile, name: str, value: object) -> _Span:
+    if not is_tensor_name(name):
+        _refuse(file, f"a tensor whose name is no name: {name[:20]!r}")
     fields = value if isinstance(value, dict) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPES:

@@ -14,6 +14,7 @@ from sdinpaint_weights.files import FETCH_AGAIN, SourceFile
 
 MAX_TENSORS = 20_000
 """An SD1 checkpoint has about 1,100 tensors, an XL one 2,500."""
+MAX_NAME = 1000
 
 
 @dataclass(eq=False)
@@ -119,6 +120,11 @@ class Weights(Mapping[str, Tensor]):
         Raises: KeyError for an unknown name; CheckpointError for damaged bytes.
         """
         return self.entries[key].tensor(dtype)
+
+
+def is_tensor_name(name: str) -> bool:
+    """Whether a name can be shown in a message as it is."""
+    return 0 < len(name) <= MAX_NAME and name.isprintable()
 
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:

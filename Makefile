@@ -1,0 +1,57 @@
+# `make help` lists the targets. Everything is installed into .venv; nothing else is touched.
+#
+#   PYTHON=python3.12   another interpreter (3.11 to 3.13)
+#   CPU=1               the CPU build of PyTorch: 0.6 GB to fetch where the GPU build is 3 GB
+
+PYTHON ?= python3
+VENV ?= .venv
+CPU ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+INDEX := $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format train clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/core.stamp ## Repaint some drawn scenes with the included checkpoint: writes out/sdinpaint-demo.png
+	$(BIN)/sdinpaint demo --out out
+
+test: lint ## Run the linters and all tests; CPU only, no network
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp ## Check style, types, and which package may import which
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/dev.stamp ## Format the code
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+train: $(VENV)/dev.stamp ## Train the demo checkpoint again into out/training; hours, and it can be stopped and resumed
+	$(BIN)/python -m sdinpaint.training --out out/training
+
+clean: ## Remove .venv, caches and builds; out/ stays
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is older than what it depends on exactly when something must be installed again.
+$(VENV)/core.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	    { echo "sdinpaint needs Python 3.11 to 3.13, and '$(PYTHON)' is not one. Try: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Installing into $(VENV), once. PyTorch is large: this takes minutes (CPU=1 fetches its small CPU build)."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install $(INDEX) -c constraints.txt -e .
+	@touch $@
+
+# open_clip_torch holds CLIP's vocabulary as a file; nothing is imported from it, so its requirements are not needed.
+$(VENV)/dev.stamp: $(VENV)/core.stamp
+	@echo "Installing what the tests need."
+	@$(PIP) install $(INDEX) -c constraints.txt -e '.[dev]'
+	@$(PIP) install --no-deps open_clip_torch==3.3.0
+	@touch $@

@@ -1,0 +1,171 @@
+"""What `sdinpaint demo` shows: drawn scenes, repainted by the included checkpoint, on one contact sheet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from sdinpaint.errors import ImageError
+from sdinpaint.loading import load
+from sdinpaint.picture_io import save_png
+from sdinpaint.pipeline import Pipeline
+from sdinpaint.training.scenes import MOODS, Background, Scene, Thing, object_mask, render
+
+__all__ = ["Cell", "Demonstration", "Task", "contact_sheet", "demonstrate", "repaint", "tasks", "tinted"]
+
+Cell = tuple[Image.Image, str]
+"""A picture and its caption."""
+Row = Sequence[Cell]
+
+SHEET_NAME = "sdinpaint-demo.png"
+SAMPLERS = ("ddim", "euler")
+STEPS = 30
+SEED = 7
+
+PAPER, INK, GREY, FRAME = (250, 249, 246), (34, 36, 40), (122, 124, 128), (214, 212, 206)
+TINT = (255, 0, 140)
+MARGIN, GAP, CAPTION_GAP = 48, 28, 10
+TITLE_SIZE, CAPTION_SIZE, LEADING = 30, 17, 1.35
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of the sheet: a scene, its hole (S, S), and what is asked for in it."""
+
+    title: str
+    scene: Scene
+    hole: NDArray[np.bool_]
+    prompts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """What was written where, and how long the repainting took."""
+
+    path: Path
+    pictures: int
+    seconds: float
+
+
+def demonstrate(folder: Path, pipe: Pipeline | None = None) -> Demonstration:
+    """Repaint every task and write the sheet into `folder`; with the included checkpoint where `pipe` is None.
+
+    Raises: ImageError where nothing can be written there; CheckpointError.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        found = f"cannot be created: {error.strerror}"
+        raise ImageError("IMAGE_OUTPUT_PATH", f"output {str(folder)!r}", found, hint="choose another folder") from error
+    started = time.perf_counter()
+    if pipe is None:
+        pipe = load("demo", progress=False)
+    rows = repaint(pipe, tasks(pipe.family.size))
+    sheet = contact_sheet(rows, title="Repainted where the hole is; everything else is kept bit for bit")
+    path = folder / SHEET_NAME
+    save_png(sheet, path, {"model": pipe.source, "seed": SEED, "steps": STEPS})
+    return Demonstration(path, sum(len(row) - 2 for row in rows), time.perf_counter() - started)
+
+
+def tasks(size: int) -> list[Task]:
+    """What is asked of the demo checkpoint, `size` pixels a side; none of these scenes was seen in training."""
+    rng = np.random.default_rng(11)
+
+    def room(mood: int, light: float) -> Background:
+        return Background(*MOODS[mood], horizon=0.55, light=light)
+
+    ball = Thing("ball", "red", x=0.42, y=0.66, radius=0.21)
+    cube, cone = Thing("cube", "purple", 0.29, 0.68, 0.18), Thing("cone", "yellow", 0.74, 0.66, 0.18)
+    place = Thing("ball", "black", x=0.55, y=0.68, radius=0.20)
+    ring = Thing("ring", "green", x=0.25, y=0.66, radius=0.18)
+    one, two = Scene(room(0, 1.0), (ball,)), Scene(room(1, -1.0), (cube, cone))
+    empty, left = Scene(room(2, 1.0), ()), Scene(room(4, -1.0), (ring,))
+    right_part = np.zeros((size, size), dtype=np.bool_)
+    right_part[:, size // 2 :] = True
+    return [
+        Task("replace", one, object_mask(rng, one, ball, size), ("a blue star", "a green cube")),
+        Task("recolour, remove", two, object_mask(rng, two, cube, size), ("an orange cube", "remove the object")),
+        Task("add", empty, object_mask(rng, empty, place, size), ("a pink cone", "a red ball")),
+        Task("extend to the side", left, right_part, ("a blue ball on the right", "empty scene")),
+    ]
+
+
+def repaint(pipe: Pipeline, todo: Sequence[Task]) -> list[Row]:
+    """A row per task: the picture, its hole, and every prompt with every sampler, as one batch per sampler."""
+    size = pipe.family.size
+    pictures = [render(task.scene, size) for task in todo]
+    wishes = [(index, prompt) for index, task in enumerate(todo) for prompt in task.prompts]
+    images, holes = [pictures[index] for index, _ in wishes], [todo[index].hole for index, _ in wishes]
+    painted: dict[tuple[int, str, str], Image.Image] = {}
+    for sampler in SAMPLERS:
+        result = pipe.inpaint(
+            images, holes, [prompt for _, prompt in wishes], steps=STEPS, sampler=sampler, seed=[SEED] * len(wishes)
+        )
+        painted.update(((*wish, sampler), image) for wish, image in zip(wishes, result.images, strict=True))
+    rows = []
+    for index, (task, picture) in enumerate(zip(todo, pictures, strict=True)):
+        given: list[Cell] = [(Image.fromarray(picture), task.title), (tinted(picture, task.hole), "the hole")]
+        made = [
+            (painted[index, prompt, sampler], f"{prompt}\n{sampler}, {STEPS} steps")
+            for prompt, sampler in product(task.prompts, SAMPLERS)
+        ]
+        rows.append(given + made)
+    return rows
+
+
+def tinted(picture: NDArray[np.uint8], hole: NDArray[np.bool_]) -> Image.Image:
+    """picture (H, W, 3) with the hole (H, W) in a colour that no scene has."""
+    mixed = np.where(hole[..., None], 0.4 * picture + 0.6 * np.array(TINT), picture)
+    return Image.fromarray(np.rint(mixed).astype(np.uint8))
+
+
+def contact_sheet(rows: Sequence[Row], *, title: str = "", scale: int = 2) -> Image.Image:
+    """Rows of pictures on light paper, `scale` times enlarged, each with its caption below.
+
+    The first line of a caption is dark, further lines are grey; long ones are wrapped to the picture's width.
+    """
+    cells = [cell for row in rows for cell in row]
+    width, height = (scale * max(image.size[axis] for image, _ in cells) for axis in (0, 1))
+    font = ImageFont.load_default(CAPTION_SIZE)
+    captions = {caption: _wrapped(caption, font, width) for _, caption in cells}
+    line = round(CAPTION_SIZE * LEADING)
+    row_height = height + CAPTION_GAP + line * max(map(len, captions.values())) + GAP
+    columns = max(map(len, rows))
+    head = MARGIN + (2 * TITLE_SIZE if title else 0)
+    size = 2 * MARGIN + columns * (width + GAP) - GAP, head + len(rows) * row_height - GAP + MARGIN
+    sheet = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN - TITLE_SIZE // 4), title, fill=INK, font=ImageFont.load_default(TITLE_SIZE))
+    for index, row in enumerate(rows):
+        for column, (image, caption) in enumerate(row):
+            left, top = MARGIN + column * (width + GAP), head + index * row_height
+            large = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.LANCZOS)
+            sheet.paste(large, (left, top))
+            draw.rectangle((left - 1, top - 1, left + large.width, top + large.height), outline=FRAME)
+            for number, (text, color) in enumerate(captions[caption]):
+                draw.text((left, top + height + CAPTION_GAP + number * line), text, fill=color, font=font)
+    return sheet
+
+
+def _wrapped(
+    caption: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
+) -> list[tuple[str, tuple[int, int, int]]]:
+    """The lines of a caption with their colours, none wider than `width` unless a single word is."""
+    lines = []
+    for paragraph, color in zip(caption.split("\n"), [INK] + [GREY] * caption.count("\n"), strict=True):
+        text = ""
+        for word in paragraph.split():
+            longer = f"{text} {word}".strip()
+            if text and font.getlength(longer) > width:
+                lines.append((text, color))
+                longer = word
+            text = longer
+        lines.append((text, color))
+    return lines
