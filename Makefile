@@ -1,15 +1,12 @@
 # `make help` lists the targets. Everything is installed into .venv; nothing else is touched.
 #
-#   PYTHON=python3.12   another interpreter (3.11 to 3.13)
-#   CPU=1               the CPU build of PyTorch: 0.6 GB to fetch where the GPU build is 3 GB
+#   make PYTHON=python3.12 demo   another interpreter (3.11 to 3.13)
 
 PYTHON ?= python3
 VENV ?= .venv
-CPU ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-INDEX := $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format train clean
@@ -44,14 +41,14 @@ clean: ## Remove .venv, caches and builds; out/ stays
 $(VENV)/core.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	    { echo "sdinpaint needs Python 3.11 to 3.13, and '$(PYTHON)' is not one. Try: make PYTHON=python3.12" >&2; exit 1; }
-	@echo "Installing into $(VENV), once. PyTorch is large: this takes minutes (CPU=1 fetches its small CPU build)."
+	@echo "Installing into $(VENV), once. PyTorch is large: this takes minutes."
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install $(INDEX) -c constraints.txt -e .
+	@$(PIP) install -c constraints.txt -e .
 	@touch $@
 
 # open_clip_torch holds CLIP's vocabulary as a file; nothing is imported from it, so its requirements are not needed.
 $(VENV)/dev.stamp: $(VENV)/core.stamp
 	@echo "Installing what the tests need."
-	@$(PIP) install $(INDEX) -c constraints.txt -e '.[dev]'
+	@$(PIP) install -c constraints.txt -e '.[dev]'
 	@$(PIP) install --no-deps open_clip_torch==3.3.0
 	@touch $@

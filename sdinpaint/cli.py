@@ -155,13 +155,14 @@ def inpaint(
     from sdinpaint.images import read_picture
     from sdinpaint.loading import load
     from sdinpaint.masks import read_mask
-    from sdinpaint.settings import Settings, check_seed
+    from sdinpaint.settings import Settings, check_prompt, check_seed
 
     # All that can be wrong beside the model is found before the model is loaded.
     drawn = [check_seed(seed) for seed in seeds or (None,)]
     targets = _targets(out, len(drawn), inputs=(image, mask))
     loading = {name: options.pop(name) for name in LOADING}
     Settings(**options)
+    check_prompt("prompt", prompt), check_prompt("negative_prompt", negative_prompt)
     picture = read_picture(image)
     soft = read_mask(mask, picture.size)
     show_progress = not quiet and not as_json
@@ -189,9 +190,10 @@ def inpaint(
 @variant_option
 @json_option
 def inspect(path: str, variant: str | None, as_json: bool) -> None:
-    """Say what a checkpoint is, why, and whether it loads; or with which settings a picture was made.
+    """Say what a checkpoint is, why, and whether it loads.
 
-    PATH is a weights file, a diffusers folder, demo, or a picture that sdinpaint wrote. Only headers are read.
+    PATH is a weights file, a diffusers folder, or demo; only headers are read. For a picture that sdinpaint wrote, the
+    settings that it was made with are shown.
 
     \b
     Examples:
@@ -210,9 +212,9 @@ def inspect(path: str, variant: str | None, as_json: bool) -> None:
 @main.command()
 @click.option("--out", "-o", default=".", show_default=True, metavar="FOLDER", type=click.Path(path_type=Path))
 def demo(out: Path) -> None:
-    """Repaint some drawn scenes with the small checkpoint that is included, and show them on one sheet.
+    """Repaint some drawn scenes with the included checkpoint.
 
-    Takes well under a minute on two cores of a CPU and needs no network. It writes FOLDER/sdinpaint-demo.png.
+    Writes one sheet of pictures, FOLDER/sdinpaint-demo.png. Needs no network, and less than a minute on two CPU cores.
 
     \b
     Example:
@@ -231,7 +233,7 @@ def demo(out: Path) -> None:
 @main.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Print versions, devices, memory, and what is found where: paste it into a bug report.
+    """Print what a bug report needs: versions, devices, memory.
 
     \b
     Example:

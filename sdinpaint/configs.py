@@ -13,6 +13,7 @@ from typing import Any
 
 from sdinpaint.errors import CheckpointError
 from sdinpaint.families import Family, Prediction, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from sdinpaint.sampling.schedules import train_sigmas
 
 Shapes = Mapping[str, tuple[int, ...]]
 Json = Mapping[str, Any]
@@ -37,12 +38,17 @@ def unet_config(shapes: Shapes, json: Json, base: UNetConfig, where: Path) -> UN
         config = _unet_sizes(shapes, base)
     except (KeyError, IndexError, ValueError, ZeroDivisionError):
         config = base  # something is missing; comparing with the whole family names it best
+    channels = whole_number(json, "in_channels", config.in_channels, where)
+    if channels != config.in_channels:
+        _refuse(where, "in_channels", channels, f"{config.in_channels}, as the weights have")
     groups = whole_number(json, "norm_num_groups", base.norm_groups, where)
     heads = json.get("num_attention_heads") or json.get("attention_head_dim")  # the latter is the number of heads
     widths = [config.model_channels * mult for mult in config.channel_mult]
     _check_divides(where, "norm_num_groups", groups, widths)
     if isinstance(heads, list):
-        dims = {width // count for width, count in zip(widths, heads, strict=False) if isinstance(count, int) and count}
+        dims = {
+            width // count for width, count in zip(widths, heads, strict=False) if isinstance(count, int) and count > 0
+        }
         if len(dims) != 1:
             _refuse(where, "attention_head_dim", heads, "numbers of heads that give one head size")
         return replace(config, norm_groups=groups, num_heads=None, head_dim=dims.pop())
@@ -137,9 +143,9 @@ def schedule_config(json: Json, base: ScheduleConfig, where: Path) -> ScheduleCo
     prediction = json.get(
         "prediction_type", next(name for name, ours in PREDICTIONS.items() if ours == base.prediction)
     )
-    if prediction not in PREDICTIONS:
+    if not isinstance(prediction, str) or prediction not in PREDICTIONS:
         _refuse(where, "prediction_type", prediction, " or ".join(map(repr, PREDICTIONS)))
-    return replace(
+    schedule = replace(
         base,
         train_steps=whole_number(json, "num_train_timesteps", base.train_steps, where),
         beta_start=_positive(json, "beta_start", base.beta_start, where),
@@ -148,6 +154,9 @@ def schedule_config(json: Json, base: ScheduleConfig, where: Path) -> ScheduleCo
         steps_offset=whole_number({"steps_offset": 1, **json}, "steps_offset", base.steps_offset, where, low=0),
         end_at_zero=bool(json.get("set_alpha_to_one", base.end_at_zero)),
     )
+    if not bool(train_sigmas(schedule).isfinite().all()):
+        _refuse(where, "beta_end", schedule.beta_end, "betas below 1 that leave some signal at the last step")
+    return schedule
 
 
 def check_fit(family: Family, where: Path) -> None:
@@ -270,6 +279,7 @@ def diffusers_configs(family: Family) -> dict[str, dict[str, object]]:
     libraries = {name: "transformers" if kind.startswith("CLIP") else "diffusers" for name, kind in parts.items()}
     index: dict[str, object] = {
         "_class_name": "StableDiffusionInpaintPipeline" if unet.in_channels != 4 else "StableDiffusionPipeline",
+        "_diffusers_version": "0.42.0",  # an inpainting folder without one is refused
         "feature_extractor": [None, None],
         "safety_checker": [None, None],
         "requires_safety_checker": False,

@@ -25,6 +25,7 @@ Cell = tuple[Image.Image, str]
 Row = Sequence[Cell]
 
 SHEET_NAME = "sdinpaint-demo.png"
+TITLE = "Repainted where the hole is; everything else is kept bit for bit"
 SAMPLERS = ("ddim", "euler")
 STEPS = 30
 SEED = 7
@@ -68,7 +69,7 @@ def demonstrate(folder: Path, pipe: Pipeline | None = None) -> Demonstration:
     if pipe is None:
         pipe = load("demo", progress=False)
     rows = repaint(pipe, tasks(pipe.family.size))
-    sheet = contact_sheet(rows, title="Repainted where the hole is; everything else is kept bit for bit")
+    sheet = contact_sheet(rows, title=TITLE)
     path = folder / SHEET_NAME
     save_png(sheet, path, {"model": pipe.source, "seed": SEED, "steps": STEPS})
     return Demonstration(path, sum(len(row) - 2 for row in rows), time.perf_counter() - started)
@@ -109,10 +110,13 @@ def repaint(pipe: Pipeline, todo: Sequence[Task]) -> list[Row]:
             images, holes, [prompt for _, prompt in wishes], steps=STEPS, sampler=sampler, seed=[SEED] * len(wishes)
         )
         painted.update(((*wish, sampler), image) for wish, image in zip(wishes, result.images, strict=True))
-    rows = []
+    rows: list[Row] = []
     for index, (task, picture) in enumerate(zip(todo, pictures, strict=True)):
-        given: list[Cell] = [(Image.fromarray(picture), task.title), (tinted(picture, task.hole), "the hole")]
-        made = [
+        given: list[Cell] = [
+            (Image.fromarray(picture), f"{task.title}\nthe picture that is given"),
+            (tinted(picture, task.hole), "the hole\nwhat may be repainted"),
+        ]
+        made: list[Cell] = [
             (painted[index, prompt, sampler], f"{prompt}\n{sampler}, {STEPS} steps")
             for prompt, sampler in product(task.prompts, SAMPLERS)
         ]

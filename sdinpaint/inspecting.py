@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdinpaint_weights.layout import identify
+from sdinpaint_weights.native import outside_keys
 from sdinpaint_weights.reader import open_weights
 
 from sdinpaint.errors import SdInpaintError
@@ -122,9 +123,10 @@ def _report_foreign(path: Path, error: SdInpaintError) -> Report:
     counts = dict.fromkeys(components, 0)
     kinds: dict[str, Counter[str]] = {name: Counter() for name in components}
     for key in weights:
-        name = next((name for name in components if key.startswith(layout.prefixes.get(name, ""))), components[0])
-        counts[name] += prod(weights.shape(key))
-        kinds[name][_plain(weights.dtype(key))] += 1
+        name = next((name for name in components if key.startswith(layout.prefixes.get(name, ""))), None)
+        if name is not None:
+            counts[name] += prod(weights.shape(key))
+            kinds[name][_plain(weights.dtype(key))] += 1
     return Report(
         path=str(path),
         title=layout.title,
@@ -135,7 +137,7 @@ def _report_foreign(path: Path, error: SdInpaintError) -> Report:
         has_ema=layout.has_ema,
         parameters=counts,
         dtypes={name: dict(found) for name, found in kinds.items()},
-        junk=(),
+        junk=outside_keys(weights, layout) if layout.prefixes else (),
         why=layout.why,
         problem=str(error),
     )

@@ -126,8 +126,7 @@ def load(
         warnings.warn(message, SdInpaintWarning, stacklevel=2)
     models = checkpoint.build()
     text = checkpoint.family.text
-    if not isinstance(tokenizer, Tokenizer):
-        tokenizer = find_tokenizer(tokenizer, model_folder=checkpoint.folder, embedding_rows=text.vocab_size)
+    tokenizer = find_tokenizer(tokenizer, model_folder=checkpoint.folder, embedding_rows=text.vocab_size)
     total = sum(len(state.sources) for state in checkpoint.states.values())
     # disable=None: silent where the output is no terminal
     with tqdm(
@@ -157,6 +156,9 @@ def open_checkpoint(
             "CKPT_NOT_FOUND", configs, "no such folder", expected="config= names a folder of JSON files"
         )
     jsons = {name: _json(configs, name) for name in (*COMPONENTS, "scheduler")}
+    if config is not None and not any(jsons.values()):
+        expected = "unet/config.json, vae/config.json, text_encoder/config.json or scheduler/scheduler_config.json"
+        raise CheckpointError("CKPT_BAD_CONFIG", config, "a folder with none of the JSON files", expected=expected)
     if vae is not None:
         opened["vae"], jsons["vae"] = _open_vae(Path(vae), variant, jsons["vae"])
     states = {name: state for name, (state, _) in opened.items()}

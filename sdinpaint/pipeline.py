@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +31,7 @@ from sdinpaint.sampling import (
     schedule,
     schedules,
 )
-from sdinpaint.settings import Settings, as_list, check_seed, common_length
+from sdinpaint.settings import Settings, as_list, check_prompt, check_seed, common_length
 from sdinpaint.text.tokenizer import Tokenizer
 
 OnStep = Callable[[int, Tensor, Tensor], object]
@@ -164,7 +165,7 @@ class Pipeline:
             if settings.strength == 0 or not job.mask.any():
                 reason = "the mask is empty" if settings.strength else "strength is 0"
                 message = f"picture {index + 1} of {len(jobs)}: {reason}, so it comes back unchanged"
-                warnings.warn(message, SdInpaintWarning, stacklevel=2)
+                warnings.warn(message, SdInpaintWarning, stacklevel=3)  # inference_mode wraps this function
                 done[index] = paste(job.picture, job.picture.rgb, np.zeros_like(job.mask))
         for batch in _of_one_size({index: job for index, job in enumerate(jobs) if index not in done}):
             painted = self._repaint(list(batch.values()), settings, progress, on_step)
@@ -183,16 +184,18 @@ class Pipeline:
         return [Conditioning(self.text(self.tokenizer(as_list(entry)).to(self.device))) for entry in prompts]
 
     @torch.inference_mode()
-    def encode_image(self, image: Any, mask: Any, *, seed: int | None = None, cover: Cover = "nearest") -> Known:
-        """What the picture says: Known(mask (1, 1, H, W), masked_latents and latents (1, 4, H, W)).
+    def encode_image(
+        self, image: Any, mask: Any, *, draws: Draws | None = None, latents: bool = True, cover: Cover = "nearest"
+    ) -> Known:
+        """What the picture says: Known(mask (1, 1, H, W), masked_latents and, if asked for, latents (1, 4, H, W)).
 
-        Latents are the posterior's mean, or samples with a seed. Pictures are padded to multiples of 8 pixels.
+        Latents are the posterior's mean, or with `draws` samples: first of `latents`, then of `masked_latents`.
+        Pictures are padded to multiples of 8 pixels.
         """
         job = self._jobs(image, mask, "", "", 0, None)[0]
         pixels, hole = job.image.to(self.device), job.hole.to(self.device)
-        draws = None if seed is None else Draws([seed], self.device)
-        latents = self._encode(pixels, draws)
-        return Known(to_latent(hole, cover), self._encode(masked_image(pixels, hole), draws), latents)
+        whole = self._encode(pixels, draws) if latents else None
+        return Known(to_latent(hole, cover), self._encode(masked_image(pixels, hole), draws), whole)
 
     def denoiser(
         self, known: Known, cond: Conditioning, uncond: Conditioning | None = None, *, guidance_scale: float = 7.5
@@ -215,36 +218,36 @@ class Pipeline:
 
         An autoencoder that overflows its dtype is run again in float32, with a warning. Raises: NumericError.
         """
-        weight = next(self.vae.parameters())
-        images = [self.vae.decode(one.to(weight)).float() for one in latents.split(1)]  # one by one: memory stays flat
-        image = torch.cat(images)
-        if not bool(image.isfinite().all()) and weight.dtype != torch.float32 and bool(latents.isfinite().all()):
-            message = f"the autoencoder overflowed in {weight.dtype}; the picture is decoded in float32 instead"
-            warnings.warn(message, SdInpaintWarning, stacklevel=2)
-            self.vae.float()
-            try:
-                return self.decode(latents)
-            finally:
-                self.vae.to(weight.dtype)
-        if not bool(image.isfinite().all()):
-            found = f"{int((~image.isfinite()).sum())} of {image.numel()} decoded values are NaN or infinite"
-            raise NumericError("NUMERIC_DECODE", "vae", found, expected="finite pixels", hint="load with dtype=float32")
-        return image
+        return self._through_vae("decode", lambda vae, one: (vae.decode(one),), latents)[0]
 
     def _encode(self, image: Tensor, draws: Draws | None = None) -> Tensor:
         """image (B, 3, 8H, 8W) -> latents float32: the posterior's mean, or a sample of it."""
-        weight = next(self.vae.parameters())
-        posteriors = [self.vae.posterior(one.to(weight)) for one in image.split(1)]  # one by one: memory stays flat
-        mean, std = (torch.cat(parts).float() for parts in zip(*posteriors, strict=True))
+        mean, std = self._through_vae("encode", lambda vae, one: vae.posterior(one), image)
         return mean if draws is None else mean + std * draws(mean)
+
+    def _through_vae(self, what: str, run: Callable[[VAE, Tensor], tuple[Tensor, ...]], given: Tensor) -> list[Tensor]:
+        """Run the autoencoder over a batch; again in float32 where it overflows its dtype. Raises: NumericError."""
+        kind = next(self.vae.parameters()).dtype
+        outputs = _one_by_one(run, self.vae, given)
+        if not _finite(outputs) and kind != torch.float32 and _finite([given]):
+            message = f"the autoencoder overflowed in {kind}; the picture is {what}d in float32 instead"
+            warnings.warn(message, SdInpaintWarning, stacklevel=3)
+            # a copy: another thread may be using the autoencoder
+            outputs = _one_by_one(run, copy.deepcopy(self.vae).float(), given)
+        if not _finite(outputs):
+            bad = sum(int((~output.isfinite()).sum()) for output in outputs)
+            found = f"{bad} of {sum(output.numel() for output in outputs)} {what}d values are NaN or infinite"
+            code, hint = f"NUMERIC_{what.upper()}", "load with dtype='float32', or with another autoencoder: vae=..."
+            raise NumericError(code, "vae", found, expected="finite values", hint=hint)
+        return outputs
 
     def _jobs(self, image: Any, mask: Any, prompt: Any, negative_prompt: Any, seed: Any, noise: Any) -> list[Job]:
         """Read everything, and check everything, before anything is computed."""
         given = {
             "images": _unbatched(image),
             "masks": _unbatched(mask),
-            "prompts": _texts(prompt),
-            "negative prompts": _texts(negative_prompt),
+            "prompts": [check_prompt("prompt", text) for text in as_list(prompt)],
+            "negative prompts": [check_prompt("negative_prompt", text) for text in as_list(negative_prompt)],
             "seeds": as_list(seed),
         }
         count = common_length(**given)
@@ -318,19 +321,30 @@ def _unbatched(value: Any) -> list[Any]:
     return list(value) if isinstance(value, Tensor) and value.ndim == 4 else as_list(value)
 
 
-def _texts(value: Any) -> list[Any]:
-    """A list of prompts; None is the empty one."""
-    return ["" if text is None else text for text in as_list(value)]
-
-
 def _noises(noise: Tensor | None, count: int, channels: int) -> list[Tensor | None]:
     """The given starting noise, one (1, channels, H, W) per item."""
     if noise is None:
         return [None] * count
-    if noise.ndim != 4 or noise.shape[:2] != (count, channels) or not bool(noise.isfinite().all()):
-        expected = f"finite values of shape ({count}, {channels}, rows / 8, columns / 8), unit variance"
+    expected = f"a tensor ({count}, {channels}, rows / 8, columns / 8) of finite values with unit variance"
+    if not isinstance(noise, Tensor):
+        raise SettingError("SETTING_NOISE", "noise", f"a {type(noise).__name__}", expected=expected)
+    if noise.ndim != 4 or noise.shape[:2] != (count, channels):
         raise SettingError("SETTING_NOISE", "noise", f"shape {tuple(noise.shape)}", expected=expected)
+    if not _finite([noise]):
+        found = f"{int((~noise.isfinite()).sum())} of {noise.numel()} values are NaN or infinite"
+        raise SettingError("SETTING_NOISE", "noise", found, expected=expected)
     return list(noise.float().split(1))
+
+
+def _one_by_one(run: Callable[[VAE, Tensor], tuple[Tensor, ...]], vae: VAE, given: Tensor) -> list[Tensor]:
+    """What `run` makes of a batch, float32; item after item, so that memory stays flat."""
+    weight = next(vae.parameters())
+    parts = [run(vae, one.to(weight)) for one in given.split(1)]
+    return [torch.cat(columns).float() for columns in zip(*parts, strict=True)]
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _of_one_size(jobs: dict[int, Job]) -> list[dict[int, Job]]:

@@ -12,7 +12,7 @@ from typing import Any
 from sdinpaint.errors import SdInpaintWarning, SettingError
 from sdinpaint.sampling import find_sampler, find_spacing
 
-__all__ = ["Settings", "as_list", "check_seed", "common_length"]
+__all__ = ["Settings", "as_list", "check_prompt", "check_seed", "common_length"]
 
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
@@ -41,14 +41,32 @@ class Settings:
         put = object.__setattr__
         put(self, "spacing", self.spacing or sampler.spacing)
         put(self, "eta", sampler.eta if self.eta is None else _number("eta", self.eta, 0, math.inf))
+        if self.eta and not sampler.stochastic:
+            found, expected = f"{self.eta!r} with {self.sampler}, which draws no noise", "0"
+            raise SettingError("SETTING_ETA", "eta", found, expected=expected, hint="use ddim or euler_ancestral")
         put(self, "steps", _whole("steps", self.steps, 1, MAX_STEPS))
         put(self, "strength", _number("strength", self.strength, 0, 1))
         put(self, "guidance_scale", _number("guidance_scale", self.guidance_scale, -math.inf, math.inf))
         if self.guidance_scale > HIGH_GUIDANCE:
             message = f"guidance_scale {self.guidance_scale:g} is very high: colours will burn out; 5 to 10 is usual"
-            warnings.warn(message, SdInpaintWarning, stacklevel=4)
+            warnings.warn(message, SdInpaintWarning, stacklevel=5)
         if self.cover not in ("nearest", "max"):
             raise SettingError("SETTING_COVER", "cover", f"{self.cover!r}", expected="'nearest' or 'max'")
+
+
+def check_prompt(name: str, prompt: Any) -> str:
+    """A prompt; None is the empty one. Raises: SettingError."""
+    if prompt is None:
+        return ""
+    if not isinstance(prompt, str):
+        raise SettingError("SETTING_PROMPT", name, f"a {type(prompt).__name__}", expected="a string")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        found = f"character {error.start} is the lone surrogate U+{ord(prompt[error.start]):04X}"
+        expected, hint = "valid Unicode text", "remove that character"
+        raise SettingError("SETTING_PROMPT", name, found, expected=expected, hint=hint) from error
+    return prompt
 
 
 def check_seed(seed: Any) -> int:

@@ -1,4 +1,4 @@
-"""Small random pipelines, and their weights written in every layout that is found in the wild."""
+"""Small random pipelines, and files made of their weights: in every layout found in the wild, or broken on purpose."""
 
 from __future__ import annotations
 
@@ -6,27 +6,43 @@ import json
 import math
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from sdinpaint_weights.export import ldm_state
-from torch import nn
+from torch import Tensor, nn
 
 from sdinpaint.families import Family
 from sdinpaint.models import VAE, CLIPText, UNet
 from sdinpaint.pipeline import Pipeline
 from sdinpaint.text.tokenizer import Tokenizer
 
-UNET, TEXT = "model.diffusion_model.", "cond_stage_model.transformer."
-SCHEDULE = {
-    name: torch.linspace(0.001, 0.9, 1000) for name in ("betas", "alphas_cumprod", "sqrt_alphas_cumprod", "logvar")
-}
+Tensors = dict[str, Tensor]
+
+UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
+VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
+TEXT_FILE = "text_encoder/model.safetensors"
+
+SCHEDULE = {name: torch.linspace(0.001, 0.9, 1000) for name in ("betas", "alphas_cumprod", "sqrt_alphas_cumprod")}
 """Some of the buffers that the official files hold beside the weights."""
-LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint"
-OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-"""Names in the autoencoder's attention that diffusers had until 2022."""
+POSITIONS = torch.arange(77)[None]
+CALLBACK = "pytorch_lightning.callbacks.model_checkpoint"
+"""Where Lightning has the class by which its checkpoints' callbacks are keyed."""
+
+
+def small(family: Family) -> Family:
+    """The narrowest of the kind, for tests in which only the files or the arguments count."""
+    unet = replace(family.unet, model_channels=12, num_res_blocks=1)
+    return replace(family, unet=unet, vae=replace(family.vae, channels=5), text=replace(family.text, num_layers=1))
+
+
+def for_text_to_image(family: Family) -> Family:
+    """The same with 4 input channels: a model that is shown no mask."""
+    return replace(family, name="sd15", unet=replace(family.unet, in_channels=4))
 
 
 @torch.no_grad()
@@ -34,9 +50,8 @@ def fill(model: nn.Module, seed: int) -> nn.Module:
     """Random weights that keep the size of activations; no norm is left at 1 and 0."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        norm = isinstance(module, nn.GroupNorm | nn.LayerNorm)
         for name, weight in module.named_parameters(recurse=False):
-            if norm and name == "weight":
+            if isinstance(module, nn.GroupNorm | nn.LayerNorm) and name == "weight":
                 weight.uniform_(0.7, 1.3, generator=generator)
             else:
                 bound = math.sqrt(3 / weight[0].numel()) if weight.ndim > 1 else 0.1
@@ -44,48 +59,42 @@ def fill(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-def random_pipeline(family: Family, tokenizer: Tokenizer) -> Pipeline:
-    """The same weights for the same family, in every process."""
-    models = UNet(family.unet), VAE(family.vae), CLIPText(family.text)
-    unet, vae, text = (fill(model, seed) for seed, model in enumerate(models))
+def random_pipeline(family: Family, tokenizer: Tokenizer, seed: int = 0) -> Pipeline:
+    """The same weights for the same family and seed, in every process."""
+    with torch.device("meta"):
+        models = UNet(family.unet), VAE(family.vae), CLIPText(family.text)
+    unet, vae, text = (fill(model.to_empty(device="cpu"), 3 * seed + i) for i, model in enumerate(models))
     return Pipeline(family, unet, vae, text, tokenizer)
 
 
-def four_channels(family: Family) -> Family:
-    """The same family, made for text to image."""
-    return replace(family, name="sd15", unet=replace(family.unet, in_channels=4))
-
-
-def components(pipe: Pipeline) -> dict[str, dict[str, torch.Tensor]]:
+def states(pipe: Pipeline) -> dict[str, Tensors]:
     """Native names and tensors by component."""
     return {"unet": pipe.unet.state_dict(), "vae": pipe.vae.state_dict(), "text_encoder": pipe.text.state_dict()}
 
 
-def single_file_state(pipe: Pipeline) -> dict[str, torch.Tensor]:
-    """All tensors under the names of the official single files, with the buffers that those hold too."""
-    ids = torch.arange(pipe.text.config.context_length)[None]
-    return ldm_state(components(pipe)) | {f"{TEXT}text_model.embeddings.position_ids": ids} | SCHEDULE
+def single_file(pipe: Pipeline) -> Tensors:
+    """All tensors as the official single files name them, with the buffers that those hold too."""
+    positions = {"cond_stage_model.transformer.text_model.embeddings.position_ids": POSITIONS}
+    return ldm_state(states(pipe)) | positions | SCHEDULE
 
 
-def averages(unet: nn.Module) -> dict[str, torch.Tensor]:
-    """A UNet's weights as LitEma names them, with its two counters."""
+def averages(unet: nn.Module) -> Tensors:
+    """A UNet's weights as LDM's LitEma names its averages, with its two counters."""
     counters = {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7, dtype=torch.int32)}
     joined = {name.replace(".", ""): tensor for name, tensor in unet.state_dict().items()}
     return {f"model_ema.diffusion_model{name}": tensor for name, tensor in joined.items()} | counters
 
 
-def save_ckpt(path: Path, state: dict[str, torch.Tensor], monkeypatch, *, legacy: bool = False) -> None:
-    """What Lightning writes: `state` inside a dictionary, beside callbacks that are keyed by a class."""
-    parts = LIGHTNING.split(".")
-    for end in range(1, len(parts) + 1):
-        name = ".".join(parts[:end])
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    kind = type("ModelCheckpoint", (), {"__module__": LIGHTNING})
-    sys.modules[LIGHTNING].ModelCheckpoint = kind
-    around = {"epoch": 3, "global_step": 470_000, "callbacks": {kind: {"best_model_score": torch.tensor(0.5)}}}
-    torch.save({"state_dict": state} | around, path, _use_new_zipfile_serialization=not legacy)
-    for end in range(1, len(parts) + 1):
-        monkeypatch.delitem(sys.modules, ".".join(parts[:end]))
+def save_lightning(path: Path, state: Tensors, monkeypatch, *, legacy: bool = False) -> None:
+    """A training checkpoint as Lightning writes it: the weights, beside callbacks that are keyed by a class."""
+    parts = CALLBACK.split(".")
+    kind = type("ModelCheckpoint", (), {"__module__": CALLBACK})
+    around = {"epoch": 3, "global_step": 470_000, "callbacks": {kind: {"best_model_score": np.float64(0.5)}}}
+    with monkeypatch.context() as patch:
+        for end in range(1, len(parts) + 1):
+            patch.setitem(sys.modules, ".".join(parts[:end]), types.ModuleType(parts[end - 1]))
+        sys.modules[CALLBACK].ModelCheckpoint = kind
+        torch.save({**around, "state_dict": state}, path, _use_new_zipfile_serialization=not legacy)
 
 
 class Runs:
@@ -98,22 +107,18 @@ class Runs:
         return exec, (f"open({str(self.sentinel)!r}, 'w').close()",)
 
 
-def rewrite(folder: Path, file: str, change) -> Path:
-    """Replace the tensors of one safetensors file in a model folder by `change(tensors)`."""
-    path = folder / file
+def rewrite(path: Path, change: Callable[[Tensors], Tensors]) -> None:
+    """Replace the tensors of a safetensors file by `change(tensors)`."""
     save_file({name: tensor.contiguous() for name, tensor in change(load_file(path)).items()}, path)
-    return folder
 
 
-def set_json(folder: Path, file: str, **values) -> Path:
-    """Change some values of a JSON table in a model folder."""
-    path = folder / file
+def rewrite_json(path: Path, **values: object) -> None:
+    """Set some values of a JSON table."""
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
-    return folder
 
 
 def write_header(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
-    """A safetensors file of half-precision zeros that takes next to no room on the disk, however large it is."""
+    """A safetensors file of half-precision zeros that takes no room on the disk, however large it is."""
     header, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + 2 * math.prod(shape)
@@ -123,4 +128,3 @@ def write_header(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(file.tell() + end)
     return path
-

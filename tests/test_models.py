@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sdinpaint_kernels import attention, group_norm
 from sdinpaint_weights.errors import CheckpointError
@@ -170,6 +170,7 @@ def inputs(config, batch, height=6, width=5):
     return x, torch.linspace(1, 900, batch), context
 
 
+@settings(deadline=None)
 @given(st.floats(0, 999, width=32), st.sampled_from([2, 24, 320]))
 def test_timestep_embedding(t, dim):
     half = dim // 2

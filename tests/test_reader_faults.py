@@ -1,4 +1,4 @@
-"""Damaged and hostile weights files: each is refused by a CheckpointError that explains, quickly, and nothing is run."""
+"""Damaged and hostile weights files: each is refused by an error that explains, quickly, and nothing is run."""
 
 from __future__ import annotations
 
