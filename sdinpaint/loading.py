@@ -124,6 +124,8 @@ def load(
         examples = ", ".join(checkpoint.outside[:5])
         message = f"{checkpoint.path}: {len(checkpoint.outside)} tensors belong to no model and are ignored: {examples}"
         warnings.warn(message, SdInpaintWarning, stacklevel=2)
+    for note in dict.fromkeys(note for state in checkpoint.states.values() for note in state.notes):
+        warnings.warn(f"{checkpoint.path}: {note}", SdInpaintWarning, stacklevel=2)
     models = checkpoint.build()
     text = checkpoint.family.text
     tokenizer = find_tokenizer(tokenizer, model_folder=checkpoint.folder, embedding_rows=text.vocab_size)
