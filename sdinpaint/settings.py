@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import secrets
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from sdinpaint.errors import SdInpaintWarning, SettingError
@@ -16,6 +18,7 @@ __all__ = ["Settings", "as_list", "check_prompt", "check_seed", "common_length"]
 
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
+LARGEST = sys.float_info.max
 HIGH_GUIDANCE = 30.0
 
 
@@ -92,18 +95,18 @@ def common_length(**lists: Sequence[Any]) -> int:
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:
-    expected = f"a whole number from {low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
-        raise SettingError(f"SETTING_{name.upper()}", name, f"{value!r}", expected=expected)
-    if not low <= value <= high:
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not low <= value <= high or value != int(value):
+        expected = f"a whole number from {low} to {high}"
         raise SettingError(f"SETTING_{name.upper()}", name, f"{value!r}", expected=expected)
     return int(value)
 
 
 def _number(name: str, value: Any, low: float, high: float) -> float:
     bounds = "a finite number" if math.isinf(low) else f"a number from {low:g} to {high:g}"
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    # LARGEST also keeps out NaN, and whole numbers that no float can hold
+    if not number or not -LARGEST <= value <= LARGEST or not low <= value <= high:
         code = "SETTING_GUIDANCE" if name == "guidance_scale" else f"SETTING_{name.upper()}"
         raise SettingError(code, name, f"{value!r}", expected=bounds)
     return float(value)

@@ -109,7 +109,8 @@ class Runs:
 
 def rewrite(path: Path, change: Callable[[Tensors], Tensors]) -> None:
     """Replace the tensors of a safetensors file by `change(tensors)`."""
-    save_file({name: tensor.contiguous() for name, tensor in change(load_file(path)).items()}, path)
+    held = {name: tensor.clone() for name, tensor in load_file(path).items()}  # not views of the file to replace
+    save_file({name: tensor.contiguous() for name, tensor in change(held).items()}, path)
 
 
 def rewrite_json(path: Path, **values: object) -> None:

@@ -135,8 +135,18 @@ def plain_pickle(path, state, monkeypatch):
     torch.save(state, path)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt", "model.pth", "model"])
-@pytest.mark.parametrize("write", [safetensors, lightning, lightning_legacy, plain_pickle])
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (safetensors, "model.safetensors"),
+        (safetensors, "model.ckpt"),
+        (lightning, "model.ckpt"),
+        (lightning, "model.safetensors"),
+        (lightning_legacy, "model.ckpt"),
+        (lightning_legacy, "model"),
+        (plain_pickle, "model.pth"),
+    ],
+)
 def test_single_files_of_any_name(tmp_path, alone, pipe, other, picture, monkeypatch, write, name):
     write(tmp_path / name, single_file(pipe) | averages(other.unet), monkeypatch)
     with warnings.catch_warnings():

@@ -18,7 +18,7 @@ from sdinpaint.training import autoencoder, curves, inpainting
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for states, logs and the result.")
 @click.option("--autoencoder-steps", default=5000, show_default=True, help="About 15 minutes on 2 CPU cores.")
-@click.option("--steps", default=4000, show_default=True, help="Of the UNet; about 90 minutes on 2 CPU cores.")
+@click.option("--steps", default=2800, show_default=True, help="Of the UNet; about an hour on 2 CPU cores.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 def main(out: Path, autoencoder_steps: int, steps: int, device: str) -> None:
     """Train the autoencoder, then the UNet with its text encoder, and write OUT/model as a diffusers folder."""

@@ -31,7 +31,8 @@ def draw(folder: Path, target: Path) -> None:
     ]
     for axis, (stage, figure_name, title) in zip(axes, panels, strict=True):
         rows = [json.loads(line) for line in (folder / stage / "log.jsonl").read_text("utf-8").splitlines()]
-        steps, values = [row["step"] for row in rows], [row[figure_name] for row in rows]
+        found = {row["step"]: row[figure_name] for row in rows}  # what was run again after a stop counts once
+        steps, values = list(found), list(found.values())
         axis.plot(steps, values, color="#c8d4e8", linewidth=0.8)
         axis.plot(steps, _smoothed(values), color="#1f4e9c", linewidth=1.6)
         axis.set_title(title, fontsize=10)
