@@ -125,7 +125,7 @@ def measure_import(rounds: int = 7) -> None:
     report({"what": "import", "seconds": medians, "ratio": medians["sdinpaint"] / medians["diffusers"]})
 
 
-def measure_load(rounds: int = 5) -> None:
+def measure_load(rounds: int = 3) -> None:
     """Load time and peak memory for each pair of stored and asked dtype."""
     from sdinpaint_weights.export import write_diffusers
 

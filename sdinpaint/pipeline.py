@@ -308,7 +308,8 @@ def _job(picture: Picture, mask: Any, prompt: str, negative_prompt: str, seed: i
     soft = read_mask(mask, picture.size)
     where = binarize(soft)
     image, _ = pad_to_multiple(to_tensor(picture.opaque()))
-    hole, _ = pad_to_multiple(torch.from_numpy(where.astype(np.float32))[None, None], mode="zeros")
+    # reflected as the picture is: what is under the mask must not show in the padding
+    hole, _ = pad_to_multiple(torch.from_numpy(where.astype(np.float32))[None, None])
     latent_size = (image.shape[-2] // 8, image.shape[-1] // 8)
     if noise is not None and noise.shape[-2:] != latent_size:
         found, expected = f"{tuple(noise.shape[-2:])} latent rows and columns", f"{latent_size} for this picture"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import secrets
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ __all__ = ["Settings", "as_list", "check_prompt", "check_seed", "common_length"]
 
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
-LARGEST = sys.float_info.max
 HIGH_GUIDANCE = 30.0
 
 
@@ -104,9 +102,11 @@ def _whole(name: str, value: Any, low: int, high: int) -> int:
 
 def _number(name: str, value: Any, low: float, high: float) -> float:
     bounds = "a finite number" if math.isinf(low) else f"a number from {low:g} to {high:g}"
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    # LARGEST also keeps out NaN, and whole numbers that no float can hold
-    if not number or not -LARGEST <= value <= LARGEST or not low <= value <= high:
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or not low <= number <= high:
         code = "SETTING_GUIDANCE" if name == "guidance_scale" else f"SETTING_{name.upper()}"
         raise SettingError(code, name, f"{value!r}", expected=bounds)
-    return float(value)
+    return number

@@ -42,7 +42,7 @@ def test_every_prompt_is_painted_with_every_sampler(rows):
     assert [len(row) for row in rows] == [6, 6, 6, 6]
     for task, row in zip(tasks(SIZE), rows, strict=True):
         captions = [caption.split("\n")[0] for _, caption in row[2:]]
-        assert captions == [prompt for prompt in task.prompts for _ in demonstration.SAMPLERS]
+        assert captions == [prompt for prompt in task.prompts for _ in demonstration.SEEDS]
         assert np.array_equal(np.asarray(row[0][0]), render(task.scene, SIZE))
         for image, _ in row[2:]:
             assert (np.asarray(image)[task.hole] != render(task.scene, SIZE)[task.hole]).any()

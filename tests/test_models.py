@@ -148,6 +148,7 @@ def test_the_released_configuration_files_say_the_same(inventory, released):
     assert vae_config(shapes("vae"), released["vae"], replace(family.vae, norm_groups=1), HERE) == family.vae
     assert text_config(shapes("text_encoder"), released["text_encoder"], text, HERE) == family.text
     assert schedule_config(released["scheduler"], schedule, HERE) == family.schedule
+    assert schedule_config({"steps_offset": 0}, family.schedule, HERE).steps_offset == 0
 
 
 # What the models compute

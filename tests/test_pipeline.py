@@ -86,6 +86,16 @@ def test_known_pixels_stay_bit_for_bit(either, size):
     assert (found[mask] != image[mask]).mean() > 0.9
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_what_lies_under_the_mask_is_not_seen(pipe, size):
+    one, mask = picture(*size), np.zeros(size, bool)
+    mask[size[0] // 2 :, size[1] // 3 :] = True  # up to the edge, where the picture is padded
+    other = np.where(mask[..., None], picture(*size, seed=1), one)
+    assert np.array_equal(inpaint(pipe, one, mask).image, inpaint(pipe, other, mask).image)
+    seen = [inpaint(pipe, image, mask, strength=0.5).image for image in (one, other)]
+    assert not np.array_equal(*seen)
+
+
 def test_transparency_stays_where_nothing_is_repainted(pipe):
     image, mask = picture(83, 101, channels=4), hole(83, 101)
     result = inpaint(pipe, Image.fromarray(image), mask).image

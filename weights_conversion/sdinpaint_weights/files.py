@@ -68,6 +68,13 @@ class SourceFile:
         """
         return torch.frombuffer(self.map(), dtype=dtype, count=count, offset=offset)
 
+    def release(self, offset: int, count: int) -> None:
+        """Let go of the pages that lie wholly within these bytes of the map; a later read fetches them again."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            start, end = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE, (offset + count) // mmap.PAGESIZE * mmap.PAGESIZE
+            if end > start:
+                self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
+
     def loaded(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
         """(count,) elements from byte `offset`, in memory of their own."""
         return torch.frombuffer(self.read(offset, count * dtype.itemsize), dtype=dtype)

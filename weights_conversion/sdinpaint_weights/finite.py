@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     # aminmax hands NaN on; it knows no 8-bit floats.
     low, high = torch.aminmax(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
-    return bool(torch.isfinite(low) and torch.isfinite(high))
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def nonfinite_error(subject: object, name: str, tensor: Tensor, stored: Tensor) -> CheckpointError:

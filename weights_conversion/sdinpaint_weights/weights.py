@@ -61,11 +61,14 @@ class Entry:
         if self.extent == 0:
             return torch.empty(self.shape, dtype=dtype or self.dtype)
         file, offset = self.storage.file, self.storage.offset + self.start
-        as_stored = dtype in (None, self.dtype)
         aligned = offset % self.dtype.itemsize == 0
-        flat = (file.mapped if as_stored and aligned else file.loaded)(offset, self.extent, self.dtype)
+        flat = (file.mapped if aligned else file.loaded)(offset, self.extent, self.dtype)
         tensor = flat.as_strided(self.shape, self.stride)
-        return tensor if dtype is None else tensor.to(dtype)
+        if dtype in (None, self.dtype):
+            return tensor
+        cast = tensor.to(dtype)
+        file.release(offset, self.extent * self.dtype.itemsize)  # or the file's pages would count beside the copy
+        return cast
 
 
 @dataclass(eq=False)
