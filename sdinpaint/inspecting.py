@@ -63,7 +63,7 @@ class Report:
             lines.append(f"    {component:<13} {count:>13,}  {kinds}")
         if self.junk:
             lines.append(f"  junk        {len(self.junk)} tensors of no model, e.g. {', '.join(self.junk[:5])}")
-        lines += [f"  because     {sentence}" for sentence in self.why]
+        lines += [f"  because     {sentence}" for sentence in self.why if sentence not in self.problem]
         lines.append(
             f"  does not load: {self.problem}" if self.problem else "  loads       every tensor is accounted for"
         )

@@ -26,6 +26,7 @@ FOREIGN = (
 )
 """(pattern of a name that nothing else has, layout, what it is); the first that matches decides."""
 
+WHOLE = 3  # UNet, VAE and text encoder
 EMA_PREFIX = "model_ema."
 EMA_UNET = f"{EMA_PREFIX}diffusion_model"
 
@@ -108,11 +109,12 @@ class Layout:
 
 def identify(shapes: Shapes) -> Layout:
     """What these names and shapes are; never fails: "unknown" is an answer as well."""
-    for pattern, layout, title in FOREIGN:
+    met = _marks_met(shapes)
+    whole = len(met) >= WHOLE  # then a stray tensor of something else is junk, and does not decide
+    for pattern, layout, title in () if whole else FOREIGN:
         name = next((name for name in shapes if re.match(pattern, name)), None)
         if name is not None:
             return _other(layout, title, f"{_say(shapes, name)}: {title}")
-    met = _marks_met(shapes)
     if not met:
         plural = "" if len(shapes) == 1 else "s"
         return _other("unknown", f"not a Stable Diffusion checkpoint: {len(shapes)} tensor{plural}, none known")
