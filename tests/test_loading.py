@@ -250,7 +250,6 @@ def with_other_parts_around(folder):
         as_legacy_bin,
         as_pickles_named_safetensors,
         as_safetensors_named_bin,
-        as_the_only_variant,
         pytest.param(in_shards("safetensors", save_file), id="shards"),
         pytest.param(in_shards("bin", torch.save), id="pickled shards"),
         with_attention_names_of_2022,
@@ -265,6 +264,16 @@ def test_folders(folder, pipe, picture, change):
     loaded = load(folder)
     assert same_models(loaded, pipe)
     assert np.array_equal(paint(loaded), picture)
+
+
+def test_the_only_variant_is_taken_and_told(folder, pipe, picture):
+    as_the_only_variant(folder)
+    with pytest.warns(SdInpaintWarning, match="the variant 'fp16' is used") as caught:
+        loaded = load(folder)
+    assert len(caught) == len(FILES)
+    assert same_models(loaded, pipe)
+    assert np.array_equal(paint(loaded), picture)
+    assert same_models(load(folder, variant="fp16"), pipe)
 
 
 def test_variant_is_taken_only_when_asked_for(folder, pipe):
@@ -317,7 +326,9 @@ def test_averages_only_when_asked_for(tmp_path, alone, pipe, other):
 def test_averages_alone(tmp_path, alone, pipe, other, ema):
     rest = {name: value for name, value in single_file(pipe).items() if not name.startswith("model.")}
     save_file(contiguous(rest | averages(other.unet)), tmp_path / "averages.safetensors")
-    loaded = load(tmp_path / "averages.safetensors", ema=ema, **alone)
+    with pytest.warns(SdInpaintWarning, match=r"averaged \(EMA\) weights of the UNet only") as caught:
+        loaded = load(tmp_path / "averages.safetensors", ema=ema, **alone)
+    assert len(caught) == 1
     assert same_weights(loaded.unet.state_dict(), other.unet.state_dict())
 
 
