@@ -6,14 +6,12 @@ import io
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 from torch import Tensor
-from torch.nn import functional as F
 
 from sdinpaint.errors import ImageError, NumericError, SdInpaintWarning
 from sdinpaint.picture_io import DEEP_MODES, MAX_PIXELS, decode, open_image
@@ -101,15 +99,14 @@ def to_uint8(image: Tensor) -> Bytes:
     return pixels
 
 
-def pad_to_multiple(
-    image: Tensor, multiple: int = 8, mode: Literal["reflect", "zeros"] = "reflect"
-) -> tuple[Tensor, Crop]:
-    """image (B, C, H, W) -> (padded at the right and bottom to multiples, crop): `padded[..., *crop]` is the image."""
+def pad_to_multiple(image: Tensor, multiple: int = 8) -> tuple[Tensor, Crop]:
+    """Reflect image (B, C, H, W) at the right and bottom up to multiples -> (padded, crop).
+
+    `padded[..., *crop]` is the image.
+    """
     height, width = image.shape[-2:]
     rows, columns = height + -height % multiple, width + -width % multiple
     crop = slice(0, height), slice(0, width)
-    if mode == "zeros":
-        return F.pad(image, (0, columns - width, 0, rows - height)), crop
     across = _mirrored(width, columns).to(image.device)
     down = _mirrored(height, rows).to(image.device)
     return image.index_select(-2, down).index_select(-1, across), crop

@@ -451,18 +451,16 @@ def test_conversion_is_that_of_diffusers(rgb):
     assert np.array_equal(to_uint8(noise), np.stack(expected))
 
 
-@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 8, 64]), st.sampled_from(["reflect", "zeros"]))
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 8, 64]))
 @settings(max_examples=60, deadline=None)
-def test_padding_and_crop_are_inverse(height, width, multiple, mode):
+def test_padding_and_crop_are_inverse(height, width, multiple):
     image = torch.rand(1, 2, height, width)
-    padded, crop = pad_to_multiple(image, multiple, mode)
+    padded, crop = pad_to_multiple(image, multiple)
     rows, columns = padded.shape[-2:]
     assert rows % multiple == columns % multiple == 0
     assert rows - height < multiple
     assert columns - width < multiple
     assert torch.equal(padded[(..., *crop)], image)
-    if mode == "zeros":
-        assert padded.sum() == pytest.approx(float(image.sum()), rel=1e-5)
 
 
 def test_reflection_is_torchs_where_torch_can():

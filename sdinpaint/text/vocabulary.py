@@ -117,9 +117,10 @@ def _merges_of_lines(lines: Sequence[str | Sequence[str]]) -> list[Merge]:
     """Merges from "left right" lines or [left, right] lists, without a #version line and blank lines."""
     rows = [line if isinstance(line, str) else " ".join(line) for line in lines if line]
     rows = rows[1:] if rows and rows[0].startswith("#version:") else rows
-    parts = " ".join(rows).split(" ")  # at once: one by one, 48,894 lines take longer than to read a checkpoint
-    if len(parts) != 2 * len(rows):
-        raise ValueError(f"{len(rows)} merges of {len(parts)} parts, where each has two")
+    if broken := next((row for row in rows if row.count(" ") != 1), None):
+        raise ValueError(f"the merge {broken[:40]!r}, which has not two parts")
+    # At once: one by one, 48,894 lines take longer than to read a checkpoint.
+    parts = " ".join(rows).split(" ") if rows else []
     return list(zip(parts[::2], parts[1::2], strict=True))
 
 
