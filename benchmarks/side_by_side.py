@@ -154,7 +154,7 @@ def measure_load(rounds: int = 3) -> None:
         report(row)
 
 
-def measure_step(rounds: int = 5) -> None:
+def measure_step(rounds: int = 4) -> None:
     """One guided step (batch 2) at 512 x 512 in float32 and bfloat16, outputs compared first."""
     from diffusers import UNet2DConditionModel
     from sdinpaint_weights.export import diffusers_state

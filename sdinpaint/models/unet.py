@@ -238,7 +238,6 @@ class UNet(nn.Module):
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))
         if vector is not None:
             emb = emb + self.label_emb(vector)
-        x = x.contiguous(memory_format=torch.channels_last)  # all that follows keeps the format
         skips = []
         for block in self.input_blocks:
             x = block(x, emb, context)
