@@ -95,7 +95,7 @@ def report(row: dict[str, object]) -> None:
     """Append a row, and show it."""
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**row, **environment()}) + "\n")
+        file.write(json.dumps({**row, "environment": environment()}) + "\n")
     print(json.dumps(row), flush=True)
 
 
