@@ -266,7 +266,7 @@ def test_sizes_that_are_no_multiple_of_8(pipes, height, width):
     theirs, mine = pipes
     image, mask = picture(height, width)
     padded, crop = pad_to_multiple(torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None])
-    hole, _ = pad_to_multiple(torch.from_numpy(np.asarray(mask).copy())[None, None], mode="zeros")
+    hole, _ = pad_to_multiple(torch.from_numpy(np.asarray(mask).copy())[None, None])
     padded, hole = (Image.fromarray(one[0].permute(1, 2, 0).squeeze(-1).numpy()) for one in (padded, hole))
     expected = np.asarray(run_theirs(theirs, padded, hole, seed=11)[0])[crop]
     found = run_ours(mine, image, mask, seed=11).image
