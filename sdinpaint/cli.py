@@ -46,7 +46,7 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted: no unfinished file is left", err=True)
             ctx.exit(INTERRUPTED)
-        except Exception as error:
+        except (SdInpaintError, MemoryError, OSError, RuntimeError) as error:
             explained = _explained(error)
             if explained is None:
                 raise

@@ -15,8 +15,8 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+from reading import pickled, read_all, refusal, save_legacy, save_zip
 from safetensors.torch import save_file
-from sdinpaint_weights.errors import CheckpointError
 from sdinpaint_weights.folder import open_folder_component
 from sdinpaint_weights.reader import open_weights
 
@@ -42,34 +42,6 @@ def example():
 
 def same(a, b):
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.to(torch.float64), b.to(torch.float64))
-
-
-def read_all(path):
-    weights = open_weights(path)
-    return {key: weights.tensor(key) for key in weights}
-
-
-def refusal(path, read=read_all):
-    """The error, after checking what every error must have: the path, what was found, and how to go on."""
-    with pytest.raises(CheckpointError) as caught:
-        read(path)
-    error = caught.value
-    assert error.code.startswith("CKPT_")
-    assert str(path) in str(error)
-    assert error.found
-    assert error.hint
-    return error
-
-
-def save_zip(path, value):
-    torch.save(value, path)
-
-
-def save_legacy(path, value):
-    torch.save(value, path, _use_new_zipfile_serialization=False)
-
-
-pickled = pytest.mark.parametrize("save", [save_zip, save_legacy])
 
 
 # What is readable

@@ -14,39 +14,11 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from reading import pickled, read_all, refusal, save_legacy, save_zip
 from safetensors.torch import save_file
 from sdinpaint_weights import pickle_file, pickle_walker
 from sdinpaint_weights.errors import CheckpointError
 from sdinpaint_weights.reader import open_weights
-
-
-def read_all(path):
-    weights = open_weights(path)
-    return {key: weights.tensor(key) for key in weights}
-
-
-def refusal(path, read=read_all):
-    """The error, after checking what every error must have: the path, what was found, and how to go on."""
-    with pytest.raises(CheckpointError) as caught:
-        read(path)
-    error = caught.value
-    assert error.code.startswith("CKPT_")
-    assert str(path) in str(error)
-    assert error.found
-    assert error.hint
-    return error
-
-
-def save_zip(path, value):
-    torch.save(value, path)
-
-
-def save_legacy(path, value):
-    torch.save(value, path, _use_new_zipfile_serialization=False)
-
-
-pickled = pytest.mark.parametrize("save", [save_zip, save_legacy])
-
 
 # Pickles that want to run something
 
