@@ -48,7 +48,7 @@ class StubUNet:
     def __init__(self):
         self.inputs = []
 
-    def __call__(self, x, t, context, vector=None):
+    def __call__(self, x, t, context, vector=None, control=None):
         self.inputs.append((x, t, context, vector))
         told = context.mean((1, 2)) + (0 if vector is None else vector.mean(1)) + torch.sin(t / 150).to(x.dtype)
         mixed = x[:, :4] + 0.2 * x[:, :4].roll(1, -1) + 0.3 * x.mean(1, keepdim=True) * torch.sign(x[:, -1:])
@@ -136,9 +136,9 @@ def test_eps_and_v_give_back_the_clean_latents(sigma):
     alpha, deviation = 1 / math.sqrt(1 + sigma**2), sigma / math.sqrt(1 + sigma**2)
     outputs = {"eps": noise, "v": alpha * noise - deviation * x0}
     for prediction, output in outputs.items():
-        denoise = Denoiser(lambda x, t, c, v, out=output: out, TRAINED, prediction, text(2), dtype=torch.float64)
+        denoise = Denoiser(lambda x, t, c, v, control, out=output: out, TRAINED, prediction, text(2), dtype=torch.float64)
         assert torch.allclose(denoise(x0 + sigma * noise, sigma), x0, rtol=0, atol=1e-12)
-    mistaken = Denoiser(lambda x, t, c, v: outputs["eps"], TRAINED, "v", text(2), dtype=torch.float64)
+    mistaken = Denoiser(lambda x, t, c, v, control: outputs["eps"], TRAINED, "v", text(2), dtype=torch.float64)
     assert not torch.allclose(mistaken(x0 + sigma * noise, sigma), x0, rtol=0, atol=1e-3)
 
 
@@ -160,7 +160,7 @@ def test_guidance_is_one_batch_of_uncond_then_cond():
 def test_guidance_is_computed_in_the_dtype_of_x():
     output = draw(9, 2 * B, 4, H, W, dtype=torch.bfloat16)
     x = draw(0, B, 4, H, W)
-    denoise = Denoiser(lambda x, t, c, v: output, TRAINED, "eps", text(2), text(3), dtype=torch.bfloat16)
+    denoise = Denoiser(lambda x, t, c, v, control: output, TRAINED, "eps", text(2), text(3), dtype=torch.bfloat16)
     uncond, cond = output.float().chunk(2)
     assert torch.equal(denoise(x, 2.0), x - 2.0 * (uncond + 7.5 * (cond - uncond)))
 
@@ -409,7 +409,7 @@ def test_a_run_is_diffusers_inpainting(peer_parts, name, spacing, eta, strength,
     if strength == 1:
         x = schedules.start(noise, sigmas, unit_variance=find_spacing(name, spacing).unit_variance)
     denoise = Denoiser(
-        lambda x, t, context, vector: unet(x, t, encoder_hidden_states=context).sample,
+        lambda x, t, context, vector, control: unet(x, t, encoder_hidden_states=context).sample,
         TRAINED,
         "eps",
         cond,

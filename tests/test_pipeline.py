@@ -260,7 +260,7 @@ def record_unet(pipe, monkeypatch):
     """A list that takes the batch size of every call of the UNet."""
     sizes, forward = [], pipe.unet.forward
 
-    def recording(x, t, context, vector=None):
+    def recording(x, t, context, vector=None, control=None):
         assert len(x) == len(t) == len(context)
         sizes.append(len(x))
         return forward(x, t, context, vector)
@@ -287,7 +287,7 @@ def test_guidance_1_does_not_look_at_the_negative_prompt(pipe):
     ("steps", "strength"), [(50, 0.58), (100, 0.29), (10, 0.7), (30, 1), (30, 0.99), (7, 0.5), (2, 0.01), (1, 0.3)]
 )
 def test_strength_runs_as_many_steps_as_it_says(pipe, monkeypatch, steps, strength):
-    monkeypatch.setattr(pipe.unet, "forward", lambda x, t, context, vector=None: x[:, :4])
+    monkeypatch.setattr(pipe.unet, "forward", lambda x, t, context, vector=None, control=None: x[:, :4])
     seen = []
     inpaint(pipe, steps=steps, strength=strength, on_step=lambda step, x, x0: seen.append(step))
     assert seen == list(range(max(1, math.floor(steps * strength + 1e-9))))

@@ -177,7 +177,7 @@ class AllChannelsScaled(nn.Module):
         super().__init__()
         self.unet, self.sigmas = unet, sigmas
 
-    def forward(self, x, t, context, vector):
+    def forward(self, x, t, context, vector, control):
         scale = math.hypot(1, self.sigmas[int(t[0])])
         return self.unet(torch.cat([x[:, :4], x[:, 4:] / scale], dim=1), t, context, vector)
 

@@ -37,7 +37,7 @@ def stub_eps(x, t):
 
 
 def stub_denoiser(dtype, rounded_t=False):
-    def unet(x, t, context, vector):
+    def unet(x, t, context, vector, control=None):
         return stub_eps(x, t.round() if rounded_t else t)
 
     return Denoiser(unet, TRAINED, "eps", NO_TEXT, dtype=dtype)

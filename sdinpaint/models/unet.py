@@ -7,6 +7,7 @@ and ldm/modules/attention.py (SpatialTransformer); names and numbers as trained.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from sdinpaint_kernels import attention
@@ -180,6 +181,41 @@ class Stage(nn.ModuleList):
         return x
 
 
+def time_embed(config: UNetConfig) -> nn.Sequential:
+    """The two linear layers that turn a timestep's sines into `emb`."""
+    width = config.model_channels
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width))
+
+
+def block(config: UNetConfig, channels_in: int, channels_out: int, depth: int) -> list[nn.Module]:
+    """A residual block, and transformer blocks where there are any."""
+    layers: list[nn.Module] = [ResBlock(channels_in, channels_out, 4 * config.model_channels, config.norm_groups)]
+    return layers + [SpatialTransformer(channels_out, depth, config)] * bool(depth)
+
+
+def input_blocks(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
+    """The way down, and the width of what each of its entries puts out; a ControlNet has the same."""
+    channels = config.model_channels
+    stages, widths = [Stage([conv3(config.in_channels, channels)])], [channels]
+    levels = list(zip(config.channel_mult, config.transformer_depth, strict=True))
+    for level, (mult, depth) in enumerate(levels):
+        for _ in range(config.num_res_blocks):
+            stages.append(Stage(block(config, channels, mult * config.model_channels, depth)))
+            channels = mult * config.model_channels
+            widths.append(channels)
+        if level < len(levels) - 1:
+            stages.append(Stage([Downsample(channels)]))
+            widths.append(channels)
+    return nn.ModuleList(stages), widths
+
+
+def middle_block(config: UNetConfig) -> Stage:
+    """The lowest resolution; a ControlNet has the same."""
+    channels = config.model_channels * config.channel_mult[-1]
+    last = ResBlock(channels, channels, 4 * config.model_channels, config.norm_groups)
+    return Stage([*block(config, channels, channels, config.middle_depth), last])
+
+
 class UNet(nn.Module):
     """Predicts the noise (or v) in noisy latents, given the time and a text.
 
@@ -189,61 +225,56 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        width, emb_dim, groups = config.model_channels, 4 * config.model_channels, config.norm_groups
-        self.time_embed = nn.Sequential(nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        width, emb_dim = config.model_channels, 4 * config.model_channels
+        self.time_embed = time_embed(config)
         if config.vector_dim is not None:
             self.label_emb = nn.Sequential(
                 nn.Sequential(nn.Linear(config.vector_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
             )
+        self.input_blocks, skips = input_blocks(config)
+        self.middle_block = middle_block(config)
 
-        def block(channels_in: int, channels_out: int, depth: int) -> list[nn.Module]:
-            layers: list[nn.Module] = [ResBlock(channels_in, channels_out, emb_dim, groups)]
-            return layers + [SpatialTransformer(channels_out, depth, config)] * bool(depth)
-
-        widths = [width * mult for mult in config.channel_mult]
-        levels = list(zip(widths, config.transformer_depth, strict=True))
-
-        channels, skips = width, [width]
-        down = [Stage([conv3(config.in_channels, width)])]
-        for level, (wide, depth) in enumerate(levels):
-            for _ in range(config.num_res_blocks):
-                down.append(Stage(block(channels, wide, depth)))
-                channels = wide
-                skips.append(channels)
-            if level < len(levels) - 1:
-                down.append(Stage([Downsample(channels)]))
-                skips.append(channels)
-        self.input_blocks = nn.ModuleList(down)
-
-        self.middle_block = Stage(
-            [*block(channels, channels, config.middle_depth), ResBlock(channels, channels, emb_dim, groups)]
-        )
-
-        up = []
-        for level, (wide, depth) in reversed(list(enumerate(levels))):
+        up, channels = [], skips[-1]
+        for level, (mult, depth) in reversed(
+            list(enumerate(zip(config.channel_mult, config.transformer_depth, strict=True)))
+        ):
             for index in range(config.num_res_blocks + 1):
-                layers = block(channels + skips.pop(), wide, depth)
-                channels = wide
+                layers = block(config, channels + skips.pop(), mult * width, depth)
+                channels = mult * width
                 if level and index == config.num_res_blocks:
                     layers.append(Upsample(channels))
                 up.append(Stage(layers))
         self.output_blocks = nn.ModuleList(up)
 
         self.out = nn.Sequential(
-            GroupNorm(groups, width, eps=1e-5, silu=True), nn.Identity(), conv3(width, config.out_channels)
+            GroupNorm(config.norm_groups, width, eps=1e-5, silu=True), nn.Identity(), conv3(width, config.out_channels)
         )
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, vector: Tensor | None = None) -> Tensor:
-        """x (B, in_channels, H, W), t (B,), context (B, L, D), vector (B, V) for XL -> (B, 4, H, W)."""
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor,
+        vector: Tensor | None = None,
+        control: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """x (B, in_channels, H, W), t (B,), context (B, L, D), vector (B, V) for XL -> (B, 4, H, W).
+
+        control: a ControlNet's residuals, one to add to each of the input blocks' outputs and one to the middle's.
+        """
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))
         if vector is not None:
             emb = emb + self.label_emb(vector)
         skips = []
-        for block in self.input_blocks:
-            x = block(x, emb, context)
+        for stage in self.input_blocks:
+            x = stage(x, emb, context)
             skips.append(x)
         x = self.middle_block(x, emb, context)
-        for block in self.output_blocks:
+        if control is not None:
+            *residuals, middle = control
+            x = x + middle
+            skips = [skip + residual for skip, residual in zip(skips, residuals, strict=True)]
+        for stage in self.output_blocks:
             x = torch.cat([x, skips.pop()], dim=1)
-            x = block(x, emb, context, skips[-1].shape[-2:] if skips else None)
+            x = stage(x, emb, context, skips[-1].shape[-2:] if skips else None)
         return self.out(x)

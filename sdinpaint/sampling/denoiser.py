@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,11 @@ from sdinpaint.families import Prediction
 from sdinpaint.sampling import schedules
 from sdinpaint.sampling.samplers import Denoise
 
-UNetFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""unet(x (B, C, H, W), t (B,), context (B, L, D), vector (B, V) | None) -> (B, 4, H, W)."""
+UNetFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, Sequence[Tensor] | None], Tensor]
+"""unet(x (B, C, H, W), t (B,), context (B, L, D), vector (B, V) | None, control | None) -> (B, 4, H, W)."""
+
+ControlFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Sequence[Tensor] | None]
+"""control(x (B, 4, H, W) as the UNet sees it, t (B,), context, vector, sigma) -> residuals; None where it is off."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Known:
 class Denoiser:
     """A UNet seen as denoise(x, sigma) -> x0, with guidance in one batch of 2 B ordered [uncond, cond].
 
-    `extra` is (mask, masked_latents) for a 9-channel model, None for a 4-channel one. x keeps its own dtype; the UNet
+    `extra` is (mask, masked_latents) for a 9-channel model, None for a 4-channel one. `control` gives a ControlNet's
+    residuals. x keeps its own dtype; the UNet
     runs in `dtype`. A batch is B, not 2 B, where guidance_scale is 1 or `uncond` is None.
     Conditions of batch 1 serve every item of x.
 
@@ -58,6 +62,7 @@ class Denoiser:
         *,
         guidance_scale: float = 7.5,
         extra: tuple[Tensor, Tensor] | None = None,
+        control: ControlFunction | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         if not math.isfinite(guidance_scale):
@@ -66,6 +71,7 @@ class Denoiser:
             raise SettingError("SETTING_PREDICTION", "prediction", f"{prediction!r}", expected="'eps' or 'v'")
         conditions = [cond] if uncond is None or guidance_scale == 1 else [uncond, cond]
         self._unet = unet
+        self._control = control
         self._train_sigmas = train_sigmas
         self._to_x0 = _TO_X0[prediction]
         self._guidance_scale = guidance_scale
@@ -90,7 +96,9 @@ class Denoiser:
         t = torch.full((batch,), schedules.timestep(self._train_sigmas, sigma), dtype=torch.float32, device=x.device)
         context = _spread("context", self._context, batch, self._copies)
         vector = None if self._vector is None else _spread("vector", self._vector, batch, self._copies)
-        output = self._unet(torch.cat([scaled, *extra], dim=1), t, context, vector).to(x.dtype)
+        # a ControlNet sees the noisy channels alone, whatever the UNet takes
+        control = None if self._control is None else self._control(scaled, t, context, vector, sigma)
+        output = self._unet(torch.cat([scaled, *extra], dim=1), t, context, vector, control).to(x.dtype)
         if self._copies == 2:
             uncond, cond = output.chunk(2)
             output = uncond + self._guidance_scale * (cond - uncond)
