@@ -17,8 +17,9 @@ help: ## List the targets
 demo: $(VENV)/core.stamp ## Repaint some drawn scenes with the included checkpoint: writes out/sdinpaint-demo.png
 	$(BIN)/sdinpaint demo --out out
 
+# Two workers of one thread each: more of either would compete for memory, which the tests at full width need.
 test: lint ## Run the linters and all tests; CPU only, no network
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/dev.stamp ## Check style, types, and which package may import which
 	$(BIN)/ruff check

@@ -9,6 +9,7 @@ time, with the file in the page cache for both; its peak is the kernel's VmHWM l
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -22,8 +23,8 @@ import torch
 
 from sdinpaint.configs import diffusers_configs
 from sdinpaint.families import SD15_INPAINT
-from sdinpaint.loading import Models
 from sdinpaint.models import VAE, CLIPText, UNet
+from sdinpaint.sampling import Conditioning, Denoiser, schedules
 
 RESULTS = Path(__file__).parent / "results" / "side_by_side.jsonl"
 
@@ -34,10 +35,9 @@ IMPORTS = {
 }
 LOADS = {
     "sdinpaint": """
-import sdinpaint
-from sdinpaint.text.tokenizer import find_tokenizer
+from sdinpaint import load
 begin()
-pipe = sdinpaint.load(folder, dtype=dtype, device="cpu", progress=False)
+pipe = load(folder, dtype=dtype, device="cpu", progress=False)
 end(pipe.unet, pipe.vae, pipe.text)
 """,
     "diffusers": """
@@ -107,11 +107,12 @@ def run(code: str, *arguments: str) -> str:
     return done.stdout
 
 
-def random_models(dtype: torch.dtype) -> Models:
+def random_models(dtype: torch.dtype) -> dict[str, torch.nn.Module]:
     """The full-size networks with torch's own initial weights, which keep activations finite."""
     torch.manual_seed(0)
     family = SD15_INPAINT
-    return Models(UNet(family.unet).to(dtype), VAE(family.vae).to(dtype), CLIPText(family.text).to(dtype))
+    models = UNet(family.unet), VAE(family.vae), CLIPText(family.text)
+    return {name: model.to(dtype) for name, model in zip(family.components, models, strict=True)}
 
 
 def measure_import(rounds: int = 7) -> None:
@@ -139,7 +140,7 @@ def measure_load(rounds: int = 3) -> None:
     ):
         with tempfile.TemporaryDirectory() as folder:
             models = random_models(getattr(torch, stored))
-            states = dict(zip(("unet", "vae", "text_encoder"), (model.state_dict() for model in models), strict=True))
+            states = {name: model.state_dict() for name, model in models.items()}
             write_diffusers(folder, states, diffusers_configs(SD15_INPAINT))
             find_tokenizer().save(Path(folder) / "tokenizer")
             del models, states
@@ -167,15 +168,24 @@ def measure_step(rounds: int = 4) -> None:
     with torch.device("meta"):
         theirs = UNet2DConditionModel(**config).eval()
     theirs.load_state_dict(diffusers_state("unet", ours.state_dict()), assign=True)
-    x, t, context = torch.randn(2, 9, 64, 64), torch.tensor([501.0, 501.0]), torch.randn(2, 77, 768)
+    x, extra = torch.randn(1, 4, 64, 64), (torch.ones(1, 1, 64, 64), torch.randn(1, 4, 64, 64))
+    texts = torch.randn(2, 77, 768)
+    sigma = 1.5
+    trained = schedules.train_sigmas(SD15_INPAINT.schedule)
+    t = torch.tensor(schedules.timestep(trained, sigma))
     for dtype in (torch.float32, torch.bfloat16):
         for model in (ours, theirs):
             model.to(dtype)
-        inputs = x.to(dtype), t, context.to(dtype)
-        calls = {
-            "sdinpaint": lambda: ours(*inputs),  # noqa: B023 - called within the loop's turn
-            "diffusers": lambda: theirs(*inputs, return_dict=False)[0],  # noqa: B023
-        }
+        conditions = [Conditioning(text[None]) for text in texts]
+        denoise = Denoiser(ours, trained, "eps", *reversed(conditions), extra=extra, dtype=dtype)
+
+        def step_of_diffusers(dtype: torch.dtype = dtype) -> torch.Tensor:
+            """As its pipelines do it: both halves of the batch through the UNet, then guidance."""
+            fed = torch.cat([x / math.hypot(1, sigma), *extra], dim=1).to(dtype)
+            uncond, cond = theirs(torch.cat([fed] * 2), t, texts.to(dtype), return_dict=False)[0].float().chunk(2)
+            return x - sigma * (uncond + 7.5 * (cond - uncond))
+
+        calls = {"sdinpaint": lambda: denoise(x, sigma), "diffusers": step_of_diffusers}  # noqa: B023
         with torch.inference_mode():
             out = {name: call().float() for name, call in calls.items()}
             error = float((out["sdinpaint"] - out["diffusers"]).norm() / out["diffusers"].norm())

@@ -6,14 +6,17 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sdinpaint.converting import convert
     from sdinpaint.errors import SdInpaintError, SdInpaintWarning
     from sdinpaint.inspecting import Report, inspect
     from sdinpaint.loading import load, save_diffusers
+    from sdinpaint.merging import to_inpainting, widen_input
     from sdinpaint.pipeline import Pipeline, Result
 
 __version__ = "0.1.0"
 
 __all__ = ["Pipeline", "Report", "Result", "SdInpaintError", "SdInpaintWarning", "inspect", "load", "save_diffusers"]
+__all__ += ["convert", "to_inpainting", "widen_input"]
 
 # Found on first use, so that the command line can explain itself without waiting for torch.
 _HOMES = {
@@ -22,6 +25,9 @@ _HOMES = {
     "Report": "inspecting",
     "inspect": "inspecting",
     "load": "loading",
+    "convert": "converting",
+    "to_inpainting": "merging",
+    "widen_input": "merging",
     "save_diffusers": "loading",
     "Pipeline": "pipeline",
     "Result": "pipeline",

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from sdinpaint.errors import CheckpointError
-from sdinpaint.families import Family, Prediction, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from sdinpaint.families import (
+    TEXT_ENCODERS,
+    TOKENIZERS,
+    Family,
+    Prediction,
+    ScheduleConfig,
+    TextConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from sdinpaint.sampling.schedules import train_sigmas
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -21,6 +30,7 @@ Json = Mapping[str, Any]
 __all__ = [
     "check_fit",
     "diffusers_configs",
+    "prediction_in",
     "schedule_config",
     "text_config",
     "unet_config",
@@ -127,6 +137,8 @@ def text_config(shapes: Shapes, json: Json, base: TextConfig, where: Path) -> Te
         )
     except (KeyError, IndexError):
         config = base
+    if base.projection_dim is not None:
+        config = replace(config, projection_dim=shapes.get("text_projection.weight", (base.projection_dim,))[0])
     heads = whole_number(json, "num_attention_heads", config.num_heads, where)
     _check_divides(where, "num_attention_heads", heads, [config.width])
     activation = json.get("hidden_act", base.activation)
@@ -140,17 +152,12 @@ def schedule_config(json: Json, base: ScheduleConfig, where: Path) -> ScheduleCo
     kind = json.get("beta_schedule", "scaled_linear")
     if kind != "scaled_linear" or json.get("trained_betas") is not None:
         _refuse(where, "beta_schedule", "trained_betas" if kind == "scaled_linear" else kind, "'scaled_linear'")
-    prediction = json.get(
-        "prediction_type", next(name for name, ours in PREDICTIONS.items() if ours == base.prediction)
-    )
-    if not isinstance(prediction, str) or prediction not in PREDICTIONS:
-        _refuse(where, "prediction_type", prediction, " or ".join(map(repr, PREDICTIONS)))
     schedule = replace(
         base,
         train_steps=whole_number(json, "num_train_timesteps", base.train_steps, where),
         beta_start=_positive(json, "beta_start", base.beta_start, where),
         beta_end=_positive(json, "beta_end", base.beta_end, where),
-        prediction=PREDICTIONS[prediction],
+        prediction=prediction_in(json, where) or base.prediction,
         steps_offset=whole_number({"steps_offset": 1, **json}, "steps_offset", base.steps_offset, where, low=0),
         end_at_zero=bool(json.get("set_alpha_to_one", base.end_at_zero)),
     )
@@ -159,12 +166,33 @@ def schedule_config(json: Json, base: ScheduleConfig, where: Path) -> ScheduleCo
     return schedule
 
 
+def prediction_in(json: Json, where: Path) -> Prediction | None:
+    """What `scheduler_config.json` says the UNet predicts; None where it says nothing. Raises: CheckpointError."""
+    if "prediction_type" not in json:
+        return None
+    name = json["prediction_type"]
+    if not isinstance(name, str) or name not in PREDICTIONS:
+        _refuse(where, "prediction_type", name, " or ".join(map(repr, PREDICTIONS)))
+    return PREDICTIONS[name]
+
+
 def check_fit(family: Family, where: Path) -> None:
     """Compare the components with each other. Raises: CheckpointError naming the two that do not fit."""
-    unet, vae, text = family.unet, family.vae, family.text
-    if unet.context_dim != text.width:
-        found = f"the UNet reads text states {unet.context_dim} wide, the text encoder makes them {text.width} wide"
+    unet, vae = family.unet, family.vae
+    width = sum(text.width for text in family.texts)
+    if unet.context_dim != width:
+        made = " + ".join(str(text.width) for text in family.texts)
+        found = f"the UNet reads text states {unet.context_dim} wide, the text encoder makes them {made} wide"
         raise CheckpointError("CKPT_MISMATCH", where, found, hint="take both from one model")
+    rows = {text.vocab_size for text in family.texts}
+    if len(rows) > 1:
+        found = f"text encoders of {' and '.join(str(text.vocab_size) for text in family.texts)} tokens"
+        raise CheckpointError("CKPT_MISMATCH", where, found, expected="one vocabulary", hint="take both from one model")
+    pooled = family.texts[-1].projection_dim
+    if unet.vector_dim is not None and (pooled is None or unet.vector_dim <= pooled or (unet.vector_dim - pooled) % 12):
+        found = f"the UNet reads a vector of {unet.vector_dim} numbers, the pooled text has {pooled}"
+        expected = "the pooled text, and as many cosines and sines for each of six sizes"
+        raise CheckpointError("CKPT_MISMATCH", where, found, expected=expected, hint="take both from one model")
     takes_mask = unet.out_channels + 1 + vae.latent_channels
     if unet.out_channels != vae.latent_channels or unet.in_channels not in (unet.out_channels, takes_mask):
         found = f"a UNet of {unet.in_channels} to {unet.out_channels} channels, a VAE of {vae.latent_channels}"
@@ -208,80 +236,134 @@ def _refuse(where: Path, name: str, value: object, expected: str) -> None:
 
 
 def diffusers_configs(family: Family) -> dict[str, dict[str, object]]:
-    """{relative path: JSON table}: what diffusers' StableDiffusionInpaintPipeline needs beside the weights."""
-    unet, vae, text, schedule = family.unet, family.vae, family.text, family.schedule
+    """{relative path: JSON table}: what diffusers' pipelines need beside the weights."""
+    texts = {
+        f"{name}/config.json": _text_json(config) for name, config in zip(TEXT_ENCODERS, family.texts, strict=False)
+    }
+    return {
+        "unet/config.json": _unet_json(family),
+        "vae/config.json": _vae_json(family.vae, family.size),
+        **texts,
+        "scheduler/scheduler_config.json": _scheduler_json(family),
+        "model_index.json": _index_json(family),
+    }
+
+
+def _unet_json(family: Family) -> dict[str, object]:
+    unet = family.unet
     widths = [unet.model_channels * mult for mult in unet.channel_mult]
     attends = ["CrossAttn" if depth else "" for depth in unet.transformer_depth]
-    tables: dict[str, dict[str, object]] = {
-        "unet/config.json": {
-            "_class_name": "UNet2DConditionModel",
-            "act_fn": "silu",
-            "attention_head_dim": unet.num_heads or [width // (unet.head_dim or width) for width in widths],
-            "block_out_channels": widths,
-            "cross_attention_dim": unet.context_dim,
-            "down_block_types": [f"{kind}DownBlock2D" for kind in attends],
-            "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(attends)],
-            "in_channels": unet.in_channels,
-            "out_channels": unet.out_channels,
-            "layers_per_block": unet.num_res_blocks,
-            "norm_num_groups": unet.norm_groups,
-            "sample_size": family.size // 8,
-            "use_linear_projection": unet.linear_projection,
-        },
-        "vae/config.json": {
-            "_class_name": "AutoencoderKL",
-            "act_fn": "silu",
-            "block_out_channels": [vae.channels * mult for mult in vae.channel_mult],
-            "down_block_types": ["DownEncoderBlock2D"] * len(vae.channel_mult),
-            "up_block_types": ["UpDecoderBlock2D"] * len(vae.channel_mult),
-            "in_channels": vae.in_channels,
-            "out_channels": vae.in_channels,
-            "latent_channels": vae.latent_channels,
-            "layers_per_block": vae.num_res_blocks,
-            "norm_num_groups": vae.norm_groups,
-            "sample_size": family.size,
-            "scaling_factor": vae.scaling_factor,
-        },
-        "text_encoder/config.json": {
-            "architectures": ["CLIPTextModel"],
-            "model_type": "clip_text_model",
-            "vocab_size": text.vocab_size,
-            "hidden_size": text.width,
-            "intermediate_size": text.mlp_width,
-            "num_hidden_layers": text.num_layers,
-            "num_attention_heads": text.num_heads,
-            "max_position_embeddings": text.context_length,
-            "hidden_act": text.activation,
-            "bos_token_id": text.vocab_size - 2,
-            "eos_token_id": text.vocab_size - 1,
-            "pad_token_id": text.vocab_size - 1 if text.pad_id is None else text.pad_id,
-        },
-        "scheduler/scheduler_config.json": {
-            "_class_name": "DDIMScheduler",
-            "beta_schedule": "scaled_linear",
-            "beta_start": schedule.beta_start,
-            "beta_end": schedule.beta_end,
-            "num_train_timesteps": schedule.train_steps,
-            "prediction_type": next(theirs for theirs, ours in PREDICTIONS.items() if ours == schedule.prediction),
-            "steps_offset": schedule.steps_offset,
-            "set_alpha_to_one": schedule.end_at_zero,
-            "timestep_spacing": "leading",
-            "clip_sample": False,
-        },
+    # the last number is also the depth of the middle, where a level without attention has 0 here
+    depths = [*(max(depth, 1) for depth in unet.transformer_depth[:-1]), unet.middle_depth]
+    pooled = family.texts[-1].projection_dim
+    sizes = (
+        {}
+        if unet.vector_dim is None or pooled is None
+        else {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": (unet.vector_dim - pooled) // 6,
+            "projection_class_embeddings_input_dim": unet.vector_dim,
+        }
+    )
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "act_fn": "silu",
+        "attention_head_dim": unet.num_heads or [width // (unet.head_dim or width) for width in widths],
+        "block_out_channels": widths,
+        "cross_attention_dim": unet.context_dim,
+        "down_block_types": [f"{kind}DownBlock2D" for kind in attends],
+        "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(attends)],
+        "in_channels": unet.in_channels,
+        "out_channels": unet.out_channels,
+        "layers_per_block": unet.num_res_blocks,
+        "norm_num_groups": unet.norm_groups,
+        "sample_size": family.size // 8,
+        "transformer_layers_per_block": depths,
+        "use_linear_projection": unet.linear_projection,
+        **sizes,
     }
-    parts = {
-        "unet": "UNet2DConditionModel",
-        "vae": "AutoencoderKL",
-        "scheduler": "DDIMScheduler",
-        "text_encoder": "CLIPTextModel",
-        "tokenizer": "CLIPTokenizer",
+
+
+def _vae_json(vae: VAEConfig, size: int) -> dict[str, object]:
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": [vae.channels * mult for mult in vae.channel_mult],
+        "down_block_types": ["DownEncoderBlock2D"] * len(vae.channel_mult),
+        "up_block_types": ["UpDecoderBlock2D"] * len(vae.channel_mult),
+        "in_channels": vae.in_channels,
+        "out_channels": vae.in_channels,
+        "latent_channels": vae.latent_channels,
+        "layers_per_block": vae.num_res_blocks,
+        "norm_num_groups": vae.norm_groups,
+        "sample_size": size,
+        "scaling_factor": vae.scaling_factor,
     }
+
+
+def _text_json(text: TextConfig) -> dict[str, object]:
+    return {
+        "architectures": [_text_class(text)],
+        "model_type": "clip_text_model",
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.width,
+        "intermediate_size": text.mlp_width,
+        "num_hidden_layers": text.num_layers,
+        "num_attention_heads": text.num_heads,
+        "max_position_embeddings": text.context_length,
+        "hidden_act": text.activation,
+        "bos_token_id": text.vocab_size - 2,
+        "eos_token_id": text.vocab_size - 1,
+        "pad_token_id": text.vocab_size - 1 if text.pad_id is None else text.pad_id,
+        **({} if text.projection_dim is None else {"projection_dim": text.projection_dim}),
+    }
+
+
+def _text_class(text: TextConfig) -> str:
+    return "CLIPTextModel" if text.projection_dim is None else "CLIPTextModelWithProjection"
+
+
+def _scheduler_json(family: Family) -> dict[str, object]:
+    schedule = family.schedule
+    return {
+        "_class_name": _scheduler_class(family),
+        "beta_schedule": "scaled_linear",
+        "beta_start": schedule.beta_start,
+        "beta_end": schedule.beta_end,
+        "num_train_timesteps": schedule.train_steps,
+        "prediction_type": next(theirs for theirs, ours in PREDICTIONS.items() if ours == schedule.prediction),
+        "steps_offset": schedule.steps_offset,
+        "set_alpha_to_one": schedule.end_at_zero,
+        "timestep_spacing": "leading",
+        "clip_sample": False,
+    }
+
+
+def _scheduler_class(family: Family) -> str:
+    """As in the releases; either can be made of the other's table."""
+    return "DDIMScheduler" if family.text_2 is None else "EulerDiscreteScheduler"
+
+
+def _index_json(family: Family) -> dict[str, object]:
+    parts = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": _scheduler_class(family)}
+    for name, tokenizer, text in zip(TEXT_ENCODERS, TOKENIZERS, family.texts, strict=False):
+        parts |= {name: _text_class(text), tokenizer: "CLIPTokenizer"}
     libraries = {name: "transformers" if kind.startswith("CLIP") else "diffusers" for name, kind in parts.items()}
     index: dict[str, object] = {
-        "_class_name": "StableDiffusionInpaintPipeline" if unet.in_channels != 4 else "StableDiffusionPipeline",
+        "_class_name": _pipeline_class(family),
         "_diffusers_version": "0.42.0",  # an inpainting folder without one is refused
+        **{name: [libraries[name], part] for name, part in parts.items()},
+    }
+    if family.text_2 is not None:
+        return index | {"force_zeros_for_empty_prompt": family.zeros_for_none}
+    return index | {
         "feature_extractor": [None, None],
         "safety_checker": [None, None],
         "requires_safety_checker": False,
     }
-    return {**tables, "model_index.json": index | {name: [libraries[name], kind] for name, kind in parts.items()}}
+
+
+def _pipeline_class(family: Family) -> str:
+    kind = "" if family.text_2 is None else "XL"
+    task = "" if family.unet.in_channels == family.unet.out_channels else "Inpaint"
+    return f"StableDiffusion{kind}{task}Pipeline"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
+from sdinpaint_kernels import backend
 
 from sdinpaint import __version__
 from sdinpaint.errors import SdInpaintError, TokenizerError
@@ -33,6 +34,7 @@ def examine() -> dict[str, str]:
         **{name: _version(name) for name in PACKAGES},
         "CUDA": torch.version.cuda or "this torch is built for CPUs",
         "GPU": _gpu(),
+        "kernels": _kernels(),
         "driver": DRIVER.read_text().splitlines()[0] if DRIVER.is_file() else "no NVIDIA driver found",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "memory": _free_memory(),
@@ -59,6 +61,14 @@ def _gpu() -> str:
         memory = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"
         found.append(f"{card.name}, compute capability {card.major}.{card.minor}, {memory}")
     return "; ".join(found)
+
+
+def _kernels() -> str:
+    """What the hot path runs in, operations of one kind together."""
+    names: dict[str, list[str]] = {}
+    for operation, choice in backend.report().items():
+        names.setdefault(choice, []).append(operation)
+    return "; ".join(f"{', '.join(group)} in {choice}" for choice, group in names.items())
 
 
 def _free_memory() -> str:

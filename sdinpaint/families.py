@@ -14,6 +14,12 @@ from typing import Literal
 Activation = Literal["quick_gelu", "gelu"]
 Prediction = Literal["eps", "v"]
 
+KINDS = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}
+"""What is told from names and shapes alone, and its name for people."""
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+"""Names in a diffusers folder; SDXL alone has the second ones."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
@@ -62,6 +68,12 @@ class TextConfig:
     activation: Activation
     pad_id: int | None
     """Token that fills up to `context_length`; None: the end-of-text token."""
+    skip_last: int
+    """Layers at the end that the context does not go through."""
+    final_norm: bool
+    """Whether the context goes through the final norm."""
+    projection_dim: int | None
+    """Width of the pooled text, which goes through every layer; None where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,16 +95,33 @@ class Family:
     """One kind of checkpoint: its components and its schedule."""
 
     name: str
+    kind: str
+    """One of KINDS."""
     unet: UNetConfig
     vae: VAEConfig
     text: TextConfig
+    text_2: TextConfig | None
+    """XL's second encoder, whose states stand beside those of the first."""
     schedule: ScheduleConfig
     size: int
     """Height and width, in pixels, that the model was trained at."""
+    zeros_for_none: bool
+    """Whether no negative prompt (None) means zeros instead of states, and not the empty prompt."""
+
+    @property
+    def texts(self) -> tuple[TextConfig, ...]:
+        """The text encoders in the order in which their states stand side by side."""
+        return (self.text,) if self.text_2 is None else (self.text, self.text_2)
+
+    @property
+    def components(self) -> dict[str, UNetConfig | VAEConfig | TextConfig]:
+        """The configuration of each network by its name in a diffusers folder."""
+        return {"unet": self.unet, "vae": self.vae, **dict(zip(TEXT_ENCODERS, self.texts, strict=False))}
 
 
 SD15_INPAINT = Family(
     name="sd15-inpainting",
+    kind="sd1",
     # runwayml/stable-diffusion configs/stable-diffusion/v1-inpainting-inference.yaml, unet_config
     unet=UNetConfig(
         in_channels=9,
@@ -129,7 +158,11 @@ SD15_INPAINT = Family(
         num_heads=12,
         activation="quick_gelu",
         pad_id=None,
+        skip_last=0,
+        final_norm=True,
+        projection_dim=None,
     ),
+    text_2=None,
     # the yaml's linear_start and linear_end (ldm's "linear" is linear in sqrt(beta)); scheduler_config.json
     schedule=ScheduleConfig(
         train_steps=1000,
@@ -140,9 +173,66 @@ SD15_INPAINT = Family(
         end_at_zero=False,
     ),
     size=512,
+    zeros_for_none=False,
 )
 
 # runwayml/stable-diffusion configs/stable-diffusion/v1-inference.yaml
 SD15 = dataclasses.replace(SD15_INPAINT, name="sd15", unet=dataclasses.replace(SD15_INPAINT.unet, in_channels=4))
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (SD15_INPAINT, SD15)}
+# Stability-AI/stablediffusion configs/stable-diffusion/v2-inpainting-inference.yaml
+SD2_INPAINT = dataclasses.replace(
+    SD15_INPAINT,
+    name="sd2-inpainting",
+    kind="sd2",
+    unet=dataclasses.replace(SD15_INPAINT.unet, context_dim=1024, num_heads=None, head_dim=64, linear_projection=True),
+    # mlfoundations/open_clip model_configs/ViT-H-14.json; of its 24 layers the last is not used, so no file needs it
+    # (ldm/modules/encoders/modules.py FrozenOpenCLIPEmbedder, layer="penultimate")
+    text=dataclasses.replace(
+        SD15_INPAINT.text, width=1024, mlp_width=4096, num_layers=23, num_heads=16, activation="gelu", pad_id=0
+    ),
+)
+
+# configs/stable-diffusion/v2-inference.yaml, and v2-inference-v.yaml with its parameterization: "v"
+SD2 = dataclasses.replace(SD2_INPAINT, name="sd2", unet=dataclasses.replace(SD2_INPAINT.unet, in_channels=4))
+SD2_V = dataclasses.replace(SD2, name="sd2-v", schedule=dataclasses.replace(SD2.schedule, prediction="v"), size=768)
+
+# Stability-AI/generative-models configs/inference/sd_xl_base.yaml; in_channels of diffusers'
+# stable-diffusion-xl-1.0-inpainting-0.1 unet/config.json
+SDXL_INPAINT = dataclasses.replace(
+    SD15_INPAINT,
+    name="sdxl-inpainting",
+    kind="sdxl",
+    unet=dataclasses.replace(
+        SD15_INPAINT.unet,
+        channel_mult=(1, 2, 4),
+        transformer_depth=(0, 2, 10),
+        middle_depth=10,
+        context_dim=768 + 1280,
+        num_heads=None,
+        head_dim=64,
+        linear_projection=True,
+        vector_dim=1280 + 6 * 256,  # the pooled text; original height and width, crop top and left, target both
+    ),
+    vae=dataclasses.replace(SD15_INPAINT.vae, scaling_factor=0.13025),
+    text=dataclasses.replace(SD15_INPAINT.text, skip_last=1, final_norm=False),
+    # mlfoundations/open_clip model_configs/ViT-bigG-14.json
+    text_2=dataclasses.replace(
+        SD15_INPAINT.text,
+        width=1280,
+        mlp_width=5120,
+        num_layers=32,
+        num_heads=20,
+        activation="gelu",
+        pad_id=0,
+        skip_last=1,
+        final_norm=False,
+        projection_dim=1280,
+    ),
+    size=1024,
+    zeros_for_none=True,  # model_index.json, force_zeros_for_empty_prompt
+)
+SDXL = dataclasses.replace(SDXL_INPAINT, name="sdxl", unet=dataclasses.replace(SDXL_INPAINT.unet, in_channels=4))
+
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (SD15_INPAINT, SD15, SD2_INPAINT, SD2, SD2_V, SDXL_INPAINT, SDXL)
+}

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from sdinpaint_weights.export import write_diffusers
-from sdinpaint_weights.folder import open_folder_component
-from sdinpaint_weights.layout import Layout, identify, require_family
-from sdinpaint_weights.native import NativeState, check_complete, load_tensors, native_state, outside_keys
-from sdinpaint_weights.reader import open_weights
+from sdinpaint_weights.layout import Layout
+from sdinpaint_weights.native import NativeState, check_complete, load_tensors, outside_keys
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
@@ -28,17 +26,22 @@ from sdinpaint.configs import (
     vae_config,
     whole_number,
 )
+from sdinpaint.control import controlnet_config
 from sdinpaint.errors import CheckpointError, SdInpaintWarning, SettingError
-from sdinpaint.families import SD15, SD15_INPAINT, Family
-from sdinpaint.models import VAE, CLIPText, UNet
+from sdinpaint.families import FAMILIES, TEXT_ENCODERS, TOKENIZERS, Family, Prediction
+from sdinpaint.models import VAE, CLIPText, ControlNet, ControlNetConfig, UNet
 from sdinpaint.pipeline import Pipeline
+from sdinpaint.prediction import MARKERS, Evidence, find_prediction
+from sdinpaint.sources import COMPONENTS, Json, Part, open_parts, read_json
 from sdinpaint.text.tokenizer import Tokenizer, find_tokenizer
 
-__all__ = ["Checkpoint", "load", "open_checkpoint", "save_diffusers"]
+__all__ = ["Checkpoint", "build_models", "load", "open_checkpoint", "save_diffusers"]
 
 DEMO = Path(__file__).parent / "demo"
-COMPONENTS = ("unet", "vae", "text_encoder")
-MAX_JSON = 1_000_000
+CONTROLNET = "controlnet"
+MODELS: dict[str, Callable[[Any], nn.Module]] = dict(
+    zip((*COMPONENTS, CONTROLNET), (UNet, VAE, CLIPText, CLIPText, ControlNet), strict=True)
+)
 DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -49,16 +52,11 @@ DTYPES = {
 }
 
 
-class Models(NamedTuple):
-    """The networks of a checkpoint, in the order of COMPONENTS."""
+class _Skeleton(TorchFunctionMode):
+    """Makes new parameters on the meta device and leaves them unfilled.
 
-    unet: UNet
-    vae: VAE
-    text_encoder: CLIPText
-
-
-class _WithoutInitialValues(TorchFunctionMode):
-    """Leaves new parameters unfilled; filling them on the meta device would import 800 modules of torch for nothing."""
+    Filling them there would import 800 modules of torch for nothing, and `torch.device("meta")` takes twice the time.
+    """
 
     FILLING = frozenset({nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_})
 
@@ -66,7 +64,11 @@ class _WithoutInitialValues(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        return kwargs["tensor"] if func in self.FILLING else func(*args, **kwargs)
+        if func in self.FILLING:
+            return kwargs["tensor"]
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -74,26 +76,49 @@ class Checkpoint:
     """A checkpoint that was found and understood, and of which no tensor has been read."""
 
     path: Path
-    states: Mapping[str, NativeState]
-    layouts: Mapping[str, Layout]
+    parts: Mapping[str, Part]
     family: Family
+    prediction: Evidence
+    """Whether the UNet predicts noise or v, and from what that was concluded."""
+    notes: tuple[str, ...]
+    """What was chosen on the caller's behalf, or left out, as sentences."""
     outside: tuple[str, ...]
     """Keys that belong to no component."""
+    controlnet: ControlNetConfig | None = None
 
     @property
     def folder(self) -> Path | None:
         """The diffusers folder, None for a single file."""
         return self.path if self.path.is_dir() else None
 
-    def build(self) -> Models:
+    @property
+    def states(self) -> dict[str, NativeState]:
+        """The tensors of each component under native names."""
+        return {name: part.state for name, part in self.parts.items()}
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        """What was concluded from the names of the file that each component is from."""
+        return {name: part.layout for name, part in self.parts.items()}
+
+    def build(self) -> dict[str, Any]:
         """The models on the meta device, once every name and shape is known to fit. Raises: CheckpointError."""
-        with torch.device("meta"), _WithoutInitialValues():
-            models = Models(UNet(self.family.unet), VAE(self.family.vae), CLIPText(self.family.text))
-        for component, model in zip(COMPONENTS, models, strict=True):
-            shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-            check_complete(self.states[component], shapes)
+        beside = {} if self.controlnet is None else {CONTROLNET: self.controlnet}
+        models = build_models(self.family.components | beside, self.states)
         check_fit(self.family, self.path)
         return models
+
+
+def build_models(configs: Mapping[str, Any], states: Mapping[str, NativeState]) -> dict[str, Any]:
+    """The networks of these components on the meta device, once every name and shape is known to fit.
+
+    Raises: CheckpointError.
+    """
+    with _Skeleton():
+        models = {name: MODELS[name](config) for name, config in configs.items()}
+    for name, model in models.items():
+        check_complete(states[name], {key: tuple(value.shape) for key, value in model.state_dict().items()})
+    return models
 
 
 def load(
@@ -101,44 +126,64 @@ def load(
     *,
     config: str | Path | None = None,
     vae: str | Path | None = None,
+    controlnet: str | Path | None = None,
+    base: str | Path | None = None,
     tokenizer: Tokenizer | str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    prediction: Prediction | None = None,
     ema: bool = False,
     variant: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
     progress: bool = True,
 ) -> Pipeline:
-    """Load a Stable Diffusion 1 checkpoint: a .safetensors or .ckpt file, a diffusers folder, or "demo".
+    """Load a Stable Diffusion 1, 2 or XL checkpoint: a .safetensors or .ckpt file, a diffusers folder, a model of the
+    hub ("owner/name", or "owner/name:FILE" for one file of it), or "demo".
 
     config: a folder in the diffusers layout whose JSON files tell what a single file cannot (heads, activation,
-    schedule). vae: another autoencoder, file or folder. tokenizer: a Tokenizer, or a folder or file that holds CLIP's
-    vocabulary. device: the GPU where there is one. dtype: float32 on a CPU, float16 on a GPU. ema: the averaged weights
-    of the UNet. variant: "fp16" for files such as diffusion_pytorch_model.fp16.safetensors.
+    schedule). vae: another autoencoder, file or folder. controlnet: a ControlNet, file or folder. base: a model that
+    supplies what `source` lacks, where that is a UNet alone, or a VAE. tokenizer: a Tokenizer, or a folder or file that
+    holds CLIP's vocabulary. prediction: "eps" or "v", where nothing in the checkpoint tells, or tells wrongly. device:
+    the GPU where there is one. dtype: float32 on a CPU, float16 on a GPU. ema: the averaged weights of the UNet.
+    variant: "fp16" for files such as diffusion_pytorch_model.fp16.safetensors. revision: a branch, tag or commit of
+    `source` on the hub. local_files_only: nothing is fetched; what the hub's cache holds is used.
     Weights that are stored in `dtype` stay mapped to their file, which must not change while they are in use.
     Raises: CheckpointError, TokenizerError, SettingError.
     """
     device = _device(device)
     dtype = _dtype(dtype, device)
-    checkpoint = open_checkpoint(source, config=config, vae=vae, ema=ema, variant=variant)
-    if checkpoint.outside:
-        examples = ", ".join(checkpoint.outside[:5])
-        message = f"{checkpoint.path}: {len(checkpoint.outside)} tensors belong to no model and are ignored: {examples}"
-        warnings.warn(message, SdInpaintWarning, stacklevel=2)
-    for note in dict.fromkeys(note for state in checkpoint.states.values() for note in state.notes):
+    checkpoint = open_checkpoint(
+        source,
+        config=config,
+        vae=vae,
+        controlnet=controlnet,
+        base=base,
+        prediction=prediction,
+        ema=ema,
+        variant=variant,
+        revision=revision,
+        local_files_only=local_files_only,
+        progress=progress,
+    )
+    for note in checkpoint.notes:
         warnings.warn(f"{checkpoint.path}: {note}", SdInpaintWarning, stacklevel=2)
     models = checkpoint.build()
-    text = checkpoint.family.text
-    tokenizer = find_tokenizer(tokenizer, model_folder=checkpoint.folder, embedding_rows=text.vocab_size)
+    home, rows = checkpoint.parts["text_encoder"].model, checkpoint.family.text.vocab_size
+    tokenizer = find_tokenizer(tokenizer, home, rows, offline=local_files_only or None)
     total = sum(len(state.sources) for state in checkpoint.states.values())
     # disable=None: silent where the output is no terminal
     with tqdm(
         total=total, desc=f"load {checkpoint.path.name}", unit=" tensors", disable=None if progress else True
     ) as bar:
-        for component, model in zip(COMPONENTS, models, strict=True):
-            tensors = load_tensors(checkpoint.states[component], dtype, lambda _: bar.update())
+        for name, model in models.items():
+            tensors = load_tensors(checkpoint.states[name], dtype, lambda _: bar.update())
             model.load_state_dict(tensors, strict=True, assign=True)
-            model.to(device)
-    return Pipeline(checkpoint.family, *models, tokenizer, source=str(source))
+            if device.type != "cpu":  # there they are already
+                model.to(device)
+    control = models.pop(CONTROLNET, None)
+    unet, autoencoder, *texts = models.values()
+    return Pipeline(checkpoint.family, unet, autoencoder, texts, tokenizer, controlnet=control, source=str(source))
 
 
 def open_checkpoint(
@@ -146,121 +191,142 @@ def open_checkpoint(
     *,
     config: str | Path | None = None,
     vae: str | Path | None = None,
+    controlnet: str | Path | None = None,
+    base: str | Path | None = None,
+    prediction: Prediction | None = None,
     ema: bool = False,
     variant: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    progress: bool = True,
 ) -> Checkpoint:
     """Find and understand a checkpoint, reading only headers. Raises: CheckpointError."""
-    path = _existing(source)
-    opened = _open_folder(path, ema, variant) if path.is_dir() else _open_file(path, ema, COMPONENTS)
-    configs = Path(config) if config is not None else path if path.is_dir() else None
-    if configs is not None and not configs.is_dir():
-        raise CheckpointError(
-            "CKPT_NOT_FOUND", configs, "no such folder", expected="config= names a folder of JSON files"
-        )
-    jsons = {name: _json(configs, name) for name in (*COMPONENTS, "scheduler")}
-    if config is not None and not any(jsons.values()):
-        expected = "unet/config.json, vae/config.json, text_encoder/config.json or scheduler/scheduler_config.json"
-        raise CheckpointError("CKPT_BAD_CONFIG", config, "a folder with none of the JSON files", expected=expected)
+    find = partial(_existing, variant=variant, local_files_only=local_files_only, progress=progress)
+    path, configs = find(source, revision=revision), _config_folder(config)
+    parts = open_parts(path, config=configs, ema=ema, variant=variant)
+    outside = () if path.is_dir() else _outside(next(iter(parts.values())))
+    if base is not None:
+        place = find(base, tuple(name for name in COMPONENTS if name not in parts))
+        parts = open_parts(place, config=configs, ema=ema and "unet" not in parts, variant=variant) | parts
     if vae is not None:
-        opened["vae"], jsons["vae"] = _open_vae(Path(vae), variant, jsons["vae"])
-    states = {name: state for name, (state, _) in opened.items()}
-    layouts = {name: layout for name, (_, layout) in opened.items()}
-    outside = outside_keys(states["unet"].weights, layouts["unet"]) if not path.is_dir() else ()
-    return Checkpoint(path, states, layouts, _family(states, layouts, jsons, path), outside)
+        place = find(vae, ("vae",))
+        beside = None if place.is_dir() else configs or (path if path.is_dir() else None)
+        parts |= open_parts(place, ("vae",), config=beside, variant=variant)
+    _require(parts, ["unet"], path)
+    unet = parts["unet"]
+    settings = configs or unet.model
+    scheduler = {} if settings is None else read_json(settings / "scheduler/scheduler_config.json")
+    index = {} if settings is None else read_json(settings / "model_index.json")
+    weights = unet.state.weights
+    evidence = find_prediction(prediction, scheduler, weights.path, weights.metadata, weights)
+    trained = _released(unet.layout, evidence.prediction)
+    _require(parts, list(trained.components), path)
+    family = _family(trained, parts, scheduler, index, evidence, path)
+    used = {name: parts[name] for name in trained.components}
+    control = None
+    if controlnet is not None:
+        place = find(controlnet, (CONTROLNET,))
+        used |= open_parts(place, (CONTROLNET,), variant=variant)
+        part = used[CONTROLNET]
+        control = controlnet_config(part.state.shapes(), part.config, family.unet, place)
+    notes = tuple(_notes(used, family, evidence, scheduler, outside))
+    return Checkpoint(path, used, family, evidence, notes, outside, control)
 
 
 def save_diffusers(folder: str | Path, pipe: Pipeline, dtype: torch.dtype | None = None) -> None:
-    """Write a pipeline as a diffusers folder that diffusers' StableDiffusionInpaintPipeline loads too.
+    """Write a pipeline as a diffusers folder, which diffusers' own pipelines load too.
 
     Raises: CheckpointError.
     """
-    folder, family = Path(folder), pipe.family
-    components = {"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text}
-    write_diffusers(
-        folder, {name: model.state_dict() for name, model in components.items()}, diffusers_configs(family), dtype
-    )
-    pipe.tokenizer.save(folder / "tokenizer")
+    folder, condition = Path(folder), pipe.condition
+    models = dict(zip(pipe.family.components, (pipe.unet, pipe.vae, *condition.encoders), strict=True))
+    states = {name: model.state_dict() for name, model in models.items()}
+    write_diffusers(folder, states, diffusers_configs(pipe.family), dtype)
+    for name, tokenizer in zip(TOKENIZERS, condition.tokenizers, strict=False):
+        tokenizer.save(folder / name)
+
+
+def _released(layout: Layout, prediction: Prediction | None) -> Family:
+    """The released family that is closest to a UNet; without a known prediction, the first one of them."""
+    alike = [family for family in FAMILIES.values() if family.kind == layout.family]
+    fitting = [family for family in alike if family.unet.in_channels == layout.in_channels] or alike
+    return next((family for family in fitting if family.schedule.prediction == prediction), fitting[0])
 
 
 def _family(
-    states: Mapping[str, NativeState], layouts: Mapping[str, Layout], jsons: Mapping[str, Mapping[str, Any]], path: Path
+    base: Family, parts: Mapping[str, Part], scheduler: Json, index: Json, evidence: Evidence, path: Path
 ) -> Family:
-    base = SD15 if layouts["unet"].in_channels == SD15.unet.in_channels else SD15_INPAINT
-    shapes = {name: state.shapes() for name, state in states.items()}
+    """`base` with the sizes that the weights have, and what the JSON files say beyond."""
+    shapes = {name: part.state.shapes() for name, part in parts.items()}
+    jsons = {name: part.config for name, part in parts.items()}
+    texts = [
+        text_config(shapes[name], jsons[name], text, path)
+        for name, text in zip(TEXT_ENCODERS, base.texts, strict=False)
+    ]
+    schedule = schedule_config(scheduler, base.schedule, path)
     return replace(
         base,
         unet=unet_config(shapes["unet"], jsons["unet"], base.unet, path),
         vae=vae_config(shapes["vae"], jsons["vae"], base.vae, path),
-        text=text_config(shapes["text_encoder"], jsons["text_encoder"], base.text, path),
-        schedule=schedule_config(jsons["scheduler"], base.schedule, path),
+        text=texts[0],
+        text_2=texts[1] if len(texts) > 1 else None,
+        schedule=replace(schedule, prediction=evidence.prediction or base.schedule.prediction),
         size=8 * whole_number(jsons["unet"], "sample_size", base.size // 8, path),
+        zeros_for_none=base.zeros_for_none and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
 
 
-Opened = tuple[NativeState, Layout]
-
-
-def _open_file(path: Path, ema: bool, components: tuple[str, ...]) -> dict[str, Opened]:
-    weights = open_weights(path)
-    layout = identify(weights.shapes())
-    require_family(layout, path, ("sd1",) if "unet" in components else ("sd1", "sd"))
-    return {name: (native_state(weights, name, layout, ema=ema and name == "unet"), layout) for name in components}
-
-
-def _open_folder(path: Path, ema: bool, variant: str | None) -> dict[str, Opened]:
-    missing = [name for name in COMPONENTS if not (path / name).is_dir()]
+def _require(parts: Mapping[str, Part], components: Iterable[str], path: Path) -> None:
+    missing = [name for name in components if name not in parts]
     if missing:
-        found = f"a folder without {', '.join(missing)}"
-        expected = "a diffusers folder: unet, vae, text_encoder and tokenizer"
-        raise CheckpointError("CKPT_NOT_FOUND", path, found, expected=expected, hint="give the model's own folder")
-    opened = {}
-    for name in COMPONENTS:
-        weights = open_folder_component(path / name, variant)
-        layout = identify(weights.shapes())
-        require_family(layout, path / name, ("sd", "sd1") if name == "vae" else ("sd1",))
-        opened[name] = native_state(weights, name, layout, ema=ema and name == "unet"), layout
-    return opened
+        what = next(iter(parts.values())).layout.title if not path.is_dir() else "a folder with part of a model"
+        found = f"{what}: it holds no {' and no '.join(missing)}"
+        hint = "name a model that supplies what is missing: base=FILE_OR_FOLDER"
+        raise CheckpointError("CKPT_NO_COMPONENT", path, found, expected="a whole model", hint=hint)
 
 
-def _open_vae(path: Path, variant: str | None, beside: Mapping[str, Any]) -> tuple[Opened, Mapping[str, Any]]:
-    """Another autoencoder: a file, its own folder, or the folder of a model that holds one; and its configuration."""
-    path = _existing(path)
-    if not path.is_dir():
-        return _open_file(path, ema=False, components=("vae",))["vae"], beside
-    folder = path / "vae" if (path / "vae").is_dir() else path
-    weights = open_folder_component(folder, variant)
-    layout = identify(weights.shapes())
-    require_family(layout, folder, ("sd",))
-    return (native_state(weights, "vae", layout), layout), _json(folder.parent, folder.name)
+def _outside(part: Part) -> tuple[str, ...]:
+    return tuple(key for key in outside_keys(part.state.weights, part.layout) if key not in MARKERS)
 
 
-def _existing(source: str | Path) -> Path:
+def _notes(
+    parts: Mapping[str, Part], family: Family, evidence: Evidence, scheduler: Json, outside: Sequence[str]
+) -> Iterator[str]:
+    """What a caller might not have meant, as sentences."""
+    if outside:
+        yield f"{len(outside)} tensors belong to no model and are ignored: {', '.join(outside[:5])}"
+    yield from dict.fromkeys(note for part in parts.values() for note in part.state.notes)
+    if evidence.prediction is None and family.kind == "sd2" and family.unet.in_channels == family.unet.out_channels:
+        yield f"{evidence.why}; taken as noise. For a model trained at 768 pixels give prediction='v'"
+    if scheduler.get("rescale_betas_zero_snr") or "ztsnr" in parts["unet"].state.weights:
+        yield "it was trained down to no signal at all, which is not built: runs start a little above that"
+
+
+def _config_folder(config: str | Path | None) -> Path | None:
+    if config is None:
+        return None
+    folder = Path(config)
+    if not folder.is_dir():
+        expected = "config= names a folder of JSON files"
+        raise CheckpointError("CKPT_NOT_FOUND", folder, "no such folder", expected=expected)
+    files = [*(f"{name}/config.json" for name in COMPONENTS), "scheduler/scheduler_config.json"]
+    if not any((folder / name).is_file() for name in files):
+        found, expected = "a folder with none of the JSON files", ", ".join(files)
+        raise CheckpointError("CKPT_BAD_CONFIG", config, found, expected=expected)
+    return folder
+
+
+def _existing(source: str | Path, components: tuple[str, ...] = COMPONENTS, **hub: Any) -> Path:
+    """The file or folder that a source names; one of the hub is fetched, as far as `components` need it."""
     path = DEMO if str(source) == "demo" else Path(source)
     if path.exists() or path.is_symlink():
         return path
-    hint = "check the path"
-    if str(source).count("/") == 1 and not str(source).startswith((".", "/", "~")):
-        hint = f"for a model of the hub: hf download {source} --local-dir {path.name}, then load {path.name!r}"
-    expected = "a .safetensors or .ckpt file, a diffusers folder, or 'demo'"
-    raise CheckpointError("CKPT_NOT_FOUND", source, "no such file or folder", expected=expected, hint=hint)
+    from sdinpaint.hub import fetch, is_hub_id  # noqa: PLC0415 - what is on this machine need not wait for it
 
-
-def _json(folder: Path | None, component: str) -> Mapping[str, Any]:
-    """A component's configuration, empty where there is none. Raises: CheckpointError for a file that is no table."""
-    name = "scheduler_config.json" if component == "scheduler" else "config.json"
-    path = None if folder is None else folder / component / name
-    if path is None or not path.is_file():
-        return {}
-    hint = "fetch the file again, or remove it to use the family's values"
-    if path.stat().st_size > MAX_JSON:
-        raise CheckpointError("CKPT_BAD_CONFIG", path, f"{path.stat().st_size} bytes", expected="some lines", hint=hint)
-    try:
-        table = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError("CKPT_BAD_CONFIG", path, f"not JSON: {error}", expected="a table", hint=hint) from error
-    if not isinstance(table, dict):
-        raise CheckpointError("CKPT_BAD_CONFIG", path, "not a table", expected="a table", hint=hint)
-    return table
+    if isinstance(source, str) and is_hub_id(source):
+        return fetch(source, components, **hub)
+    expected = "a .safetensors or .ckpt file, a diffusers folder, a model of the hub ('owner/name'), or 'demo'"
+    raise CheckpointError("CKPT_NOT_FOUND", source, "no such file or folder", expected=expected, hint="check the path")
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -6,18 +6,44 @@ import math
 import secrets
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
 
 from sdinpaint.errors import SdInpaintWarning, SettingError
 from sdinpaint.sampling import find_sampler, find_spacing
 
-__all__ = ["Settings", "as_list", "check_prompt", "check_seed", "common_length"]
+__all__ = [
+    "CONTROL_ONLY",
+    "MASK_ONLY",
+    "Settings",
+    "as_list",
+    "check_prompt",
+    "check_seed",
+    "common_length",
+    "require_no_control",
+]
 
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
 HIGH_GUIDANCE = 30.0
+
+
+BOUNDS = {
+    "guidance_scale": (-math.inf, math.inf),
+    "strength": (0, 1),
+    "eta": (0, math.inf),
+    "control_scale": (-math.inf, math.inf),
+    "control_start": (0, 1),
+    "control_end": (0, 1),
+}
+"""Lowest and highest value of what is a number."""
+
+
+CONTROL_ONLY = ("control_scale", "control_start", "control_end")
+"""Settings that mean something only beside a ControlNet."""
+MASK_ONLY = ("cover", "paste_back", *CONTROL_ONLY)
+"""Settings that mean something only beside a mask."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,26 +59,42 @@ class Settings:
     spacing: str | None
     eta: float | None
     strength: float
-    cover: str
-    paste_back: bool
+    cover: str = "nearest"
+    paste_back: bool = True
+    control_scale: float = 1.0
+    control_start: float = 0.0
+    control_end: float = 1.0
 
     def __post_init__(self) -> None:
         sampler = find_sampler(self.sampler)
         find_spacing(self.sampler, self.spacing)
         put = object.__setattr__
         put(self, "spacing", self.spacing or sampler.spacing)
-        put(self, "eta", sampler.eta if self.eta is None else _number("eta", self.eta, 0, math.inf))
+        put(self, "eta", sampler.eta if self.eta is None else self.eta)
+        put(self, "steps", _whole("steps", self.steps, 1, MAX_STEPS))
+        for name, (low, high) in BOUNDS.items():
+            put(self, name, _number(name, getattr(self, name), low, high))
         if self.eta and not sampler.stochastic:
             found, expected = f"{self.eta!r} with {self.sampler}, which draws no noise", "0"
             raise SettingError("SETTING_ETA", "eta", found, expected=expected, hint="use ddim or euler_ancestral")
-        put(self, "steps", _whole("steps", self.steps, 1, MAX_STEPS))
-        put(self, "strength", _number("strength", self.strength, 0, 1))
-        put(self, "guidance_scale", _number("guidance_scale", self.guidance_scale, -math.inf, math.inf))
+        if self.cover not in ("nearest", "max"):
+            raise SettingError("SETTING_COVER", "cover", f"{self.cover!r}", expected="'nearest' or 'max'")
+        if self.control_start >= self.control_end:
+            found = f"{self.control_start:g}, and control_end is {self.control_end:g}"
+            raise SettingError("SETTING_CONTROL_START", "control_start", found, expected="less than control_end")
         if self.guidance_scale > HIGH_GUIDANCE:
             message = f"guidance_scale {self.guidance_scale:g} is very high: colours will burn out; 5 to 10 is usual"
             warnings.warn(message, SdInpaintWarning, stacklevel=5)
-        if self.cover not in ("nearest", "max"):
-            raise SettingError("SETTING_COVER", "cover", f"{self.cover!r}", expected="'nearest' or 'max'")
+
+
+def require_no_control(settings: Settings, control_image: Any) -> None:
+    """Refuse what would be asked of a ControlNet where there is none. Raises: SettingError."""
+    defaults = {field.name: field.default for field in fields(settings)}
+    given = [name for name in CONTROL_ONLY if getattr(settings, name) != defaults[name]]
+    given += ["control_image"] * (control_image is not None)
+    if given:
+        hint = "name one: sdinpaint.load(..., controlnet=PATH), or --controlnet PATH"
+        raise SettingError("SETTING_NO_CONTROLNET", given[0], "given without a ControlNet", hint=hint)
 
 
 def check_prompt(name: str, prompt: Any) -> str:
@@ -87,7 +129,7 @@ def common_length(**lists: Sequence[Any]) -> int:
     lengths = {len(values) for values in lists.values()}
     longest = max(lengths)
     if not lengths <= {1, longest} or 0 in lengths:
-        found = ", ".join(f"{len(values)} {name}" for name, values in lists.items())
+        found = ", ".join(f"{len(values)} {name}" for name, values in lists.items() if len(values) != 1)
         raise SettingError("SETTING_COUNTS", "inpaint", found, expected="equal counts, or one for all")
     return longest
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from sdinpaint_weights.export import ldm_state
 from torch import Tensor, nn
 
-from sdinpaint.families import Family
+from sdinpaint.families import SD2_INPAINT, SDXL_INPAINT, Family, Prediction
 from sdinpaint.models import VAE, CLIPText, UNet
 from sdinpaint.pipeline import Pipeline
 from sdinpaint.text.tokenizer import Tokenizer
@@ -30,6 +30,10 @@ TEXT_FILE = "text_encoder/model.safetensors"
 SCHEDULE = {name: torch.linspace(0.001, 0.9, 1000) for name in ("betas", "alphas_cumprod", "sqrt_alphas_cumprod")}
 """Some of the buffers that the official files hold beside the weights."""
 POSITIONS = torch.arange(77)[None]
+POSITIONS_KEYS = {
+    "sd1": "cond_stage_model.transformer.text_model.embeddings.position_ids",
+    "sdxl": "conditioner.embedders.0.transformer.text_model.embeddings.position_ids",
+}
 CALLBACK = "pytorch_lightning.callbacks.model_checkpoint"
 """Where Lightning has the class by which its checkpoints' callbacks are keyed."""
 
@@ -42,7 +46,39 @@ def small(family: Family) -> Family:
 
 def for_text_to_image(family: Family) -> Family:
     """The same with 4 input channels: a model that is shown no mask."""
-    return replace(family, name="sd15", unet=replace(family.unet, in_channels=4))
+    name = family.name.removesuffix("-inpainting") + ("-v" if family.schedule.prediction == "v" else "")
+    return replace(family, name=name, unet=replace(family.unet, in_channels=4))
+
+
+def as_sd2(tiny: Family, prediction: Prediction = "eps") -> Family:
+    """SD2's structure in the sizes of a tiny SD1: heads of one size, linear projections, gelu, padding with 0."""
+    return replace(
+        SD2_INPAINT,
+        unet=replace(tiny.unet, num_heads=None, head_dim=12, linear_projection=True),
+        vae=tiny.vae,
+        text=replace(tiny.text, activation="gelu", pad_id=0),
+        schedule=replace(tiny.schedule, prediction=prediction),
+        size=tiny.size,
+    )
+
+
+def as_sdxl(tiny: Family) -> Family:
+    """SDXL's structure in the sizes of a tiny SD1: two text encoders, a pooled text of 26, sizes of 14 numbers each."""
+    text = replace(tiny.text, skip_last=1, final_norm=False)
+    text_2 = replace(
+        text, width=40, mlp_width=52, num_layers=4, num_heads=5, activation="gelu", pad_id=0, projection_dim=26
+    )
+    unet = replace(
+        tiny.unet,
+        transformer_depth=(0, 1, 2),
+        middle_depth=2,
+        context_dim=28 + 40,
+        num_heads=None,
+        head_dim=12,
+        linear_projection=True,
+        vector_dim=26 + 6 * 14,
+    )
+    return replace(SDXL_INPAINT, unet=unet, vae=tiny.vae, text=text, text_2=text_2, size=tiny.size)
 
 
 @torch.no_grad()
@@ -62,20 +98,21 @@ def fill(model: nn.Module, seed: int) -> nn.Module:
 def random_pipeline(family: Family, tokenizer: Tokenizer, seed: int = 0) -> Pipeline:
     """The same weights for the same family and seed, in every process."""
     with torch.device("meta"):
-        models = UNet(family.unet), VAE(family.vae), CLIPText(family.text)
-    unet, vae, text = (fill(model.to_empty(device="cpu"), 3 * seed + i) for i, model in enumerate(models))
-    return Pipeline(family, unet, vae, text, tokenizer)
+        models = UNet(family.unet), VAE(family.vae), *map(CLIPText, family.texts)
+    unet, vae, *texts = (fill(model.to_empty(device="cpu"), len(models) * seed + i) for i, model in enumerate(models))
+    return Pipeline(family, unet, vae, texts, tokenizer)
 
 
 def states(pipe: Pipeline) -> dict[str, Tensors]:
     """Native names and tensors by component."""
-    return {"unet": pipe.unet.state_dict(), "vae": pipe.vae.state_dict(), "text_encoder": pipe.text.state_dict()}
+    models = pipe.unet, pipe.vae, *pipe.condition.encoders
+    return {name: model.state_dict() for name, model in zip(pipe.family.components, models, strict=True)}
 
 
 def single_file(pipe: Pipeline) -> Tensors:
     """All tensors as the official single files name them, with the buffers that those hold too."""
-    positions = {"cond_stage_model.transformer.text_model.embeddings.position_ids": POSITIONS}
-    return ldm_state(states(pipe)) | positions | SCHEDULE
+    positions = {POSITIONS_KEYS[pipe.family.kind]: POSITIONS} if pipe.family.kind in POSITIONS_KEYS else {}
+    return ldm_state(states(pipe), pipe.family.kind) | positions | SCHEDULE
 
 
 def averages(unet: nn.Module) -> Tensors:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hub_server import serve
+from huggingface_hub import constants
 from sdinpaint_weights.weights import Entry, Weights
 
 from sdinpaint.families import SD15_INPAINT
@@ -63,3 +66,34 @@ def tiny(vocabulary):
         SD15_INPAINT.text, vocab_size=vocabulary.vocab_size, width=28, mlp_width=44, num_layers=3, num_heads=7
     )
     return replace(SD15_INPAINT, unet=unet, vae=vae, text=text, size=64)
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path):
+    """An empty cache of the hub, nobody logged in, and no way off this machine."""
+    abroad, resolve = [], socket.getaddrinfo
+
+    def resolve_here(host, *args, **options):
+        if host not in ("127.0.0.1", "localhost"):
+            abroad.append(host)
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return resolve(host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve_here)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    # huggingface_hub read these from the environment when it was imported
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    yield tmp_path / "cache"
+    assert abroad == []
+
+
+@pytest.fixture
+def hub(own_cache, monkeypatch):
+    """A hub on this machine, without any model yet."""
+    with serve() as running:
+        monkeypatch.setenv("HF_ENDPOINT", running.url)
+        yield running

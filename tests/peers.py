@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,30 +44,53 @@ def vae_twin(config: Json) -> nn.Module:
 
 
 def text_twin(config: Json) -> nn.Module:
-    """transformers' text encoder; not by way of meta, because its position ids are no parameter."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+    """transformers' text encoder; its memory holds nothing yet but the position ids, which are no parameter."""
+    import transformers
 
-    return CLIPTextModel(CLIPTextConfig.from_dict(dict(config))).eval()
+    kind = getattr(transformers, config["architectures"][0])
+    with torch.device("meta"):
+        model = kind(transformers.CLIPTextConfig.from_dict(dict(config)))
+    model.to_empty(device="cpu")
+    for name, buffer in model.named_buffers():
+        assert name.endswith("position_ids")
+        buffer.copy_(torch.arange(buffer.shape[-1]))
+    return model.eval()
 
 
 def pipeline_twin(family: Family, tokenizer_folder: Path, residual: float = 1.0) -> Any:
-    """diffusers' inpainting pipeline with random weights and the family's configuration."""
-    from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
-    from transformers import CLIPTokenizer
+    """diffusers' pipeline for inpainting with random weights and the family's configuration."""
+    import diffusers
 
     configs = diffusers_configs(family)
-    pipe = StableDiffusionInpaintPipeline(
-        unet=fill(unet_twin(configs["unet/config.json"]), 1, residual),
-        vae=fill(vae_twin(configs["vae/config.json"]), 2, residual),
-        text_encoder=fill(text_twin(configs["text_encoder/config.json"]), 3),
-        tokenizer=CLIPTokenizer.from_pretrained(tokenizer_folder),
-        scheduler=DDIMScheduler.from_config(configs["scheduler/scheduler_config.json"]),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    texts = [text_twin(configs[f"{name}/config.json"]) for name in family.components if name.startswith("text")]
+    parts = {
+        "unet": fill(unet_twin(configs["unet/config.json"]), 1, residual),
+        "vae": fill(vae_twin(configs["vae/config.json"]), 2, residual),
+        "text_encoder": fill(texts[0], 3),
+        "tokenizer": _padded(tokenizer_folder, family.text.pad_id),
+        "scheduler": diffusers.DDIMScheduler.from_config(configs["scheduler/scheduler_config.json"]),
+    }
+    if family.text_2 is None:
+        pipe = diffusers.StableDiffusionInpaintPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    else:
+        parts |= {"text_encoder_2": fill(texts[1], 4), "tokenizer_2": _padded(tokenizer_folder, family.text_2.pad_id)}
+        pipe = diffusers.StableDiffusionXLInpaintPipeline(
+            **parts, force_zeros_for_empty_prompt=family.zeros_for_none, add_watermarker=False
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _padded(tokenizer_folder: Path, pad_id: int | None) -> Any:
+    """transformers' tokenizer, padding with a token of this id; None: as the folder says."""
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
+    if pad_id is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+    return tokenizer
 
 
 @torch.no_grad()
@@ -92,6 +115,9 @@ class InMemory(Weights):
         entries = {name: Entry(None, 0, tensor.dtype, tuple(tensor.shape), ()) for name, tensor in tensors.items()}
         super().__init__(Path("in memory"), "safetensors", entries)
         self.tensors = tensors
+
+    def runs(self, keys: Iterable[str]) -> list[list[str]]:
+        return [[key] for key in keys]
 
     def tensor(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
         return self.tensors[key].to(dtype or self.tensors[key].dtype)

@@ -136,7 +136,7 @@ def test_options_are_those_of_the_library():
     assert set(cli.DTYPES) - {"auto"} <= set(DTYPES)
     settings = {field.name for field in fields(Settings)}
     options = {parameter.name: parameter.default for parameter in cli.main.commands["inpaint"].params}
-    named = inspect.signature(cli.inpaint.callback).parameters
+    named = inspect.signature(cli._paint).parameters
     assert set(options) - set(named) - set(cli.LOADING) == settings
     assert set(cli.LOADING) <= set(inspect.signature(sdinpaint.load).parameters)
     defaults = inspect.signature(sdinpaint.Pipeline.inpaint).parameters

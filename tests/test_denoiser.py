@@ -136,7 +136,9 @@ def test_eps_and_v_give_back_the_clean_latents(sigma):
     alpha, deviation = 1 / math.sqrt(1 + sigma**2), sigma / math.sqrt(1 + sigma**2)
     outputs = {"eps": noise, "v": alpha * noise - deviation * x0}
     for prediction, output in outputs.items():
-        denoise = Denoiser(lambda x, t, c, v, control, out=output: out, TRAINED, prediction, text(2), dtype=torch.float64)
+        denoise = Denoiser(
+            lambda x, t, c, v, control, out=output: out, TRAINED, prediction, text(2), dtype=torch.float64
+        )
         assert torch.allclose(denoise(x0 + sigma * noise, sigma), x0, rtol=0, atol=1e-12)
     mistaken = Denoiser(lambda x, t, c, v, control: outputs["eps"], TRAINED, "v", text(2), dtype=torch.float64)
     assert not torch.allclose(mistaken(x0 + sigma * noise, sigma), x0, rtol=0, atol=1e-3)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,6 +53,11 @@ def load(source, **options):
 
 def paint(pipe):
     return np.asarray(pipe.inpaint(IMAGE, MASK, "a red fox", steps=2, seed=5, progress=False).image)
+
+
+def alike(one, other):
+    """Up to the rounding of sums, which depends on how weights that stay in their file are aligned in memory."""
+    return int(np.abs(one.astype(int) - other).max()) <= 1
 
 
 def same_weights(ours, theirs):
@@ -113,7 +119,7 @@ def test_the_folder_holds_the_whole_model(saved, pipe, picture):
     loaded = load(saved)
     assert loaded.family == pipe.family
     assert same_models(loaded, pipe)
-    assert np.array_equal(paint(loaded), picture)
+    assert alike(paint(loaded), picture)
 
 
 # Single files: writers (path, tensors, monkeypatch)
@@ -154,18 +160,18 @@ def test_single_files_of_any_name(tmp_path, alone, pipe, other, picture, monkeyp
         loaded = load(tmp_path / name, **alone)
     assert loaded.family == pipe.family
     assert same_models(loaded, pipe)
-    assert np.array_equal(paint(loaded), picture)
+    assert alike(paint(loaded), picture)
 
 
 def test_single_file_as_exported(tmp_path, alone, pipe, picture):
-    write_single_file(tmp_path / "model.safetensors", states(pipe))
-    assert np.array_equal(paint(load(tmp_path / "model.safetensors", **alone)), picture)
+    write_single_file(tmp_path / "model.safetensors", states(pipe), "sd1")
+    assert alike(paint(load(tmp_path / "model.safetensors", **alone)), picture)
 
 
 def test_single_file_without_text_model_in_its_names(tmp_path, alone, pipe, picture):
     flat = {name.replace("transformer.text_model.", "transformer."): value for name, value in single_file(pipe).items()}
     save_file(contiguous(flat), tmp_path / "model.safetensors")
-    assert np.array_equal(paint(load(tmp_path / "model.safetensors", **alone)), picture)
+    assert alike(paint(load(tmp_path / "model.safetensors", **alone)), picture)
 
 
 # Diffusers folders: changes to one
@@ -263,7 +269,7 @@ def test_folders(folder, pipe, picture, change):
     change(folder)
     loaded = load(folder)
     assert same_models(loaded, pipe)
-    assert np.array_equal(paint(loaded), picture)
+    assert alike(paint(loaded), picture)
 
 
 def test_the_only_variant_is_taken_and_told(folder, pipe, picture):
@@ -272,7 +278,7 @@ def test_the_only_variant_is_taken_and_told(folder, pipe, picture):
         loaded = load(folder)
     assert len(caught) == len(FILES)
     assert same_models(loaded, pipe)
-    assert np.array_equal(paint(loaded), picture)
+    assert alike(paint(loaded), picture)
     assert same_models(load(folder, variant="fp16"), pipe)
 
 
@@ -294,7 +300,7 @@ def test_four_channels(family, vocabulary, tmp_path):
     loaded = load(tmp_path / "model")
     assert loaded.family == pipe.family
     assert not loaded.takes_mask
-    assert np.array_equal(paint(loaded), paint(pipe))
+    assert alike(paint(loaded), paint(pipe))
 
 
 def test_demo_is_a_name(saved, pipe, monkeypatch):
@@ -303,12 +309,11 @@ def test_demo_is_a_name(saved, pipe, monkeypatch):
 
 
 def test_what_is_not_there(tmp_path):
-    for source in (tmp_path / "none.safetensors", "some-owner/some-model"):
+    for source in (tmp_path / "none.safetensors", "folder/none.safetensors", "none", Path("owner/name")):
         with pytest.raises(CheckpointError) as caught:
             load(source)
         assert caught.value.code == "CKPT_NOT_FOUND"
         assert str(source) in str(caught.value)
-    assert "hf download some-owner/some-model" in caught.value.hint
 
 
 # Choices: averages, dtypes, another autoencoder, configuration, vocabulary
@@ -407,8 +412,8 @@ def test_another_autoencoder_brings_its_own_configuration(saved, tmp_path, other
 def test_a_model_is_no_autoencoder(saved):
     with pytest.raises(CheckpointError) as caught:
         load(saved, vae=saved / "unet")
-    assert caught.value.code == "CKPT_WRONG_FAMILY"
-    assert "a VAE" in caught.value.expected
+    assert caught.value.code == "CKPT_NO_COMPONENT"
+    assert "it holds no vae" in caught.value.found
 
 
 def test_a_small_single_file_needs_its_configuration(tmp_path, vocabulary, pipe):
@@ -478,7 +483,7 @@ def test_junk_is_told_once(tmp_path, alone, pipe, picture):
     assert "3 tensors" in str(caught[0].message)
     assert "merge.recipe" in str(caught[0].message)
     assert caught[0].filename == __file__
-    assert np.array_equal(paint(loaded), picture)
+    assert alike(paint(loaded), picture)
 
 
 # What inspect says
@@ -549,19 +554,29 @@ def test_inspect_released_files(tmp_path, inventory, no_reading):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "family", "counts", "prediction"),
     [
-        ("sdxl_base.sgm", "an SDXL checkpoint"),
-        ("sd2_inpainting.ldm", "a Stable Diffusion 2 checkpoint"),
-        ("control_v11p_sd15_inpaint.cldm", "a ControlNet alone"),
-        ("vae_ft_mse.ldm", "a VAE alone"),
+        ("sd2_inpainting.ldm", "sd2-inpainting", (865_925_124, 83_653_863, 340_387_840), "eps"),
+        ("sd2_v_768.ldm", "sd2", (865_910_724, 83_653_863, 340_387_840), "eps"),
+        ("sdxl_base.sgm", "sdxl", (2_567_463_684, 83_653_863, 123_060_480, 694_659_840), "eps"),
+        ("sdxl_inpainting.sgm", "sdxl-inpainting", (2_567_478_084, 83_653_863, 123_060_480, 694_659_840), "eps"),
     ],
+)
+def test_inspect_released_files_of_other_families(tmp_path, inventory, no_reading, name, family, counts, prediction):
+    report = sdinpaint.inspect(write_header(tmp_path / "whole.safetensors", inventory(name).shapes()))
+    assert (report.family, report.prediction, report.problem, report.junk) == (family, prediction, "", ())
+    assert tuple(report.parameters.values()) == counts
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("control_v11p_sd15_inpaint.cldm", "a ControlNet alone"), ("vae_ft_mse.ldm", "a VAE alone")],
 )
 def test_inspect_what_does_not_load(tmp_path, inventory, no_reading, name, said):
     shapes = inventory(name).shapes()
     report = sdinpaint.inspect(write_header(tmp_path / "other.safetensors", shapes))
-    assert report.title == said
-    assert said in report.problem
+    assert report.title.startswith(said)
+    assert report.title in report.problem
     assert report.why
     json.dumps(report.to_json())
 

@@ -147,9 +147,9 @@ def denoiser(change):
     """Change what the denoiser is built from: change(cond, uncond, options) -> the same three."""
 
     def apply(mine, patch):
-        def build(unet, sigmas, prediction, cond, uncond, **options):
+        def build(unet, train_sigmas, prediction, cond, uncond, **options):
             cond, uncond, options = change(cond, uncond, options)
-            return Denoiser(unet, sigmas, prediction, cond, uncond, **options)
+            return Denoiser(unet, train_sigmas, prediction, cond, uncond, **options)
 
         patch.setattr(pipeline, "Denoiser", build)
 

@@ -18,7 +18,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdinpaint.errors import SdInpaintWarning, SettingError, TokenizerError
+from sdinpaint import hub
+from sdinpaint.errors import CheckpointError, SdInpaintWarning, SettingError, TokenizerError
 from sdinpaint.text import tokenizer as module
 from sdinpaint.text.tokenizer import Tokenizer, find_tokenizer, train_tokenizer
 from sdinpaint.text.vocabulary import CLIP_ROWS, END, START, byte_symbols, merges_sha256
@@ -51,14 +52,14 @@ def nowhere(monkeypatch, tmp_path):
     """No variable, an empty cache, no package that ships the vocabulary, and a hub that cannot be reached."""
     calls = []
 
-    def unreachable(*names):
-        calls.append(names)
-        raise OSError("no network")
+    def unreachable(source, **_):
+        calls.append(source)
+        raise CheckpointError("HUB_UNREACHABLE", source, "no network")
 
     monkeypatch.delenv("SDINPAINT_TOKENIZER", raising=False)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *names: None)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    monkeypatch.setattr(hub, "fetch", unreachable)
     monkeypatch.setattr(module, "PACKAGE_FILES", {})
     return calls
 
@@ -201,6 +202,33 @@ def test_golden_prompts(clip, prompt, ids):
     assert row == [49406, *ids] + [49407] * (76 - len(ids))
 
 
+# ids with the vocabulary of openai/CLIP: of open_clip.tokenize, and of transformers' CLIPTokenizer in the folders of
+# SD2 and of SDXL's second encoder, whose padding "!" is registered as a special token
+EXCLAMATIONS = [
+    ("Hello, World!", [3306, 267, 1002, 256], [3306, 267, 1002, 0]),
+    ("a photo of a cat !", [320, 1125, 539, 320, 2368, 256], [320, 1125, 539, 320, 2368, 0]),
+    ("!!", [748], [0, 0]),
+    ("! ! !", [256, 256, 256], [0, 0, 0]),
+    ("?!", [2835], [286, 0]),
+    ("a cat", [320, 2368], [320, 2368]),
+]
+
+
+@pytest.mark.parametrize(("prompt", "trained", "transformers"), EXCLAMATIONS)
+def test_an_exclamation_mark_beside_padding_with_its_id(clip, prompt, trained, transformers):
+    as_trained, as_transformers = clip.with_padding(0), Tokenizer(clip.vocab, clip.merges, pad_is_special=True)
+    for tokenizer, ids in ((as_trained, trained), (as_transformers.with_padding(0), transformers)):
+        assert tokenizer(prompt)[0].tolist() == [49406, *ids, 49407] + [0] * (75 - len(ids))
+    assert as_transformers(prompt)[0].tolist() == clip(prompt)[0].tolist()  # it pads with the end token
+
+
+def test_with_padding_keeps_everything_else(small):
+    other = small.with_padding(0)
+    assert (small.pad_id, other.pad_id, other.pad_token) == (small.end_id, 0, "!")
+    assert torch.equal(other.with_padding(None)(CORPUS), small(CORPUS))
+    assert other.vocab is small.vocab
+
+
 def test_golden_prompts_see_a_broken_normaliser(clip, monkeypatch):
     """Without NFC, decomposed accents and Hangul come out as other ids."""
     broken = Tokenizer(clip.vocab, clip.merges)
@@ -233,9 +261,9 @@ def test_order_of_places(nowhere, monkeypatch, clip, bpe_file, tmp_path):
     """Each place that is added before the last one takes over."""
 
     used = []
-    monkeypatch.setattr(module, "read_vocabulary", lambda path: used.append(path) or (clip.vocab, clip.merges))
-    hub = tmp_path / "hub.json"
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names: str(hub))
+    monkeypatch.setattr(module, "read_vocabulary", lambda path, rows: used.append(path) or (clip.vocab, clip.merges))
+    fetched = tmp_path / "hub.json"
+    monkeypatch.setattr(hub, "fetch", lambda source, **_: fetched)
     find_tokenizer()
     monkeypatch.setattr(module, "PACKAGE_FILES", {"open_clip": bpe_file.name})
     find_tokenizer()
@@ -247,7 +275,7 @@ def test_order_of_places(nowhere, monkeypatch, clip, bpe_file, tmp_path):
     find_tokenizer(model_folder=tmp_path / "model")
     find_tokenizer(tmp_path / "explicit", model_folder=tmp_path / "model")
     assert used == [
-        hub,
+        fetched,
         bpe_file,
         tmp_path / "cached.json",
         tmp_path / "model" / "tokenizer",
@@ -443,6 +471,18 @@ def _random_prompts(count: int, seed: int) -> list[str]:
 def test_real_vocabulary_gives_transformers_ids(clip, tmp_path):
     clip.save(tmp_path)
     _compare(clip, _peer(tmp_path), [prompt for prompt, _ in GOLDEN] + _random_prompts(3000, seed=1))
+
+
+@pytest.mark.peer
+def test_padding_that_is_special_gives_transformers_ids(clip, tmp_path):
+    special = Tokenizer(clip.vocab, clip.merges, pad_id=0, pad_is_special=True)
+    special.save(tmp_path)
+    peer = _peer(tmp_path)
+    assert peer.pad_token == "!"
+    prompts = [prompt for prompt, _ in GOLDEN] + [prompt for prompt, *_ in EXCLAMATIONS]
+    _compare(special, peer, prompts)
+    with pytest.raises(AssertionError, match="differ"):
+        _compare(clip.with_padding(0), peer, prompts)
 
 
 @pytest.mark.peer

@@ -1,6 +1,9 @@
 """The operations on the hot path of the models; they know tensors, and no model."""
 
+from sdinpaint_kernels.add_bias import add_bias
+from sdinpaint_kernels.add_layer_norm import add_layer_norm
 from sdinpaint_kernels.attention import attention
+from sdinpaint_kernels.geglu import geglu
 from sdinpaint_kernels.group_norm import group_norm
 
-__all__ = ["attention", "group_norm"]
+__all__ = ["add_bias", "add_layer_norm", "attention", "geglu", "group_norm"]

@@ -1,17 +1,281 @@
-"""Attention: softmax(q k^T / sqrt(D)) v per head."""
+"""Attention: softmax(q k^T / sqrt(D)) v per head.
+
+The Triton kernel does what torch's fused attention does, with two differences that pay for a diffusion UNet: head
+dimensions of 40, 80 and 160 are not padded to a power of two but split into two (32 + 16, 64 + 16, 128 + 32), and so
+are short contexts (77 tokens: 64 + 16), which are then read at once rather than walked over.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sdinpaint_kernels import backend
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
+DTYPES = (torch.float16, torch.bfloat16)
+ALIGNED = 8  # elements in the 16 bytes of the largest load
+MAX_HEAD_DIM = 160
+MAX_GRID = 2**16
+WIDE_HEAD_DIM = 256
+"""Above it none of torch's fused attentions is fast, and products of whole rows are faster."""
+ROWS_BYTES = 2**28
+"""What the scores of the rows in hand may take at most."""
+
+
+class Config(NamedTuple):
+    """How the kernel is cut: BLOCK_M queries a program, BLOCK_N keys a tile, and the compiler's two settings."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    pad_pv: bool = False
+    """In the second product, pad the head dimension to a power of two instead of splitting it."""
+
+
+class Row(NamedTuple):
+    """`config` for head dimensions up to `head_dim` and at least `queries` tokens."""
+
+    head_dim: int
+    queries: int
+    config: Config
+
+
+# Beside each row the queries and what they took in microseconds on an H100 in float16, with two samples and the heads
+# of SD 1.5, SD 2 and SDXL; in brackets the best that was tried, where that is another. All fit GPUs with 99 KB.
+CONFIGS = (
+    Row(48, 0, Config(128, 64, 4, 3, pad_pv=True)),  # 4096: 167, 9216: 873 (830)
+    Row(64, 2048, Config(64, 64, 4, 3)),  # 4096: 110 with 5 heads, 202 with 10
+    Row(64, 0, Config(64, 128, 4, 2)),  # 1024: 17.6 with 10 heads, 30.2 with 20; 256: 5.5
+    Row(96, 0, Config(64, 64, 4, 3)),  # 2304: 93.7, 1024: 19.1 (18.8)
+    Row(160, 256, Config(64, 64, 4, 2)),  # 576: 17.3, 256: 7.3 (6.7)
+    Row(160, 0, Config(64, 32, 4, 3)),  # 144: 7.3 (5.9)
+)
+"""The first row that fits, for contexts too long to be read at once."""
+
+WHOLE_CONFIGS = (
+    Row(48, 1024, Config(256, 0, 8, 1, pad_pv=True)),  # 4096: 8.4, 9216: 17.0 (16.2)
+    Row(96, 0, Config(64, 0, 4, 1)),  # 64: 4096: 6.2 with 5 heads, 10.0 with 10; 1024: 6.1 with 20; 80: 1024: 4.8
+    Row(160, 512, Config(128, 0, 8, 1)),  # 576: 6.1
+    Row(160, 0, Config(64, 0, 4, 1)),  # 256: 4.6, 144: 4.5, 64: 4.5 (4.0)
+)
+"""The first row that fits, for contexts of up to WHOLE_CONTEXT tokens: the whole context is one tile."""
+WHOLE_CONTEXT = 96
+
+
+class Rival(NamedTuple):
+    """Self-attention that took torch `torch_us` and the kernel `kernel_us`, for two samples of heads // 2 heads."""
+
+    head_dim: int
+    queries: int
+    heads: int
+    torch_us: float
+    kernel_us: float
+
+
+RIVALS = (
+    Rival(40, 4096, 16, 156, 167),
+    Rival(64, 4096, 20, 180, 202),
+    Rival(80, 1024, 16, 17.9, 19.1),
+)
+"""Where torch, which chose cuDNN's attention, was faster on an H100: there, and with more tokens or heads, it runs."""
+RIVAL_CAPABILITY, RIVAL_CUDNN = (9, 0), 91900
+"""Of RIVALS: Hopper, and the oldest cuDNN that torch is known to prefer there; elsewhere the kernel runs."""
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, kernels: str | None = None) -> Tensor:
     """Mix `v` by the similarity of `q` and `k`.
 
     q (B, N, heads, D), k and v (B, M, heads, D) -> (B, N, heads, D). Any strides: a head is a view into the
-    projection's output, never a copy. `causal`: token n sees tokens up to n.
-    Source: https://arxiv.org/abs/1706.03762, equation 1.
+    projection's output, never a copy. `causal`: token n sees tokens up to n. `kernels` as in `backend`.
+    Raises: ValueError where shapes, dtypes or devices do not fit together.
+    Source: https://arxiv.org/abs/1706.03762, equation 1; one pass: https://arxiv.org/abs/2205.14135, algorithm 1.
     """
+    _check(q, k, v)
+    if q.numel() == 0:
+        return q.new_empty(q.shape)
+    obstacle = _obstacle(q, k, v, causal)
+    if obstacle is None and (kernels or backend.SETTING) == "auto":
+        obstacle = _rival(q, k)
+    choice = backend.choose("attention", q, k, v, requested=kernels, obstacle=obstacle)
+    if choice.name == "triton":
+        return _operation(q, k, v)
+    if q.is_cuda and q.shape[2] == 1 and q.shape[3] > WIDE_HEAD_DIM and not causal and not _differentiable(q, k, v):
+        return _by_rows(q, k, v)
+    return _reference(q, k, v, causal)
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal)
     return out.transpose(1, 2)
+
+
+def _differentiable(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """Keep the precision in which half-precision products are summed up."""
+    return torch.bmm(a, b, out_dtype=torch.float32) if a.dtype in DTYPES else torch.bmm(a, b)
+
+
+def _by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One head, as plain products of some rows of `q` at a time, with the scores in float32 or better."""
+    rows = max(1, ROWS_BYTES // (q.shape[0] * k.shape[1] * max(4, q.element_size())))
+    keys, values = k.squeeze(2).transpose(1, 2), v.squeeze(2)
+    scale = 1 / math.sqrt(q.shape[3])
+    parts = []
+    for part in q.squeeze(2).split(rows, dim=1):
+        scores = _wide_product(part, keys).mul_(scale)
+        parts.append(torch.softmax(scores, dim=-1).to(v.dtype) @ values)
+    return torch.cat(parts, dim=1).unsqueeze(2)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises: ValueError where the three do not fit together."""
+    fit = (
+        q.dim() == k.dim() == v.dim() == 4
+        and k.shape == v.shape
+        and (q.shape[0], *q.shape[2:]) == (k.shape[0], *k.shape[2:])
+        and q.dtype == k.dtype == v.dtype
+        and q.device == k.device == v.device
+    )
+    if not fit:
+        found = "; ".join(
+            f"{name} has shape {tuple(x.shape)} and strides {x.stride()}, {x.dtype} on {x.device}"
+            for name, x in (("q", q), ("k", k), ("v", v))
+        )
+        raise ValueError(
+            "attention expects q (B, N, heads, D) and k, v (B, M, heads, D) of one dtype on one device; " + found
+        )
+
+
+def _obstacle(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> str | None:
+    """Why the kernel cannot take this call."""
+    batch, _, heads, head_dim = q.shape
+    if causal:
+        return "it is causal"
+    if q.dtype not in DTYPES and not (backend.INTERPRETED and q.dtype == torch.float32):
+        return f"the dtype is {q.dtype}"
+    if head_dim % ALIGNED or head_dim > MAX_HEAD_DIM:
+        return f"a head dimension of {head_dim} is no multiple of {ALIGNED} up to {MAX_HEAD_DIM}"
+    if k.shape[1] == 0:
+        return "there are no keys"
+    if batch >= MAX_GRID or heads >= MAX_GRID:
+        return f"{batch} samples of {heads} heads exceed the grid"
+    return next(filter(None, map(_layout_obstacle, (q, k, v))), None)
+
+
+def _layout_obstacle(x: Tensor) -> str | None:
+    """Why the kernel cannot read a tensor: it loads 16 bytes at a time, and counts with 32 bits within a sample."""
+    strides = x.stride()
+    if strides[3] != 1 or any(stride % ALIGNED for stride in strides[:3]):
+        return f"rows of strides {strides} do not start on 16 bytes"
+    if x.shape[1] * strides[1] + x.shape[2] * strides[2] >= 2**31:
+        return f"the offsets of shape {tuple(x.shape)}, strides {strides} exceed 32 bits"
+    return None
+
+
+def _rival(q: Tensor, k: Tensor) -> str | None:
+    """Why torch is expected to be faster at a call that the kernel can take."""
+    if torch.compiler.is_compiling() or not q.is_cuda or not _is_measured(q.device):
+        return None
+    batch, queries, heads, head_dim = q.shape
+    for row in RIVALS:
+        if head_dim == row.head_dim and min(queries, k.shape[1]) >= row.queries and batch * heads >= row.heads:
+            return (
+                f"torch was faster at {row.queries} tokens and {row.heads} heads of {row.head_dim}: "
+                f"{row.torch_us} us, the kernel {row.kernel_us} us"
+            )
+    return None
+
+
+@functools.cache
+def _is_measured(device: torch.device) -> bool:
+    """Whether RIVALS speaks of this GPU and of the torch that is here."""
+    capability, cudnn = torch.cuda.get_device_capability(device), torch.backends.cudnn.version() or 0
+    return capability == RIVAL_CAPABILITY and cudnn >= RIVAL_CUDNN and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def _config(head_dim: int, queries: int, keys: int) -> Config:
+    """The row of the tables for these sizes."""
+    table = WHOLE_CONFIGS if keys <= WHOLE_CONTEXT else CONFIGS
+    return next(row.config for row in table if head_dim <= row.head_dim and queries >= row.queries)
+
+
+def _power_of_two(width: int) -> int:
+    """The least power of two that covers `width` and fills a tensor core."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _split(width: int) -> tuple[int, int]:
+    """Two powers of two, the second perhaps 0, that cover `width` with the least padding."""
+    whole = _power_of_two(width)
+    head = whole // 2
+    if width <= head:
+        return whole, 0
+    tail = _power_of_two(width - head)
+    return (head, tail) if tail < head else (whole, 0)
+
+
+@functools.lru_cache(maxsize=1024)
+def _constants(head_dim: int, queries: int, keys: int, config: Config | None = None) -> dict[str, Any]:
+    """What the kernel is compiled for, beside the strides."""
+    config = config or _config(head_dim, queries, keys)
+    whole = config.block_n == 0
+    qk = _split(head_dim)
+    pv = (_power_of_two(head_dim), 0) if config.pad_pv else qk
+    block_n, block_tail = _split(keys) if whole else (config.block_n, 0)
+    if not whole and keys % block_n:
+        block_tail = _power_of_two(keys % block_n)
+    return {
+        "D": head_dim,
+        "SCALE": math.log2(math.e) / math.sqrt(head_dim),
+        "QK": qk[0],
+        "QK_TAIL": qk[1],
+        "PV": pv[0],
+        "PV_TAIL": pv[1],
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_TAIL": block_tail,
+        "WHOLE": whole,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def launch(q: Tensor, k: Tensor, v: Tensor, config: Config | None = None) -> Tensor:
+    """Run the kernel."""
+    if any(x.data_ptr() % 16 for x in (q, k, v)):
+        return _contiguous_reference(q, k, v)
+    from sdinpaint_kernels.attention_kernel import attention_kernel  # noqa: PLC0415 - triton only where it runs
+
+    batch, queries, heads, head_dim = q.shape
+    keys = k.shape[1]
+    out = _empty(q, k, v)
+    constants = _constants(head_dim, queries, keys, config)
+    attention_kernel[(-(-queries // constants["BLOCK_M"]), heads, batch)](
+        q, k, v, out,
+        *(x.stride(0) // ALIGNED for x in (q, k, v, out)),
+        queries, keys,
+        *(x.stride(axis) for x in (q, k, v, out) for axis in (1, 2)),
+        **constants,
+        UPCAST=backend.INTERPRETED and q.dtype == torch.bfloat16,
+    )  # fmt: skip
+    return out
+
+
+def _contiguous_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _reference(q, k, v).contiguous()
+
+
+def _empty(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+_operation = backend.define("attention(Tensor q, Tensor k, Tensor v) -> Tensor", launch, _contiguous_reference, _empty)

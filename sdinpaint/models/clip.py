@@ -1,7 +1,7 @@
-"""The text half of CLIP: token ids to one state per token.
+"""The text half of CLIP: token ids to one state per token, and to one for the whole text.
 
-Source: https://github.com/openai/CLIP/blob/main/clip/model.py; names as in transformers' CLIPTextModel, which the
-released SD1 files hold.
+Source: https://github.com/openai/CLIP/blob/main/clip/model.py and mlfoundations/open_clip; names as in transformers'
+CLIPTextModelWithProjection, which the released SD1 files hold.
 """
 
 from __future__ import annotations
@@ -84,18 +84,17 @@ class Layer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
+def end_positions(ids: Tensor) -> Tensor:
+    """ids (B, L) -> where the text ends (B,): at the first of the highest id, whatever the padding is."""
+    return ids.argmax(dim=-1)
+
+
 class TextEncoder(nn.Module):
     """The stack of layers."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, D) -> (B, L, D)."""
-        for layer in self.layers:
-            x = layer(x)
-        return x
 
 
 class TextModel(nn.Module):
@@ -107,19 +106,33 @@ class TextModel(nn.Module):
         self.encoder = TextEncoder(config)
         self.final_layer_norm = nn.LayerNorm(config.width)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, L) -> (B, L, D)."""
-        return self.final_layer_norm(self.encoder(self.embeddings(ids)))
-
 
 class CLIPText(nn.Module):
-    """The text encoder as SD1 uses it: the last layer's states, normalised."""
+    """A text encoder: the states that condition a UNet, and for XL's second one the pooled text."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
         self.text_model = TextModel(config)
+        if config.projection_dim is not None:
+            self.text_projection = nn.Linear(config.width, config.projection_dim, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, L) int64 -> context (B, L, D)."""
-        return self.text_model(ids)
+        return self.encode(ids)[0]
+
+    def encode(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """ids (B, L) int64 -> context (B, L, D) and the pooled text (B, P), None where there is no projection."""
+        config, norm = self.config, self.text_model.final_layer_norm
+        kept = config.num_layers - config.skip_last
+        layers = self.text_model.encoder.layers
+        x = self.text_model.embeddings(ids)
+        for layer in layers[:kept]:
+            x = layer(x)
+        context = norm(x) if config.final_norm else x
+        if config.projection_dim is None:
+            return context, None
+        for layer in layers[kept:]:
+            x = layer(x)
+        at_end = x[torch.arange(len(ids), device=ids.device), end_positions(ids)]
+        return context, self.text_projection(norm(at_end))

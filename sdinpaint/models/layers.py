@@ -1,9 +1,71 @@
-"""Layers that the UNet and the VAE share."""
+"""Layers that the models share, and how their weights lie in memory."""
 
 from __future__ import annotations
 
-from sdinpaint_kernels import group_norm
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Protocol, Self, cast, runtime_checkable
+
+import torch
+from sdinpaint_kernels import add_bias, add_layer_norm, group_norm
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Model(nn.Module):
+    """A network whose weights are laid out for the GPU whenever it comes to one; their names and values stay."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `cuda` and `half` go through."""
+        nn.Module._apply(self, fn, recurse)
+        if all(weight.is_cuda for weight in self.parameters()):
+            lay_out(self)
+        return self
+
+
+@runtime_checkable
+class Packed(Protocol):
+    """A layer that multiplies by several weights at once."""
+
+    def packed(self) -> tuple[Tensor, ...]:
+        """The weights, in order."""
+
+
+@torch.no_grad()
+def lay_out(model: nn.Module) -> None:
+    """Make a model's convolutions channels-last, and put weights that are read at once one after the other."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+        elif isinstance(module, Packed):
+            weights = module.packed()
+            block = torch.cat([weight.data for weight in weights])
+            for weight, part in zip(weights, block.split([len(weight) for weight in weights]), strict=True):
+                weight.data = part
+
+
+def joined(parts: tuple[Tensor, ...]) -> Tensor:
+    """torch.cat(parts); of parts that lie one after the other, and need no gradient, without a copy."""
+    first, memory = parts[0], parts[0].untyped_storage().data_ptr()
+    in_order = not torch.compiler.is_compiling() and all(
+        after.data_ptr() == before.data_ptr() + before.nbytes and after.untyped_storage().data_ptr() == memory
+        for before, after in pairwise(parts)
+    )
+    if not in_order or any(part.requires_grad or not part.is_contiguous() for part in parts):
+        return torch.cat(parts)
+    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
+
+
+def repeated(x: Tensor, batch: int) -> Tensor:
+    """x (B, ...) -> (batch, ...): all of it again and again, as the halves of a guided batch; as it is if B >= batch.
+
+    Raises: ValueError where B does not divide `batch`.
+    """
+    if len(x) >= batch:
+        return x
+    if batch % len(x):
+        raise ValueError(f"a batch of {len(x)} meets one of {batch}; the same, or a divisor of it, is expected")
+    return torch.cat([x] * (batch // len(x)))
 
 
 class GroupNorm(nn.GroupNorm):
@@ -13,14 +75,58 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps=eps)
         self.silu = silu
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, H, W)."""
-        return group_norm(x, self.num_groups, self.weight, self.bias, eps=self.eps, silu=self.silu)
+    def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W), addend (B or 1, C): to add to x before -> (B, C, H, W)."""
+        if addend is not None:
+            addend = addend.expand(len(x), -1)
+        norm = self.num_groups, self.weight, self.bias
+        return group_norm(x, *norm, eps=self.eps, silu=self.silu, addend=addend)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm, also of a sum that is needed itself."""
+
+    def of_sum(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """x and h (B, N, C) -> x + h, and that normalised."""
+        return add_layer_norm(h, x, self.weight, self.bias, self.eps)
 
 
 def conv3(channels_in: int, channels_out: int) -> nn.Conv2d:
     """A 3 x 3 convolution that keeps height and width."""
     return nn.Conv2d(channels_in, channels_out, 3, padding=1)
+
+
+def adds_bias_apart(x: Tensor) -> bool:
+    """Whether torch adds the bias of a convolution of x in a pass over memory of its own: so it is on a GPU."""
+    return x.is_cuda
+
+
+def unbiased(conv: nn.Module, x: Tensor) -> Tensor:
+    """A convolution without its bias."""
+    conv = cast(nn.Conv2d, conv)
+    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+
+
+def bias(conv: nn.Module) -> Tensor:
+    """The bias of a convolution that has one, (C,)."""
+    return cast(Tensor, conv.bias)
+
+
+def norm_conv(norm: GroupNorm, conv: nn.Module, x: Tensor) -> Tensor:
+    """norm(conv(x))."""
+    return norm(unbiased(conv, x), bias(conv)[None]) if adds_bias_apart(x) else norm(conv(x))
+
+
+def add_conv(x: Tensor, conv: nn.Module, h: Tensor) -> Tensor:
+    """x + conv(h)."""
+    return add_bias(x, unbiased(conv, h), bias(conv)) if adds_bias_apart(h) else x + conv(h)
+
+
+def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
+    """A 1 x 1 convolution (or nothing), as a matrix product where that adds the bias at no cost."""
+    if not isinstance(conv, nn.Conv2d) or not adds_bias_apart(x):
+        return conv(x)
+    return to_map(F.linear(to_tokens(x), conv.weight.flatten(1), conv.bias), x)
 
 
 def to_tokens(x: Tensor) -> Tensor:

@@ -8,14 +8,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from sdinpaint_kernels import attention
+from sdinpaint_kernels import attention, geglu
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdinpaint.families import UNetConfig
-from sdinpaint.models.layers import GroupNorm, conv3, to_map, to_tokens
+from sdinpaint.models.layers import (
+    GroupNorm,
+    LayerNorm,
+    Model,
+    add_conv,
+    bias,
+    conv3,
+    joined,
+    pointwise,
+    repeated,
+    to_map,
+    to_tokens,
+    unbiased,
+)
+
+Made = dict[nn.Module, Tensor]
+"""By layer, what it makes of an input that x has no part in: computed once, for many steps."""
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -45,14 +62,24 @@ class ResBlock(nn.Module):
         same = channels_in == channels_out
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x (B, C, H, W), emb (B, E) -> (B, channels_out, H, W)."""
-        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
-        return self.skip_connection(x) + self.out_layers(h)
+    def addend(self, emb: Tensor) -> Tensor:
+        """emb (B, E) -> (B, channels_out): what is added between the convolutions, with the bias of the first."""
+        return self.emb_layers(emb) + bias(self.in_layers[-1])
+
+    def forward(self, x: Tensor, emb: Tensor | Made) -> Tensor:
+        """x (B, C, H, W), emb (B, E), or the addend made of it -> (B, channels_out, H, W)."""
+        norm, _, conv = self.in_layers
+        h = unbiased(conv, norm(x))
+        addend = self.addend(emb) if isinstance(emb, Tensor) else emb[self]
+        x, h = (repeated(one, len(addend)) for one in (x, h))
+        if len(addend) > 1:
+            addend = repeated(addend, len(h))
+        norm, *_, conv = self.out_layers
+        return add_conv(pointwise(self.skip_connection, x), conv, norm(h, addend))
 
 
-class CrossAttention(nn.Module):
-    """Multi-head attention from tokens to a context (to the tokens themselves when `context_dim` is their width)."""
+class Attention(nn.Module):
+    """The weights of multi-head attention from tokens to a context, which may be the tokens."""
 
     def __init__(self, width: int, context_dim: int, heads: int) -> None:
         super().__init__()
@@ -62,13 +89,32 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim, width, bias=False)
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x (B, N, C), context (B, L, D) -> (B, N, C)."""
-        q, k, v = (
-            project.unflatten(-1, (self.heads, -1))
-            for project in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
+
+class SelfAttention(Attention):
+    """Attention to the tokens themselves; queries, keys and values come from one product."""
+
+    def packed(self) -> tuple[Tensor, ...]:
+        """The weights of that product."""
+        return self.to_q.weight, self.to_k.weight, self.to_v.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, C) -> (B, N, C)."""
+        q, k, v = F.linear(x, joined(self.packed())).unflatten(-1, (3, self.heads, -1)).unbind(2)
         return self.to_out(attention(q, k, v).flatten(2))
+
+
+class CrossAttention(Attention):
+    """Attention to a text."""
+
+    def keys_values(self, context: Tensor) -> Tensor:
+        """context (B, L, D) -> (2, B, L, C)."""
+        return torch.stack([self.to_k(context), self.to_v(context)])
+
+    def forward(self, x: Tensor, context: Tensor | Made) -> Tensor:
+        """x (B, N, C), context (B, L, D), or the keys and values made of it -> (B, N, C)."""
+        keys_values = self.keys_values(context) if isinstance(context, Tensor) else context[self]
+        q, k, v = (one.unflatten(-1, (self.heads, -1)) for one in (self.to_q(x), *keys_values))
+        return self.to_out(attention(repeated(q, len(k)), k, v).flatten(2))
 
 
 class GEGLU(nn.Module):
@@ -80,8 +126,7 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, C) -> (B, N, inner)."""
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -101,19 +146,19 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, width: int, context_dim: int, heads: int) -> None:
         super().__init__()
-        self.attn1 = CrossAttention(width, width, heads)
+        self.attn1 = SelfAttention(width, width, heads)
         self.ff = FeedForward(width)
         self.attn2 = CrossAttention(width, context_dim, heads)
-        self.norm1 = nn.LayerNorm(width)
-        self.norm2 = nn.LayerNorm(width)
-        self.norm3 = nn.LayerNorm(width)
+        self.norm1 = LayerNorm(width)
+        self.norm2 = LayerNorm(width)
+        self.norm3 = LayerNorm(width)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | Made) -> Tensor:
         """x (B, N, C), context (B, L, D) -> (B, N, C)."""
-        h = self.norm1(x)
-        x = x + self.attn1(h, h)
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        x, h = self.norm2.of_sum(x, self.attn1(self.norm1(x)))
+        h = self.attn2(h, context)
+        x, h = self.norm3.of_sum(repeated(x, len(h)), h)
+        return x + self.ff(h)
 
 
 class SpatialTransformer(nn.Module):
@@ -130,13 +175,14 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | Made) -> Tensor:
         """x (B, C, H, W), context (B, L, D) -> (B, C, H, W)."""
-        # A 1 x 1 convolution is a linear layer over tokens, so both kinds of projection take one path.
+        # A 1 x 1 convolution is a linear layer over tokens: both kinds of projection take one path.
         tokens = F.linear(to_tokens(self.norm(x)), self.proj_in.weight.flatten(1), self.proj_in.bias)
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
-        return x + to_map(F.linear(tokens, self.proj_out.weight.flatten(1), self.proj_out.bias), x)
+        h = to_map(F.linear(tokens, self.proj_out.weight.flatten(1), self.proj_out.bias), x)
+        return repeated(x, len(h)) + h
 
 
 class Downsample(nn.Module):
@@ -166,7 +212,7 @@ class Upsample(nn.Module):
 class Stage(nn.ModuleList):
     """One entry of the UNet's lists: hands each layer the inputs that it takes."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor, size: torch.Size | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | Made, context: Tensor | Made, size: torch.Size | None = None) -> Tensor:
         """x (B, C, H, W), emb (B, E), context (B, L, D), size: where an Upsample goes -> (B, C', H', W')."""
         for layer in self:
             match layer:
@@ -216,7 +262,7 @@ def middle_block(config: UNetConfig) -> Stage:
     return Stage([*block(config, channels, channels, config.middle_depth), last])
 
 
-class UNet(nn.Module):
+class UNet(Model):
     """Predicts the noise (or v) in noisy latents, given the time and a text.
 
     Inpainting models take 9 channels: noisy latents 4, mask 1, masked image's latents 4, in this order.
@@ -250,21 +296,26 @@ class UNet(nn.Module):
             GroupNorm(config.norm_groups, width, eps=1e-5, silu=True), nn.Identity(), conv3(width, config.out_channels)
         )
 
+    def embed(self, t: Tensor, vector: Tensor | None = None) -> Tensor:
+        """t (B,), vector (B, V) for XL -> emb (B, E); t (1,) stands for the t of every vector."""
+        emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(next(self.parameters()).dtype))
+        return emb if vector is None else repeated(emb, len(vector)) + self.label_emb(vector)
+
     def forward(
         self,
         x: Tensor,
-        t: Tensor,
-        context: Tensor,
+        t: Tensor | Made,
+        context: Tensor | Made,
         vector: Tensor | None = None,
         control: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """x (B, in_channels, H, W), t (B,), context (B, L, D), vector (B, V) for XL -> (B, 4, H, W).
 
         control: a ControlNet's residuals, one to add to each of the input blocks' outputs and one to the middle's.
+        Under guidance, x and t may have half the batch of context and vector: what both halves have in common, which is
+        all before they meet the first of the two, is computed once.
         """
-        emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))
-        if vector is not None:
-            emb = emb + self.label_emb(vector)
+        emb = self.embed(t, vector) if isinstance(t, Tensor) else t
         skips = []
         for stage in self.input_blocks:
             x = stage(x, emb, context)
@@ -273,8 +324,47 @@ class UNet(nn.Module):
         if control is not None:
             *residuals, middle = control
             x = x + middle
-            skips = [skip + residual for skip, residual in zip(skips, residuals, strict=True)]
+            skips = [repeated(skip, len(x)) + residual for skip, residual in zip(skips, residuals, strict=True)]
         for stage in self.output_blocks:
-            x = torch.cat([x, skips.pop()], dim=1)
+            x = torch.cat([x, repeated(skips.pop(), len(x))], dim=1)
             x = stage(x, emb, context, skips[-1].shape[-2:] if skips else None)
         return self.out(x)
+
+    def prepare(self, context: Tensor, vector: Tensor | None = None) -> PreparedUNet:
+        """This UNet for one text: context (B, L, D), vector (B, V) for XL."""
+        layers = list(self.modules())
+        texts = [layer.attn2 for layer in layers if isinstance(layer, TransformerBlock)]
+        return PreparedUNet(
+            self,
+            [layer for layer in layers if isinstance(layer, ResBlock)],
+            texts,
+            [layer.keys_values(context) for layer in texts],
+            vector,
+            str([weight.data_ptr() for weight in self.parameters()]),
+        )
+
+
+@dataclass(frozen=True)
+class PreparedUNet:
+    """A UNet that knows its text, so that what depends on text and time alone is computed before, and once."""
+
+    unet: UNet
+    blocks: list[ResBlock]
+    texts: list[CrossAttention]
+    kept: list[Tensor]
+    """Keys and values of the text, (2, B, L, C), for each of `texts`."""
+    vector: Tensor | None
+    key: str
+    """The same as long as the UNet computes with the very same weights."""
+
+    def embed(self, t: Tensor) -> Tensor:
+        """t (S,) -> (S, B, sum of C): what all residual blocks add at each t; B is 1 without vector."""
+        label = 0 if self.vector is None else self.unet.label_emb(self.vector)
+        emb = self.unet.embed(t)[:, None] + label
+        return torch.cat([block.addend(emb) for block in self.blocks], dim=-1)
+
+    def __call__(self, x: Tensor, emb: Tensor, kept: Sequence[Tensor], control: Sequence[Tensor] | None) -> Tensor:
+        """x (B, in_channels, H, W) or half that batch, emb: a row of `embed`, kept: as here -> (B, 4, H, W)."""
+        addends = emb.split([len(bias(block.in_layers[-1])) for block in self.blocks], dim=-1)
+        made: Made = dict(zip(self.blocks, addends, strict=True))
+        return self.unet(x, made, dict(zip(self.texts, kept, strict=True)), None, control)

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdinpaint.families import VAEConfig
-from sdinpaint.models.layers import GroupNorm, conv3, to_map, to_tokens
+from sdinpaint.models.layers import (
+    GroupNorm,
+    Model,
+    add_conv,
+    conv3,
+    norm_conv,
+    pointwise,
+    to_map,
+    to_tokens,
+)
 
 EPS = 1e-6  # of every GroupNorm in the VAE, as trained
 
@@ -34,8 +43,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, channels_out, H, W)."""
-        h = self.conv2(self.norm2(self.conv1(self.norm1(x))))
-        return (self.nin_shortcut(x) if self.has_shortcut else x) + h
+        h = norm_conv(self.norm2, self.conv1, self.norm1(x))
+        return add_conv(pointwise(self.nin_shortcut, x) if self.has_shortcut else x, self.conv2, h)
 
 
 class Attention(nn.Module):
@@ -52,8 +61,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, H, W)."""
         h = self.norm(x)
-        q, k, v = (to_tokens(project(h)).unsqueeze(2) for project in (self.q, self.k, self.v))
-        return x + self.proj_out(to_map(attention(q, k, v).squeeze(2), x))
+        q, k, v = (to_tokens(pointwise(conv, h)).unsqueeze(2) for conv in (self.q, self.k, self.v))
+        return x + pointwise(self.proj_out, to_map(attention(q, k, v).squeeze(2), x))
 
 
 class Downsample(nn.Module):
@@ -162,7 +171,7 @@ class Decoder(nn.Module):
         return self.conv_out(self.norm_out(z))
 
 
-class VAE(nn.Module):
+class VAE(Model):
     """The autoencoder around *scaled* latents: nobody outside this file sees unscaled ones."""
 
     def __init__(self, config: VAEConfig) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from sdinpaint.errors import SettingError
 from sdinpaint.families import Prediction
 from sdinpaint.sampling import schedules
+from sdinpaint.sampling.graphs import Graphs, Tensors, shapes
 from sdinpaint.sampling.samplers import Denoise
 
 UNetFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, Sequence[Tensor] | None], Tensor]
@@ -41,13 +43,74 @@ class Known:
     latents: Tensor | None = None
 
 
+class Prepared(Protocol):
+    """A UNet that knows its text, and has computed what follows from it."""
+
+    @property
+    def key(self) -> str | None:
+        """The same where a UNet computes in the same way with the very same weights; None where that is not known."""
+
+    @property
+    def kept(self) -> Tensors:
+        """What it has computed."""
+
+    def embed(self, t: Tensor) -> Tensor:
+        """t (S,) -> (S, ...): what it has to know of each t."""
+
+    def __call__(self, x: Tensor, emb: Tensor, kept: Tensors, control: Tensors | None) -> Tensor:
+        """x (B, C, H, W), which serves both halves of a guided batch, emb one of `embed` -> (B or 2 B, 4, H, W)."""
+
+
+@runtime_checkable
+class Preparable(Protocol):
+    """A UNet that computes before a run what x has no part in."""
+
+    def prepare(self, context: Tensor, vector: Tensor | None) -> Prepared:
+        """context (B or 2 B, L, D), vector (B or 2 B, V) | None -> this UNet for that text."""
+
+
+@dataclass(frozen=True)
+class _Unprepared:
+    """Any function as a UNet of which nothing can be computed before."""
+
+    unet: UNetFunction
+    kept: Tensors
+    """context, and vector if there is one."""
+    key: str | None = None
+
+    def embed(self, t: Tensor) -> Tensor:
+        return t
+
+    def __call__(self, x: Tensor, emb: Tensor, kept: Tensors, control: Tensors | None) -> Tensor:
+        context, *vector = kept
+        batch = len(context)
+        x = torch.cat([x] * (batch // len(x)))
+        return self.unet(x, emb.expand(batch), context, vector[0] if vector else None, control)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What all steps for B pictures have in common."""
+
+    context: Tensor
+    vector: Tensor | None
+    prepared: Prepared
+    constant: tuple[Tensor, ...]
+    """The extra channels, then what the UNet keeps."""
+    key: str | None
+    """What else a recording of the step depends on."""
+    levels: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """By sigma: the numbers of a step, and what the UNet has to know of t."""
+
+
 class Denoiser:
     """A UNet seen as denoise(x, sigma) -> x0, with guidance in one batch of 2 B ordered [uncond, cond].
 
     `extra` is (mask, masked_latents) for a 9-channel model, None for a 4-channel one. `control` gives a ControlNet's
-    residuals. x keeps its own dtype; the UNet
-    runs in `dtype`. A batch is B, not 2 B, where guidance_scale is 1 or `uncond` is None.
-    Conditions of batch 1 serve every item of x.
+    residuals. x keeps its own dtype; the UNet runs in `dtype`. A batch is B, not 2 B, where guidance_scale is 1 or
+    `uncond` is None. Conditions of batch 1 serve every item of x.
+    `sigmas` are those of the run, where they are known: what follows from them is computed at once. With `graphs`,
+    steps on a GPU are recorded and replayed, those of a UNet that is `Preparable`.
 
     Raises: SettingError where the two conditions differ in shape or guidance_scale is not finite.
     """
@@ -64,19 +127,23 @@ class Denoiser:
         extra: tuple[Tensor, Tensor] | None = None,
         control: ControlFunction | None = None,
         dtype: torch.dtype = torch.float32,
+        sigmas: Tensor | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         if not math.isfinite(guidance_scale):
             raise SettingError("SETTING_GUIDANCE", "guidance_scale", f"{guidance_scale!r}", expected="a finite number")
-        if prediction not in _TO_X0:
+        if prediction not in _FACTORS:
             raise SettingError("SETTING_PREDICTION", "prediction", f"{prediction!r}", expected="'eps' or 'v'")
         conditions = [cond] if uncond is None or guidance_scale == 1 else [uncond, cond]
         self._unet = unet
         self._control = control
         self._train_sigmas = train_sigmas
-        self._to_x0 = _TO_X0[prediction]
+        self._factors = _FACTORS[prediction]
         self._guidance_scale = guidance_scale
         self._copies = len(conditions)
         self._dtype = dtype
+        self._sigmas = [] if sigmas is None else sigmas.tolist()
+        self._graphs = graphs
         self._context = _stacked("context", [one.context for one in conditions]).to(dtype)
         vectors = [one.vector for one in conditions if one.vector is not None]
         if len(vectors) not in (0, len(conditions)):
@@ -84,25 +151,67 @@ class Denoiser:
                 "SETTING_CONDITIONS", "vector", "given for one prompt alone", expected="both, or neither"
             )
         self._vector = _stacked("vector", vectors).to(dtype) if vectors else None
-        # guidance is over the text alone: both halves see the same picture
-        self._extra = [] if extra is None else [torch.cat([one] * self._copies).to(dtype) for one in extra]
+        self._extra = [] if extra is None else [one.to(dtype) for one in extra]
+        self._batches: dict[Hashable, _Batch] = {}
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """x (B, 4, H, W) at `sigma` -> x0 (B, 4, H, W), in x's dtype."""
+        batch = self._batches.get((len(x), x.dtype)) or self._begin(x)
+        if sigma not in batch.levels:
+            sigmas = self._sigmas if sigma in self._sigmas else [sigma]
+            batch.levels.update(zip(sigmas, self._levels(batch.prepared, sigmas, x), strict=True))
+        varying = [x, *batch.levels[sigma], *self._residuals(batch, x, sigma)]
+
+        def step(varying: Tensors, constant: Tensors) -> Tensor:
+            return self._step(batch.prepared, varying, constant)
+
+        if self._graphs is None or batch.key is None:
+            return step(varying, batch.constant)
+        return self._graphs(batch.key, step, varying, batch.constant)
+
+    def _begin(self, x: Tensor) -> _Batch:
         batch = self._copies * len(x)
-        # only the noisy channels are scaled; mask and masked latents enter as they were trained
-        scaled = torch.cat([x / math.hypot(1, sigma)] * self._copies).to(self._dtype)
-        extra = [_spread("extra channels", one, batch, self._copies) for one in self._extra]
-        t = torch.full((batch,), schedules.timestep(self._train_sigmas, sigma), dtype=torch.float32, device=x.device)
         context = _spread("context", self._context, batch, self._copies)
         vector = None if self._vector is None else _spread("vector", self._vector, batch, self._copies)
-        # a ControlNet sees the noisy channels alone, whatever the UNet takes
-        control = None if self._control is None else self._control(scaled, t, context, vector, sigma)
-        output = self._unet(torch.cat([scaled, *extra], dim=1), t, context, vector, control).to(x.dtype)
+        if isinstance(self._unet, Preparable):
+            prepared = self._unet.prepare(context, vector)
+        else:
+            prepared = _Unprepared(self._unet, [context] if vector is None else [context, vector])
+        # both halves see the same picture: guidance is over the text alone
+        extra = [_spread("extra channels", one, len(x), 1) for one in self._extra]
+        constant = (*extra, *prepared.kept)
+        key = None if prepared.key is None else f"{self._copies} {self._dtype} {shapes(constant)} {prepared.key}"
+        begun = self._batches[len(x), x.dtype] = _Batch(context, vector, prepared, constant, key)
+        return begun
+
+    def _levels(self, prepared: Prepared, sigmas: list[float], x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """For each sigma: scale, guidance_scale and the two factors of x0 in one tensor (4,), and what t embeds to."""
+        numbers = [(math.hypot(1, sigma), self._guidance_scale, *self._factors(sigma)) for sigma in sigmas]
+        t = torch.tensor([schedules.timestep(self._train_sigmas, sigma) for sigma in sigmas], dtype=torch.float32)
+        on_device = torch.tensor(numbers, dtype=x.dtype).to(x.device)
+        return list(zip(on_device, prepared.embed(t.to(x.device)), strict=True))
+
+    def _residuals(self, batch: _Batch, x: Tensor, sigma: float) -> Tensors:
+        """What a ControlNet adds; it sees the noisy channels alone, whatever the UNet takes."""
+        if self._control is None:
+            return []
+        scaled = torch.cat([x / math.hypot(1, sigma)] * self._copies).to(self._dtype)
+        index = schedules.timestep(self._train_sigmas, sigma)
+        t = torch.full((len(scaled),), index, dtype=torch.float32, device=x.device)
+        return self._control(scaled, t, batch.context, batch.vector, sigma) or []
+
+    def _step(self, prepared: Prepared, varying: Tensors, constant: Tensors) -> Tensor:
+        """Guided x0; `varying`: x, a level's two, residuals; `constant`: a batch's."""
+        x, numbers, emb, *control = varying
+        scale, guidance_scale, of_x, of_output = numbers
+        extra, kept = constant[: len(self._extra)], constant[len(self._extra) :]
+        # only the noisy channels are scaled; mask and masked latents enter as they were trained
+        fed = torch.cat([(x / scale).to(self._dtype), *extra], dim=1)
+        output = prepared(fed, emb, kept, control or None).to(x.dtype)
         if self._copies == 2:
             uncond, cond = output.chunk(2)
-            output = uncond + self._guidance_scale * (cond - uncond)
-        return self._to_x0(x, output, sigma)
+            output = uncond + guidance_scale * (cond - uncond)
+        return of_x * x + of_output * output
 
 
 def blend_known(denoise: Denoise, known: Known, noise: Tensor, sigmas: Tensor) -> Denoise:
@@ -143,16 +252,17 @@ def _whole_latents(known: Known) -> Tensor:
     return known.latents
 
 
-def _eps_to_x0(x: Tensor, eps: Tensor, sigma: float) -> Tensor:
-    return x - sigma * eps
+def _from_eps(sigma: float) -> tuple[float, float]:
+    return 1.0, -sigma
 
 
-def _v_to_x0(x: Tensor, v: Tensor, sigma: float) -> Tensor:
+def _from_v(sigma: float) -> tuple[float, float]:
     """Source: Salimans and Ho 2022, appendix D, with alpha = 1 / sqrt(1 + sigma^2)."""
-    return x / (1 + sigma**2) - (sigma / math.hypot(1, sigma)) * v
+    return 1 / (1 + sigma**2), -sigma / math.hypot(1, sigma)
 
 
-_TO_X0: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"eps": _eps_to_x0, "v": _v_to_x0}
+_FACTORS: dict[str, Callable[[float], tuple[float, float]]] = {"eps": _from_eps, "v": _from_v}
+"""By prediction type, the factors of x and of the UNet's output in x0."""
 
 
 def _stacked(what: str, parts: list[Tensor]) -> Tensor:

@@ -6,11 +6,13 @@ only if its merges are, by sha256, the ones that the released text encoders were
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import huggingface_hub
@@ -19,7 +21,7 @@ import torch
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from sdinpaint.errors import SdInpaintWarning, SettingError, TokenizerError
+from sdinpaint.errors import CheckpointError, SdInpaintWarning, SettingError, TokenizerError
 from sdinpaint.text.vocabulary import (
     CLIP_ROWS,
     END,
@@ -71,17 +73,45 @@ class Tokenizer:
 
     Text is NFC-normalised, white space joined and letters lower-cased. As in transformers, a literal
     "<|startoftext|>" or "<|endoftext|>" inside a prompt is that special token.
-    Source: openai/CLIP clip/simple_tokenizer.py; transformers CLIPTokenizer.
+
+    SD2's and XL's OpenCLIP encoders are padded with id 0, which is also the byte "!". As trained, a "!" that ends a
+    word is id 256. transformers, and with it diffusers, takes every "!" for padding, id 0: `pad_is_special=True`.
+    Source: openai/CLIP clip/simple_tokenizer.py; mlfoundations/open_clip tokenizer.py; transformers CLIPTokenizer.
     """
 
-    def __init__(self, vocab: Mapping[str, int], merges: Sequence[Merge], *, pad_id: int | None = None) -> None:
-        """`pad_id` fills up to 77 ids; None: the end token."""
-        self.vocab = dict(vocab)
-        self.merges = list(merges)
+    def __init__(
+        self,
+        vocab: Mapping[str, int],
+        merges: Sequence[Merge],
+        *,
+        pad_id: int | None = None,
+        pad_is_special: bool = False,
+    ) -> None:
+        """`pad_id` fills up to 77 ids; None: the end token. `pad_is_special`: its text in a prompt is one too."""
+        self.vocab, self.merges = vocab, merges
         self.start_id, self.end_id = self.vocab[START], self.vocab[END]
         self.pad_id = self.end_id if pad_id is None else pad_id
-        self._encoder = _encoder(models.BPE(self.vocab, self.merges, end_of_word_suffix=SUFFIX, unk_token=END))
-        self._encoder.add_special_tokens([START, END])
+        self.pad_is_special = pad_is_special
+
+    @cached_property
+    def _encoder(self) -> tokenizers.Tokenizer:
+        """Built for the first prompt."""
+        encoder = _encoder(models.BPE(dict(self.vocab), list(self.merges), end_of_word_suffix=SUFFIX, unk_token=END))
+        encoder.add_special_tokens([START, END, *([self.pad_token] if self.pad_is_special else [])])
+        return encoder
+
+    @property
+    def pad_token(self) -> str:
+        """The token whose id is `pad_id`."""
+        return next(token for token, i in self.vocab.items() if i == self.pad_id)
+
+    def with_padding(self, pad_id: int | None) -> Tokenizer:
+        """The same vocabulary with another padding; None: the end token."""
+        if self.pad_is_special:
+            return Tokenizer(self.vocab, self.merges, pad_id=pad_id, pad_is_special=True)
+        other = copy.copy(self)
+        other.pad_id = self.end_id if pad_id is None else pad_id
+        return other
 
     @classmethod
     def from_merges(cls, merges: Sequence[Merge], *, pad_id: int | None = None) -> Tokenizer:
@@ -131,7 +161,7 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names = sorted(self.vocab, key=lambda token: self.vocab[token])
-        specials = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": names[self.pad_id]}
+        specials = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": self.pad_token}
         config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CONTEXT_LENGTH, "do_lower_case": True}
         files = {
             "vocab.json": json.dumps({name: i for i, name in enumerate(names)}, ensure_ascii=False),
@@ -200,19 +230,19 @@ def _find_clip(offline: bool, pad_id: int | None) -> Tokenizer:
         except TokenizerError as error:
             rejected.append(f"{error.subject} has {error.found}")
     if not offline:
+        from sdinpaint.hub import fetch  # noqa: PLC0415 - who has the vocabulary need not wait for it
+
         try:
-            return _fitting(Path(huggingface_hub.hf_hub_download(*HUB_FILE)), CLIP_ROWS, pad_id)
-        except (OSError, ValueError) as error:  # TokenizerError is both
-            rejected.append(f"the download from {HUB_FILE[0]} failed with {type(error).__name__}")
+            return _fitting(fetch(":".join(HUB_FILE), progress=False), CLIP_ROWS, pad_id)
+        except (CheckpointError, TokenizerError) as error:
+            rejected.append(f"the download from {HUB_FILE[0]} failed: {error.found}")
     found = "; ".join(["CLIP's vocabulary is not on this machine", *rejected])
     expected = "the vocabulary of the text encoder, which a checkpoint in one file does not hold"
     raise TokenizerError("TOKENIZER_NOT_FOUND", "tokenizer", found, expected=expected, hint=CLIP_WAYS)
 
 
 def _fitting(path: Path, rows: int, pad_id: int | None) -> Tokenizer:
-    vocab, merges = read_vocabulary(path)
-    require_fitting(vocab, merges, rows, path)
-    return Tokenizer(vocab, merges, pad_id=pad_id)
+    return Tokenizer(*read_vocabulary(path, rows), pad_id=pad_id)
 
 
 def _cached_files() -> Iterator[Path]:

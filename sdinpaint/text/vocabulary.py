@@ -10,8 +10,10 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, count, pairwise, repeat
+from operator import eq
 from pathlib import Path
+from sys import intern
 
 from sdinpaint.errors import TokenizerError
 
@@ -42,9 +44,12 @@ def byte_symbols() -> list[str]:
 
 def clip_layout(merges: Sequence[Merge]) -> dict[str, int]:
     """Ids in CLIP's order: 256 bytes, 256 bytes that end a word, one token per merge, start, end."""
+    return {token: i for i, token in enumerate(_clip_tokens(merges))}
+
+
+def _clip_tokens(merges: Sequence[Merge]) -> Iterator[str]:
     symbols = byte_symbols()
-    joined = (left + right for left, right in merges)
-    return {token: i for i, token in enumerate([*symbols, *(s + SUFFIX for s in symbols), *joined, START, END])}
+    return chain(symbols, (symbol + SUFFIX for symbol in symbols), map("".join, merges), (START, END))
 
 
 def merges_sha256(merges: Sequence[Merge]) -> str:
@@ -52,21 +57,26 @@ def merges_sha256(merges: Sequence[Merge]) -> str:
     return hashlib.sha256("\n".join(f"{left} {right}" for left, right in merges).encode()).hexdigest()
 
 
-def read_vocabulary(path: Path) -> Vocabulary:
+def read_vocabulary(path: Path, rows: int | None = None) -> Vocabulary:
     """Read a folder or file: vocab.json (merges.txt beside it if any), tokenizer.json, or OpenAI's bpe_*.txt.gz.
 
+    `rows`: what `require_fitting` asks for; CLIP's own vocabulary is then read in half the time.
     Raises TokenizerError naming the file and what is wrong with it.
     """
     try:
         if path.is_dir():
             path = _file_in(path)
         vocab, merges = _from_gzip(path) if path.suffix == ".gz" else _from_json(path)
+        if rows == CLIP_ROWS and _is_clip(vocab, merges):
+            return vocab, merges
         _require_complete(vocab, merges)
     except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, RecursionError) as error:
         found = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         expected = "a CLIP vocabulary: vocab.json with merges.txt, tokenizer.json, or bpe_simple_vocab_16e6.txt.gz"
         hint = "give the path of such a file or folder, or fetch it again"
         raise TokenizerError("TOKENIZER_BROKEN", path, found, expected=expected, hint=hint) from error
+    if rows is not None:
+        require_fitting(vocab, merges, rows, path)
     return vocab, merges
 
 
@@ -76,12 +86,18 @@ def require_fitting(vocab: Mapping[str, int], merges: Sequence[Merge], rows: int
     if len(vocab) != rows:
         found, expected = f"a vocabulary of {len(vocab)} tokens", f"{rows} tokens, as the embedding has rows"
         raise TokenizerError("TOKENIZER_MISMATCH", source, found, expected=expected, hint=hint)
-    if rows == CLIP_ROWS and (merges_sha256(merges) != CLIP_SHA256 or vocab != clip_layout(merges)):
+    if rows == CLIP_ROWS and not _is_clip(vocab, merges):
         found = f"{len(merges)} merges with sha256 {merges_sha256(merges)[:16]}..."
         if merges_sha256(merges) == CLIP_SHA256:
             found = "CLIP's merges, but other ids"
         expected = f"CLIP's {CLIP_MERGES} merges in CLIP's order, sha256 {CLIP_SHA256[:16]}..."
         raise TokenizerError("TOKENIZER_MISMATCH", source, found, expected=expected, hint=hint)
+
+
+def _is_clip(vocab: Mapping[str, int], merges: Sequence[Merge]) -> bool:
+    """Without a second vocabulary beside this one, which would take time and memory."""
+    in_order = all(map(eq, map(vocab.get, _clip_tokens(merges)), count()))
+    return len(vocab) == CLIP_ROWS and in_order and merges_sha256(merges) == CLIP_SHA256
 
 
 def _file_in(folder: Path) -> Path:
@@ -104,6 +120,8 @@ def _from_json(path: Path) -> Vocabulary:
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"a JSON {type(content).__name__}")
+    for token in content:
+        intern(token)
     if isinstance(content.get("model"), dict):
         added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
         return {**content["model"]["vocab"], **added}, _merges_of_lines(content["model"]["merges"])
@@ -117,10 +135,13 @@ def _merges_of_lines(lines: Sequence[str | Sequence[str]]) -> list[Merge]:
     """Merges from "left right" lines or [left, right] lists, without a #version line and blank lines."""
     rows = [line if isinstance(line, str) else " ".join(line) for line in lines if line]
     rows = rows[1:] if rows and rows[0].startswith("#version:") else rows
-    if broken := next((row for row in rows if row.count(" ") != 1), None):
-        raise ValueError(f"the merge {broken[:40]!r}, which has not two parts")
     # At once: one by one, 48,894 lines take longer than to read a checkpoint.
-    parts = " ".join(rows).split(" ") if rows else []
+    spaces = list(map(str.count, rows, repeat(" ")))
+    if spaces.count(1) != len(rows):
+        broken = next(row for row, count in zip(rows, spaces, strict=True) if count != 1)
+        raise ValueError(f"the merge {broken[:40]!r}, which has not two parts")
+    # Interned, the parts are the vocabulary's own strings and take no memory.
+    parts = list(map(intern, " ".join(rows).split(" "))) if rows else []
     return list(zip(parts[::2], parts[1::2], strict=True))
 
 

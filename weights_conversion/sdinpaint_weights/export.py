@@ -1,34 +1,84 @@
-"""Write components under native names as a diffusers folder, or as one file in the official layout (LDM)."""
+"""Write components under native names as a diffusers folder, or as one file in the official layout (LDM).
+
+`export_plan` says what each tensor of the target is made of, without any tensor; all else follows it.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sdinpaint_weights.atomic import atomic_write
+from sdinpaint_weights.edits import apply
 from sdinpaint_weights.errors import CheckpointError
-from sdinpaint_weights.finite import is_finite, nonfinite_error
-from sdinpaint_weights.keymap import inverse, renamed, unet_table_for, vae_table_for
+from sdinpaint_weights.keymap import QKV, TABLES_FOR, Edit, inverse, renamed
+from sdinpaint_weights.layout import MARKS, Mark
+from sdinpaint_weights.openclip import openclip_table_for
+from sdinpaint_weights.stream import Item, not_written, write_stream
 
 Tensors = Mapping[str, Tensor]
+Shapes = Mapping[str, tuple[int, ...]]
+Place = Callable[[str], tuple[str, Edit] | None]
+"""A native name's place in the target: the key there, and the edit on the way from there to the native tensor."""
 
-PREFIXES = {
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    "text_encoder": "cond_stage_model.transformer.",
-}
 FILES = {
     "unet": "unet/diffusion_pytorch_model.safetensors",
     "vae": "vae/diffusion_pytorch_model.safetensors",
     "text_encoder": "text_encoder/model.safetensors",
+    "text_encoder_2": "text_encoder_2/model.safetensors",
+    "controlnet": "diffusion_pytorch_model.safetensors",  # published by itself, beside its config.json
 }
+
+
+class Target(NamedTuple):
+    """One tensor to write: its key, the native names it is made of (three for a stacked q, k, v), and the edit."""
+
+    key: str
+    names: tuple[str, ...]
+    edit: Edit
+
+
+def export_plan(component: str, shapes: Shapes, layout: str, family: str) -> list[Target]:
+    """What a component with these native names and shapes becomes in the layout "diffusers" or "ldm".
+
+    `family` is "sd1", "sd2" or "sdxl"; in the layout "ldm" it decides the text encoders' prefix and names.
+
+    Raises: CheckpointError for a name that has no place there.
+    """
+    place = _diffusers_place(component, shapes) if layout == "diffusers" else _ldm_place(component, shapes, family)
+    parts: dict[str, dict[Edit, str]] = {}
+    for name in shapes:
+        found = place(name)
+        if found is None:
+            _refuse_names(component, f"{name} has no name in the {layout} layout of {family.upper()}")
+        key, edit = found
+        parts.setdefault(key, {})[edit] = name
+    return [_target(component, key, names) for key, names in parts.items()]
+
+
+def diffusers_state(component: str, tensors: Tensors) -> dict[str, Tensor]:
+    """One component under the names that diffusers (transformers, for the text encoders) gives it.
+
+    Raises: CheckpointError for a name that has no counterpart.
+    """
+    return _state(export_plan(component, _shapes(tensors), "diffusers", ""), tensors)
+
+
+def ldm_state(components: Mapping[str, Tensors], family: str) -> dict[str, Tensor]:
+    """All tensors under the names of the official single files of a family.
+
+    Raises: CheckpointError for a component that its files do not have, and for a name that has no counterpart.
+    """
+    state: dict[str, Tensor] = {}
+    for component, tensors in components.items():
+        state |= _state(export_plan(component, _shapes(tensors), "ldm", family), tensors)
+    return state
 
 
 def write_diffusers(
@@ -50,57 +100,74 @@ def write_diffusers(
 
 
 def write_single_file(
-    path: str | os.PathLike[str], components: Mapping[str, Tensors], dtype: torch.dtype | None = None
+    path: str | os.PathLike[str],
+    components: Mapping[str, Tensors],
+    family: str,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the components as one safetensors file in the official layout, whatever `path` ends with.
+    """Write the components as one safetensors file in the official layout of a family, whatever `path` ends with.
 
     Raises: CheckpointError.
     """
-    _save(ldm_state(components), Path(path), dtype)
+    _save(ldm_state(components, family), Path(path), dtype)
 
 
-def ldm_state(components: Mapping[str, Tensors]) -> dict[str, Tensor]:
-    """All tensors under the names of the official single files."""
-    return {
-        PREFIXES[component] + name: tensor
-        for component, tensors in components.items()
-        for name, tensor in tensors.items()
-    }
+def _diffusers_place(component: str, shapes: Shapes) -> Place:
+    if component not in TABLES_FOR:
+        return lambda name: (name, Edit.AS_IS)
+    table = inverse(TABLES_FOR[component](shapes))
 
-
-def diffusers_state(component: str, tensors: Tensors) -> dict[str, Tensor]:
-    """One component under the names that diffusers (transformers, for the text encoder) gives it.
-
-    Raises: CheckpointError for a name that has no counterpart.
-    """
-    if component == "text_encoder":
-        return dict(tensors)
-    table = inverse((unet_table_for if component == "unet" else vae_table_for)(tensors))
-    state = {}
-    for name, tensor in tensors.items():
-        renamed_to = renamed(name, table)
-        if renamed_to is None:
-            found = f"{name} has no name in the diffusers layout"
-            raise CheckpointError("CKPT_KEYS", component, found, hint="write a single file instead")
+    def place(name: str) -> tuple[str, Edit] | None:
+        key = renamed(name, table)
         # The VAE's attention is four 1 x 1 convolutions in LDM, and four linear layers in diffusers.
-        linear = component == "vae" and ".attentions." in renamed_to and tensor.ndim == 4
-        state[renamed_to] = tensor[:, :, 0, 0] if linear else tensor
-    return state
+        linear = component == "vae" and key is not None and ".attentions." in key and shapes[name][2:] == (1, 1)
+        return None if key is None else (key, Edit.CONVOLUTION if linear else Edit.AS_IS)
+
+    return place
+
+
+def _ldm_place(component: str, shapes: Shapes, family: str) -> Place:
+    mark = next((mark for mark in MARKS if _writes(mark, component, family)), None)
+    if mark is None:
+        _refuse_names(component, f"the single files of {family.upper()} hold no such component")
+    table = openclip_table_for(shapes) if mark.naming == "openclip" else {name: (name, Edit.AS_IS) for name in shapes}
+    return lambda name: (mark.prefix + table[name][0], table[name][1]) if name in table else None
+
+
+def _writes(mark: Mark, component: str, family: str) -> bool:
+    return (
+        mark.component == component and mark.prefix != "" and mark.naming != "diffusers" and mark.family in ("", family)
+    )
+
+
+def _target(component: str, key: str, names: Mapping[Edit, str]) -> Target:
+    """`names` are the native tensors that a tensor of the target makes, by the edit that makes them of it."""
+    if set(names) == set(QKV):
+        return Target(key, tuple(names[edit] for edit in QKV), Edit.STACKED)
+    ((edit, name),) = list(names.items())[:1]
+    if edit in QKV:
+        _refuse_names(component, f"{name} without the others of {key}")
+    return Target(key, (name,), edit.inverse)
+
+
+def _state(plan: list[Target], tensors: Tensors) -> dict[str, Tensor]:
+    return {target.key: apply(target.edit, [tensors[name] for name in target.names]) for target in plan}
+
+
+def _shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _refuse_names(component: str, found: str) -> NoReturn:
+    raise CheckpointError("CKPT_KEYS", component, found, hint="write another layout, or leave the component out")
 
 
 def _save(tensors: Tensors, path: Path, dtype: torch.dtype | None) -> None:
-    ready = {}
-    for name, tensor in tensors.items():
-        # A copy is made only where the dtype or the order in memory calls for one.
-        ready[name] = tensor.detach().to("cpu", dtype).contiguous()
-        if not is_finite(ready[name]):
-            raise nonfinite_error(path, name, ready[name], tensor)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            save_file(ready, temporary, metadata={"format": "pt"})
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise _write_error(path, error) from error
+    write_stream(path, [_item(name, tensor, dtype) for name, tensor in tensors.items()], {"format": "pt"})
+
+
+def _item(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Item:
+    return Item(name, dtype or tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
 
 def _save_json(path: Path, config: Mapping[str, object]) -> None:
@@ -109,9 +176,4 @@ def _save_json(path: Path, config: Mapping[str, object]) -> None:
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise _write_error(path, error) from error
-
-
-def _write_error(path: Path, error: Exception) -> CheckpointError:
-    hint = "check the disk's free space and the folder's permissions; what was there before is unchanged"
-    return CheckpointError("CKPT_NOT_WRITTEN", path, f"could not be written: {error}", hint=hint)
+        raise not_written(path, error) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import mmap
 import os
@@ -9,6 +10,7 @@ import stat
 import threading
 import weakref
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from sdinpaint_weights.errors import CheckpointError
 
-CRC_CHUNK = 1 << 20
+CHUNK = 1 << 20
 FETCH_AGAIN = "the download is incomplete or damaged: delete the file and fetch it again"
 
 
@@ -52,14 +54,20 @@ class SourceFile:
         return io.FileIO(os.dup(self._file.fileno()), "rb")
 
     def crc32(self, offset: int, count: int) -> int:
-        """CRC-32 of `count` bytes from `offset`, read in chunks so that memory stays small."""
-        chunk = memoryview(bytearray(min(CRC_CHUNK, count)))
+        """CRC-32 of `count` bytes from `offset`."""
         crc = 0
-        for start in range(offset, offset + count, CRC_CHUNK):
-            part = chunk[: min(CRC_CHUNK, offset + count - start)]
-            self._read_into(part, start)
+        for part in self._parts(offset, count):
             crc = zlib.crc32(part, crc)
         return crc
+
+    def sha256(self, on_bytes: Callable[[int], object] | None = None) -> str:
+        """SHA-256 of the whole file as hexadecimal digits; `on_bytes` is told the size of each part, for a bar."""
+        digest = hashlib.sha256()
+        for part in self._parts(0, self.size):
+            digest.update(part)
+            if on_bytes is not None:
+                on_bytes(len(part))
+        return digest.hexdigest()
 
     def mapped(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
         """(count,) elements from byte `offset`: a view over one copy-on-write map, so that no write reaches the file.
@@ -90,6 +98,14 @@ class SourceFile:
                     hint = "free memory, or ask for another dtype so that the file is read instead of mapped"
                     raise CheckpointError("CKPT_NOT_MAPPED", self.path, _reason(error), hint=hint) from error
             return self._map
+
+    def _parts(self, offset: int, count: int) -> Iterator[memoryview]:
+        """These bytes in one buffer after the other, so that memory stays small."""
+        chunk = memoryview(bytearray(min(CHUNK, count)))
+        for start in range(offset, offset + count, CHUNK):
+            part = chunk[: min(CHUNK, offset + count - start)]
+            self._read_into(part, start)
+            yield part
 
     def _read_into(self, buffer: memoryview, offset: int) -> None:
         with self._lock:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,6 +26,7 @@ _VARIANT = re.compile(
     r"(?:diffusion_pytorch_model|model|pytorch_model)\.(?:([\w-]+)\.(?:safetensors|bin)"
     r"|(?:safetensors|bin)\.index\.([\w-]+)\.json)"
 )
+_INDEX = re.compile(r"(\w+)\.(safetensors|bin)\.index(\.[\w-]+)?\.json")
 _SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}")
 
 
@@ -43,15 +44,40 @@ def open_folder_component(folder: str | os.PathLike[str], variant: str | None = 
     except (OSError, ValueError) as error:
         hint = "check the path; each component has its folder: unet, vae, text_encoder"
         raise CheckpointError("CKPT_NOT_FOUND", folder, "no such folder", hint=hint) from error
-    chosen = next((name for name in _candidates(variant) if name in present), None)
-    if chosen is not None:
-        return _open(folder, chosen)
-    variants = sorted(_variants(present))
-    if variant is not None or len(variants) != 1:
-        _refuse_choice(folder, present, variant, variants)
-    weights = open_folder_component(folder, variants[0])
-    weights.notes += (f"{folder.name}: no plain weights are there, so the variant {variants[0]!r} is used",)
+    chosen = _choose(present, variant)
+    if chosen is None:
+        _refuse_choice(folder, present, variant)
+    weights = _open(folder, chosen)
+    if variant is None and (used := _variant(chosen)):
+        weights.notes += (f"{folder.name}: no plain weights are there, so the variant {used!r} is used",)
     return weights
+
+
+def weights_files(names: Collection[str], variant: str | None = None) -> list[str]:
+    """Of the names in a component's folder, those that `open_folder_component` reads: a file, or an index and shards.
+
+    Empty where it would refuse to choose, or where not all shards are there.
+    """
+    chosen = _choose(names, variant)
+    if chosen is None:
+        return []
+    index = _INDEX.fullmatch(chosen)
+    if index is None:
+        return [chosen]
+    stem, ending, middle, number = index[1], index[2], re.escape(index[3] or ""), _SHARD_NUMBER.pattern
+    # diffusers writes the variant before the number, earlier versions wrote it after
+    shard = re.compile(rf"{stem}(?:{middle}{number}|{number}{middle})\.{ending}")
+    shards = sorted(name for name in names if shard.fullmatch(name))
+    whole = shards and all(f"-of-{len(shards):05}" in name for name in shards)
+    return [chosen, *shards] if whole else []
+
+
+def _choose(names: Collection[str], variant: str | None) -> str | None:
+    found = next((name for name in _candidates(variant) if name in names), None)
+    variants = _variants(names)
+    if found is None and variant is None and len(variants) == 1:
+        return _choose(names, variants[0])
+    return found
 
 
 def _candidates(variant: str | None) -> Iterator[str]:
@@ -61,13 +87,18 @@ def _candidates(variant: str | None) -> Iterator[str]:
             yield full if variant is None else f"{stem}.{variant}.{ending}"
 
 
-def _variants(present: set[str]) -> set[str]:
-    matches = (_VARIANT.fullmatch(name) for name in present)
-    names = {match[1] or match[2] for match in matches if match}
-    return {name for name in names if not _SHARD_NUMBER.search(name)}
+def _variant(name: str) -> str | None:
+    match = _VARIANT.fullmatch(name)
+    middle = match and (match[1] or match[2])
+    return None if middle is None or _SHARD_NUMBER.search(middle) else middle
 
 
-def _refuse_choice(folder: Path, present: set[str], variant: str | None, variants: list[str]) -> NoReturn:
+def _variants(names: Collection[str]) -> list[str]:
+    return sorted({variant for variant in map(_variant, names) if variant})
+
+
+def _refuse_choice(folder: Path, present: set[str], variant: str | None) -> NoReturn:
+    variants = _variants(present)
     if variant is None and variants:
         found = f"no plain weights, but the variants {', '.join(variants)}"
         raise CheckpointError("CKPT_VARIANT", folder, found, hint="ask for one of them: variant=...")

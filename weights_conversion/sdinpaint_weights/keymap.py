@@ -4,8 +4,8 @@ Both layouts hold the same modules; diffusers numbers them by level, LDM in one 
 blocks each level has, and which levels attend. A table is {diffusers module: LDM module}; what comes after a module's
 name in a key is the same in both.
 
-Source: ldm/modules/diffusionmodules/openaimodel.py and model.py of CompVis/latent-diffusion;
-UNet2DConditionModel and AutoencoderKL of diffusers.
+Source: ldm/modules/diffusionmodules/openaimodel.py and model.py of CompVis/latent-diffusion; cldm/cldm.py of
+lllyasviel/ControlNet; UNet2DConditionModel, ControlNetModel and AutoencoderKL of diffusers.
 """
 
 from __future__ import annotations
@@ -13,8 +13,31 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum
 
 Table = dict[str, str]
+
+
+class Edit(Enum):
+    """What is done to a tensor on its way from one layout to another."""
+
+    AS_IS = "as it is"
+    TRANSPOSED = "transposed: (a, b) to (b, a)"
+    CONVOLUTION = "a linear layer as a 1 x 1 convolution: (a, b) to (a, b, 1, 1)"
+    LINEAR = "a 1 x 1 convolution as a linear layer: (a, b, 1, 1) to (a, b)"
+    Q_ROWS = "the first third of the rows"
+    K_ROWS = "the second third of the rows"
+    V_ROWS = "the last third of the rows"
+    STACKED = "the rows of q, of k and of v, one below the other"
+
+    @property
+    def inverse(self) -> Edit:
+        """The way back; of each third of the rows it is STACKED, together with the other two."""
+        return _INVERSES.get(self, self)
+
+
+QKV = (Edit.Q_ROWS, Edit.K_ROWS, Edit.V_ROWS)
+_INVERSES = dict.fromkeys(QKV, Edit.STACKED) | {Edit.CONVOLUTION: Edit.LINEAR, Edit.LINEAR: Edit.CONVOLUTION}
 
 _UNET_ENDS = {
     "conv_in": "input_blocks.0.0",
@@ -103,10 +126,36 @@ def vae_table(levels: int, blocks: int) -> Table:
     return table
 
 
+def controlnet_table(levels: tuple[Level, ...], hint_blocks: int) -> Table:
+    """{diffusers: LDM} for a ControlNet's modules: half a UNet, a zero convolution per row, and the hint's encoder.
+
+    `hint_blocks` counts the convolutions of that encoder between its first and its last one.
+    """
+    hint, ldm_hint = "controlnet_cond_embedding", "input_hint_block"
+    rows = sum(level.blocks for level in levels) + len(levels)  # the first convolution, and each halving
+    table = unet_table(levels)
+    table |= {f"controlnet_down_blocks.{row}": f"zero_convs.{row}.0" for row in range(rows)}
+    table["controlnet_mid_block"] = "middle_block_out.0"
+    table[f"{hint}.conv_in"] = f"{ldm_hint}.0"
+    # LDM counts the activations between the convolutions too.
+    table |= {f"{hint}.blocks.{block}": f"{ldm_hint}.{2 * block + 2}" for block in range(hint_blocks)}
+    table[f"{hint}.conv_out"] = f"{ldm_hint}.{2 * hint_blocks + 2}"
+    return table
+
+
 def unet_table_for(keys: Iterable[str]) -> Table:
     """The table for a UNet of which these are the names, in either layout, without a prefix."""
     keys = list(keys)
     return unet_table(_levels_of_diffusers(keys) or _levels_of_ldm(keys))
+
+
+def controlnet_table_for(keys: Iterable[str]) -> Table:
+    """The table for a ControlNet of which these are the names, in either layout, without a prefix."""
+    keys = list(keys)
+    blocks = len({key.split(".")[2] for key in keys if key.startswith("controlnet_cond_embedding.blocks.")})
+    convolutions = len({key.split(".")[1] for key in keys if key.startswith("input_hint_block.")})
+    levels = _levels_of_diffusers(keys) or _levels_of_ldm(keys)
+    return controlnet_table(levels, blocks or max(convolutions - 2, 0))
 
 
 def vae_table_for(keys: Iterable[str]) -> Table:
@@ -114,6 +163,9 @@ def vae_table_for(keys: Iterable[str]) -> Table:
     keys = list(keys)
     blocks = _numbers(keys, r"encoder\.down(?:_blocks)?\.(\d{1,3})\.(?:block|resnets)\.(\d{1,3})\.")
     return vae_table(len({level for level, _ in blocks}), len({block for _, block in blocks}))
+
+
+TABLES_FOR = {"unet": unet_table_for, "vae": vae_table_for, "controlnet": controlnet_table_for}
 
 
 def renamed(key: str, table: Table) -> str | None:

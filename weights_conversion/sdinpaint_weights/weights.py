@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from sdinpaint_weights.files import FETCH_AGAIN, SourceFile
 MAX_TENSORS = 20_000
 """An SD1 checkpoint has about 1,100 tensors, an XL one 2,500."""
 MAX_NAME = 1000
+RUN = 1 << 28
 
 
 @dataclass(eq=False)
@@ -55,12 +57,32 @@ class Entry:
         """Elements from the first to the last one used."""
         return extent_of(self.shape, self.stride)
 
+    @property
+    def begin(self) -> int:
+        """Byte of the file at which it begins."""
+        return self.storage.offset + self.start
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Sorts entries by file and by their bytes."""
+        return str(self.storage.file.path), self.begin
+
+    def follows(self, other: Entry) -> bool:
+        """Whether the values of `other` and its own are one dense, aligned row of numbers of one dtype."""
+        return (
+            self.storage.file is other.storage.file
+            and self.dtype == other.dtype
+            and self.begin == other.begin + other.extent * self.dtype.itemsize
+            and self.begin % self.dtype.itemsize == 0
+            and all(one.extent == math.prod(one.shape) > 0 for one in (self, other))
+        )
+
     def tensor(self, dtype: torch.dtype | None) -> Tensor:
         """The tensor as a view of the mapped file, or read and cast where another dtype is asked for."""
         self.storage.verify()
         if self.extent == 0:
             return torch.empty(self.shape, dtype=dtype or self.dtype)
-        file, offset = self.storage.file, self.storage.offset + self.start
+        file, offset = self.storage.file, self.begin
         aligned = offset % self.dtype.itemsize == 0
         flat = (file.mapped if aligned else file.loaded)(offset, self.extent, self.dtype)
         tensor = flat.as_strided(self.shape, self.stride)
@@ -69,6 +91,14 @@ class Entry:
         cast = tensor.to(dtype)
         file.release(offset, self.extent * self.dtype.itemsize)  # or the file's pages would count beside the copy
         return cast
+
+    def copy(self) -> Tensor:
+        """The tensor in memory of its own, through plain reads of the file."""
+        self.storage.verify()
+        if self.extent == 0:
+            return torch.empty(self.shape, dtype=self.dtype)
+        offset = self.storage.offset + self.start
+        return self.storage.file.loaded(offset, self.extent, self.dtype).as_strided(self.shape, self.stride)
 
 
 @dataclass(eq=False)
@@ -123,6 +153,35 @@ class Weights(Mapping[str, Tensor]):
         Raises: KeyError for an unknown name; CheckpointError for damaged bytes.
         """
         return self.entries[key].tensor(dtype)
+
+    def runs(self, keys: Iterable[str]) -> list[list[str]]:
+        """The keys in the order of their bytes, those together whose values lie side by side in a file as one dtype.
+
+        A run ends at RUN bytes. Reads nothing.
+        """
+        runs: list[list[str]] = []
+        for key in sorted(keys, key=lambda key: self.entries[key].place):
+            entry, before = self.entries[key], self.entries[runs[-1][-1]] if runs else None
+            if before is not None and entry.follows(before) and entry.begin < self.entries[runs[-1][0]].begin + RUN:
+                runs[-1].append(key)
+            else:
+                runs.append([key])
+        return runs
+
+    def run(self, keys: list[str]) -> Tensor:
+        """All values of one of `runs` as stored: a flat view of the mapped file. Raises: CheckpointError."""
+        first, last = self.entries[keys[0]], self.entries[keys[-1]]
+        for key in keys:
+            self.entries[key].storage.verify()
+        count = (last.begin - first.begin) // first.dtype.itemsize + last.extent
+        return first.storage.file.mapped(first.begin, count, first.dtype)
+
+    def copy(self, key: str) -> Tensor:
+        """One tensor as stored, in memory of its own: nothing of the file stays mapped.
+
+        Raises: KeyError for an unknown name; CheckpointError for damaged bytes.
+        """
+        return self.entries[key].copy()
 
 
 def is_tensor_name(name: str) -> bool:

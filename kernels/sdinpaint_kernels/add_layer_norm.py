@@ -1,0 +1,100 @@
+"""A residual sum and the LayerNorm of it, in one pass over memory."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sdinpaint_kernels import backend
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+WIDEST = 4096  # a row stays in the registers of one program
+
+
+class Tile(NamedTuple):
+    """What one program of the kernel computes: whole rows, with so many warps."""
+
+    rows: int
+    warps: int
+
+
+def tile_for(width: int) -> Tile:
+    """As many rows as keep 16 to 32 elements on each thread of four warps."""
+    return Tile(rows=max(1, 2048 // _power_of_two(width)), warps=4)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, *, kernels: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Add the residual, and normalise every row of the sum to zero mean and unit variance, scaled and shifted.
+
+    x and residual (..., C), weight and bias (C,) -> sum (..., C), normed (..., C). `kernels`: "torch", "triton" or
+    "auto", see `backend`.
+    Raises: ValueError for shapes, dtypes or devices that do not go together.
+    Source: https://arxiv.org/abs/1607.06450, equation 4.
+    """
+    if x.shape != residual.shape or x.ndim == 0 or weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
+        raise ValueError(
+            f"add_layer_norm takes x and residual of one shape (..., C), weight and bias (C,), not x "
+            f"{tuple(x.shape)} with stride {x.stride()}, residual {tuple(residual.shape)} with stride "
+            f"{residual.stride()}, weight {tuple(weight.shape)}, bias {tuple(bias.shape)}"
+        )
+    backend.check_same("add_layer_norm", x, residual=residual, weight=weight, bias=bias)
+    obstacle = _obstacle(x, residual, weight, bias)
+    choice = backend.choose("add_layer_norm", x, residual, weight, bias, requested=kernels, obstacle=obstacle)
+    return (_operation if choice.name == "triton" else reference)(x, residual, weight, bias, eps)
+
+
+def reference(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + residual, and (sum - mean) / sqrt(variance + eps) * weight + bias, in torch."""
+    total = x + residual
+    return total, F.layer_norm(total, weight.shape, weight, bias, eps)
+
+
+def _obstacle(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> str | None:
+    if x.dtype not in DTYPES:
+        return f"the kernel takes no {x.dtype}"
+    if not all(tensor.is_contiguous() for tensor in (x, residual, weight, bias)):
+        return "the kernel takes contiguous tensors"
+    if x.numel() == 0:
+        return "there is nothing to compute"
+    width = x.shape[-1]
+    return None if width % 8 == 0 and width <= WIDEST else f"rows of {width} are unaligned or too wide"
+
+
+def launch(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, tile: Tile | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel over contiguous x and residual (..., C) -> sum (..., C), normed (..., C)."""
+    from sdinpaint_kernels.add_layer_norm_kernel import add_and_normalise  # noqa: PLC0415 - imports triton
+
+    x, residual = x.contiguous(), residual.contiguous()
+    width = x.shape[-1]
+    tile = tile or tile_for(width)
+    total, normed = torch.empty_like(x), torch.empty_like(x)
+    rows = x.numel() // width
+    add_and_normalise[(-(-rows // tile.rows),)](
+        x, residual, weight, bias, total, normed, rows, eps,
+        C=width, ROWS=tile.rows, COLUMNS=_power_of_two(width), num_warps=tile.warps,
+    )  # fmt: skip
+    return total, normed
+
+
+def _fake(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is no less."""
+    return 1 << (number - 1).bit_length()
+
+
+_operation = backend.define(
+    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
+    launch,
+    reference,
+    _fake,
+)

@@ -1,0 +1,160 @@
+"""Which implementation an operation runs: torch's, or a Triton kernel; and why not the other.
+
+The environment variable SDINPAINT_KERNELS sets it for a process, an operation's `kernels` argument for a call: "torch",
+"triton", or "auto" (the kernel wherever it can run). Asking for Triton where it cannot run gives torch and a warning.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+SETTINGS = ("auto", "torch", "triton")
+SETTING = os.environ.get("SDINPAINT_KERNELS", "auto")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton's interpreter runs kernels on the CPU, very slowly: for tests."""
+OLDEST_GPU = (8, 0)  # Ampere: the first with bfloat16 and asynchronous copies
+
+_library = torch.library.Library("sdinpaint", "FRAGMENT")
+_operations: list[str] = []
+_failures: dict[str, str] = {}
+_warned: set[tuple[str, str]] = set()
+
+
+class Choice(NamedTuple):
+    """What runs, "torch" or "triton", and why."""
+
+    name: str
+    why: str
+
+
+TRITON = Choice("triton", "supported")
+ASKED = Choice("torch", "asked for")
+
+
+def choose(
+    operation: str, x: Tensor, *others: Tensor | None, requested: str | None = None, obstacle: str | None = None
+) -> Choice:
+    """Decide one call over `x` and `others`, all on one device; `obstacle` is why the kernel cannot take this call.
+
+    Raises: ValueError for a setting that there is not.
+    """
+    setting = requested or SETTING
+    if setting not in SETTINGS:
+        source = "kernels" if requested else "the environment variable SDINPAINT_KERNELS"
+        raise ValueError(f"{source} is {setting!r}; one of {', '.join(SETTINGS)} is expected")
+    if setting == "torch":
+        return ASKED
+    why = _call_obstacle(x, others) or obstacle
+    # What the machine can do is not for a compiler to trace: the registered operation asks again when it runs.
+    compiling = torch.compiler.is_compiling()
+    if why is None and not compiling:
+        why = _machine_obstacle(operation, x.device)
+    if why is None:
+        return TRITON
+    if setting == "triton" and not compiling and (operation, why) not in _warned:
+        _warned.add((operation, why))
+        warnings.warn(f"{operation} runs in torch although Triton was asked for: {why}", stacklevel=3)
+    return Choice("torch", why)
+
+
+def define(
+    schema: str, kernel: Callable[..., Any], reference: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Register an operation, `schema` as in torch.library, that torch.compile keeps as it is -> the operation.
+
+    `kernel`, `reference` and `fake` take the arguments of the schema in order; the outputs of all three have the same
+    shapes, strides and dtypes. Without a usable GPU, and once the kernel has failed, the reference runs.
+    """
+    name = schema.partition("(")[0]
+
+    def run(*arguments: Any) -> Any:
+        if _machine_obstacle(name, arguments[0].device) is not None:
+            return reference(*arguments)
+        try:
+            return kernel(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except _kernel_errors() as error:
+            _failures[name] = f"the kernel failed: {type(error).__name__}: {error}".splitlines()[0]
+            warnings.warn(f"{name} runs in torch from now on: {_failures[name]}", stacklevel=2)
+            return reference(*arguments)
+
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+    _library.define(schema, tags=tags)
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sdinpaint::{name}", fake, lib=_library)
+    _operations.append(name)
+    return getattr(torch.ops.sdinpaint, name).default
+
+
+def report() -> dict[str, str]:
+    """Operation -> what runs on this machine where a call is supported: "triton", or "torch: " and why."""
+    if not torch.cuda.is_available():
+        return dict.fromkeys(sorted(_operations), "torch: there is no GPU that torch can use")
+    x = torch.empty(0, device="cuda")
+    choices = {name: choose(name, x) for name in sorted(_operations)}
+    return {name: found.name if found == TRITON else f"{found.name}: {found.why}" for name, found in choices.items()}
+
+
+def _call_obstacle(x: Tensor, others: tuple[Tensor | None, ...]) -> str | None:
+    """Why this very call needs torch, whatever the machine."""
+    device = x.device.type
+    if device != "cuda" and not (INTERPRETED and device == "cpu"):
+        return f"the tensors are on the {device}"
+    if torch.is_grad_enabled():
+        for tensor in (x, *others):
+            if tensor is not None and tensor.requires_grad:
+                return "gradients are needed"
+    if torch.is_autocast_enabled(device):
+        return "autocast chooses the dtypes"
+    return None
+
+
+def _machine_obstacle(operation: str, device: torch.device) -> str | None:
+    """Why no call of this operation can run a kernel on this device."""
+    return _failures.get(operation) or _device_obstacle(device.type, device.index)
+
+
+@functools.cache
+def _device_obstacle(kind: str, index: int | None) -> str | None:
+    if kind != "cuda" and not (INTERPRETED and kind == "cpu"):
+        return f"the tensors are on the {kind}"
+    try:
+        import triton  # noqa: F401, PLC0415 - a sixth of a second, and only where there is a GPU
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"triton cannot be imported: {error}"
+    if kind != "cuda":
+        return None
+    if torch.version.hip:
+        return "only NVIDIA's GPUs are supported"
+    found = torch.cuda.get_device_capability(index)
+    return None if found >= OLDEST_GPU else "compute capability {}.{} is below {}.{}".format(*found, *OLDEST_GPU)
+
+
+def _kernel_errors() -> tuple[type[Exception], ...]:
+    """What Triton raises when it cannot compile or launch: no compiler, no room for its cache, too few registers ..."""
+    from triton.errors import TritonError  # noqa: PLC0415
+
+    return (TritonError, RuntimeError, OSError, AssertionError, ImportError)
+
+
+def check_same(operation: str, x: Tensor, **others: Tensor | None) -> None:
+    """Raises: ValueError unless all tensors are floating point, of one dtype (but under autocast), on one device."""
+    if not x.is_floating_point():
+        raise ValueError(f"{operation} takes floating-point numbers, not x of dtype {x.dtype}")
+    for name, other in others.items():
+        if other is None:
+            continue
+        same = other.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+        if other.device != x.device or not same:
+            raise ValueError(
+                f"{operation} takes tensors of one dtype on one device, not x in {x.dtype} on {x.device} "
+                f"and {name} in {other.dtype} on {other.device}"
+            )

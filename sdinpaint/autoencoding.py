@@ -1,0 +1,78 @@
+"""Running an autoencoder over a batch: in float32 where its own dtype overflows, and never on to NaN."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from sdinpaint.errors import NumericError, SdInpaintWarning
+from sdinpaint.models import VAE
+
+__all__ = ["Autoencoding"]
+
+_WIDENING = threading.Lock()
+
+
+class Autoencoding:
+    """`encode` and `decode` of one VAE; what has overflowed once goes straight to a float32 copy from then on.
+
+    SDXL's official autoencoder overflows in float16. Why float32 and not bfloat16, which has the same range: its 8 bits
+    would show as steps in a sky, CPUs and older GPUs are slow at it, and an autoencoder runs but two or three times.
+    """
+
+    def __init__(self, vae: VAE) -> None:
+        self.vae = vae
+        self._wide: VAE | None = None
+        # of each direction by itself, so that the other one's results stay the same bit for bit
+        self._overflowed: set[tuple[str, torch.dtype, torch.device]] = set()
+
+    def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """image (B, 3, 8H, 8W) -> float32 mean and standard deviation of the latents. Raises: NumericError."""
+        mean, std = self._run("encode", lambda vae, one: vae.posterior(one), image)
+        return mean, std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, 4, H, W) -> image float32 (B, 3, 8H, 8W). Raises: NumericError."""
+        return self._run("decode", lambda vae, one: (vae.decode(one),), latents)[0]
+
+    def _run(self, what: str, run: Callable[[VAE, Tensor], tuple[Tensor, ...]], given: Tensor) -> list[Tensor]:
+        weight = next(self.vae.parameters())
+        case = what, weight.dtype, weight.device
+        outputs = _one_by_one(run, self._widened(*case) if case in self._overflowed else self.vae, given)
+        if not _is_finite(outputs) and weight.dtype != torch.float32 and _is_finite([given]):
+            outputs = _one_by_one(run, self._widened(*case), given)
+        if not _is_finite(outputs):
+            bad = sum(int((~output.isfinite()).sum()) for output in outputs)
+            found = f"{bad} of {sum(output.numel() for output in outputs)} {what}d values are NaN or infinite"
+            code, hint = f"NUMERIC_{what.upper()}", "load with dtype='float32', or with another autoencoder: vae=..."
+            raise NumericError(code, "vae", found, expected="finite values", hint=hint)
+        return outputs
+
+    def _widened(self, what: str, dtype: torch.dtype, device: torch.device) -> VAE:
+        """The float32 copy; the first time it is needed, with a warning. One for all threads."""
+        with _WIDENING:
+            if (what, dtype, device) not in self._overflowed:
+                message = f"the autoencoder overflowed in {dtype}; the picture is {what}d in float32 instead"
+                warnings.warn(message, SdInpaintWarning, stacklevel=6)  # who called `Pipeline.decode`
+                self._overflowed.add((what, dtype, device))
+            if self._wide is None or next(self._wide.parameters()).device != device:
+                # a copy: another thread may be using the autoencoder
+                self._wide = copy.deepcopy(self.vae).float()
+            return self._wide
+
+
+def _is_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all values of all tensors are neither NaN nor infinite."""
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _one_by_one(run: Callable[[VAE, Tensor], tuple[Tensor, ...]], vae: VAE, given: Tensor) -> list[Tensor]:
+    """What `run` makes of a batch, float32; item after item, so that memory stays flat."""
+    weight = next(vae.parameters())
+    parts = [run(vae, one.to(weight)) for one in given.split(1)]
+    return [torch.cat(columns).float() for columns in zip(*parts, strict=True)]

@@ -1,0 +1,133 @@
+"""A ControlNet beside a UNet: its configuration, the hint that it is shown, and the steps in which it is asked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdinpaint.configs import Json, Shapes, unet_config
+from sdinpaint.errors import CheckpointError
+from sdinpaint.families import UNetConfig
+from sdinpaint.models import ControlNet, ControlNetConfig
+
+__all__ = ["Control", "controlnet_config", "controlnet_json", "inpaint_hint"]
+
+HINT_WIDTHS = (16, 32, 96, 256)
+"""Of all released ones; a file's own are read off its shapes."""
+HINT_WEIGHT = re.compile(r"input_hint_block\.(\d+)\.weight")
+ALIKE = ("model_channels", "channel_mult", "num_res_blocks", "context_dim", "vector_dim")
+"""What a ControlNet shares with its UNet."""
+BUILT = {"controlnet_conditioning_channel_order": "rgb", "global_pool_conditions": False}
+"""Settings of diffusers that change what is computed, with what is built here; no shape tells them."""
+KINDS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
+"""By the width of the text states."""
+
+
+def inpaint_hint(image: Tensor, hole: Tensor) -> Tensor:
+    """image (B, 3, 8H, 8W) in [-1, 1], hole (B, 1, 8H, 8W) -> RGB in [0, 1], and -1 where it is repainted.
+
+    Source: the model card of lllyasviel/control_v11p_sd15_inpaint.
+    """
+    return torch.where(hole >= 0.5, -1.0, image / 2 + 0.5)
+
+
+class Control:
+    """control(x, t, context, vector, sigma) -> what a `Denoiser` takes: residuals, or None where it is off.
+
+    hint (B, 3, 8H, 8W): see `inpaint_hint`; sigmas (n + 1,): those of the run. Step i of n is on if i / n >= start and
+    (i + 1) / n <= end. scale: factor of every residual.
+    """
+
+    def __init__(
+        self,
+        net: ControlNet,
+        hint: Tensor,
+        sigmas: Tensor,
+        *,
+        scale: float = 1.0,
+        start: float = 0.0,
+        end: float = 1.0,
+    ) -> None:
+        self._net, self._scale, self._start, self._end = net, scale, start, end
+        self._sigmas = sigmas[:-1]
+        self._features = net.hint_features(hint.to(next(net.parameters())))
+
+    def __call__(
+        self, x: Tensor, t: Tensor, context: Tensor, vector: Tensor | None, sigma: float
+    ) -> Sequence[Tensor] | None:
+        """x (m B, 4, H, W) as the UNet sees it: m halves of guidance, one after the other."""
+        if self._scale == 0 or not self._is_on(sigma):
+            return None
+        features = self._features.repeat(len(x) // len(self._features), 1, 1, 1)
+        return [self._scale * residual for residual in self._net(x, features, t, context, vector)]
+
+    def _is_on(self, sigma: float) -> bool:
+        """Whether the step that starts at `sigma`, or passes it, is one of those that were asked for."""
+        steps = len(self._sigmas)
+        step = max(int((self._sigmas >= sigma).sum()), 1) - 1
+        return step / steps >= self._start and (step + 1) / steps <= self._end
+
+
+def controlnet_config(shapes: Shapes, json: Json, unet: UNetConfig, where: Path) -> ControlNetConfig:
+    """The ControlNet of which these are the native shapes, for this UNet.
+
+    Raises: CheckpointError for one of another family or kind, and for a number that fits no shape.
+    """
+    for name, built in BUILT.items():
+        if json.get(name) not in (None, built):
+            said, hint = f"{name} is {json[name]!r}", "give another ControlNet"
+            raise CheckpointError("CKPT_BAD_CONFIG", where, said, expected=repr(built), hint=hint)
+    # its way down is the UNet's; of the way up, which it lacks, only the last layer tells a size
+    end = {"out.2.weight": (unet.out_channels, unet.model_channels, 3, 3)}
+    found = unet_config({**shapes, **end}, json, unet, where)
+    if any(getattr(found, name) != getattr(unet, name) for name in ALIKE):
+        hint = "give a ControlNet that was trained for the family of the checkpoint"
+        raise CheckpointError(
+            "CKPT_MISMATCH",
+            where,
+            f"a ControlNet for {_kind(found)}",
+            expected=f"one for {_kind(unet)}, as the UNet has them",
+            hint=hint,
+        )
+    rows = sorted(int(match[1]) for name in shapes if (match := HINT_WEIGHT.fullmatch(name)))
+    widths = tuple(shapes[f"input_hint_block.{row}.weight"][0] for row in rows[:-1:2])
+    return ControlNetConfig(unet=replace(found, in_channels=unet.out_channels), hint_widths=widths or HINT_WIDTHS)
+
+
+def controlnet_json(config: ControlNetConfig) -> dict[str, object]:
+    """diffusers' config.json for it."""
+    unet = config.unet
+    widths = [unet.model_channels * mult for mult in unet.channel_mult]
+    table: dict[str, object] = {
+        "_class_name": "ControlNetModel",
+        "act_fn": "silu",
+        "attention_head_dim": unet.num_heads or [width // (unet.head_dim or width) for width in widths],
+        "block_out_channels": widths,
+        "conditioning_embedding_out_channels": list(config.hint_widths),
+        "controlnet_conditioning_channel_order": "rgb",
+        "cross_attention_dim": unet.context_dim,
+        "down_block_types": [f"{'CrossAttn' if depth else ''}DownBlock2D" for depth in unet.transformer_depth],
+        "in_channels": unet.in_channels,
+        "layers_per_block": unet.num_res_blocks,
+        "norm_num_groups": unet.norm_groups,
+        # of a level without transformers the number is not looked at, but the last one counts for the middle
+        "transformer_layers_per_block": [depth or unet.middle_depth for depth in unet.transformer_depth],
+        "use_linear_projection": unet.linear_projection,
+    }
+    if unet.vector_dim is not None:
+        table |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": unet.vector_dim,
+        }
+    return table
+
+
+def _kind(unet: UNetConfig) -> str:
+    name = KINDS.get(unet.context_dim, "an unknown model")
+    return f"{name}: text states {unet.context_dim} wide, {unet.model_channels} channels times {unet.channel_mult}"

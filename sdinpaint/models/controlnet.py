@@ -1,0 +1,78 @@
+"""A ControlNet: the UNet's way down once more, which is shown a picture and tells the UNet what to add to its own.
+
+Source: Zhang et al. 2023; https://github.com/lllyasviel/ControlNet/blob/main/cldm/cldm.py (ControlNet); names and
+numbers as trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from sdinpaint.families import UNetConfig
+from sdinpaint.models.layers import Model, conv3
+from sdinpaint.models.unet import input_blocks, middle_block, time_embed, timestep_embedding
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetConfig:
+    """Shape of a ControlNet."""
+
+    unet: UNetConfig
+    """The way down that it copies, with as many input channels as latents have."""
+    hint_widths: tuple[int, ...]
+    """Channels of the hint at full resolution, at a half, ... down to that of the latents."""
+
+
+def hint_block(widths: tuple[int, ...], channels: int) -> nn.Sequential:
+    """Convolutions from RGB to `channels`; each width but the first begins with halving height and width."""
+    layers: list[nn.Module] = [conv3(3, widths[0])]
+    for wide, wider in pairwise(widths):
+        layers += [nn.SiLU(), conv3(wide, wide), nn.SiLU(), nn.Conv2d(wide, wider, 3, stride=2, padding=1)]
+    return nn.Sequential(*layers, nn.SiLU(), conv3(widths[-1], channels))
+
+
+def zero_conv(channels: int) -> nn.Sequential:
+    """A 1 x 1 convolution, of zeros before training: a new ControlNet changes nothing."""
+    return nn.Sequential(nn.Conv2d(channels, channels, 1))
+
+
+class ControlNet(Model):
+    """Residuals for a UNet's `control`, given what the UNet is given and a hint: a picture of what to heed."""
+
+    def __init__(self, config: ControlNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        emb_dim = 4 * config.unet.model_channels
+        self.time_embed = time_embed(config.unet)
+        if config.unet.vector_dim is not None:
+            self.label_emb = nn.Sequential(
+                nn.Sequential(nn.Linear(config.unet.vector_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+            )
+        self.input_blocks, widths = input_blocks(config.unet)
+        self.input_hint_block = hint_block(config.hint_widths, config.unet.model_channels)
+        self.zero_convs = nn.ModuleList(zero_conv(width) for width in widths)
+        self.middle_block = middle_block(config.unet)
+        self.middle_block_out = zero_conv(widths[-1])
+
+    def hint_features(self, hint: Tensor) -> Tensor:
+        """hint (B, 3, 8H, 8W) -> (B, model_channels, H, W): the same at every step, so computed once a run."""
+        return self.input_hint_block(hint)
+
+    def forward(
+        self, x: Tensor, features: Tensor, t: Tensor, context: Tensor, vector: Tensor | None = None
+    ) -> list[Tensor]:
+        """x (B, 4, H, W), t (B,), context (B, L, D), vector (B, V) for XL; features (B, C, H, W): `hint_features`.
+
+        -> one residual for each of the UNet's input blocks, and one for its middle.
+        """
+        emb = self.time_embed(timestep_embedding(t, self.config.unet.model_channels).to(x.dtype))
+        if vector is not None:
+            emb = emb + self.label_emb(vector)
+        states = [self.input_blocks[0](x, emb, context) + features]
+        for stage in self.input_blocks[1:]:
+            states.append(stage(states[-1], emb, context))
+        middle = self.middle_block_out(self.middle_block(states[-1], emb, context))
+        return [*(zero_conv(state) for zero_conv, state in zip(self.zero_convs, states, strict=True)), middle]

@@ -1,0 +1,104 @@
+"""The components that a file or folder holds, each with its configuration; of the tensors only headers are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdinpaint_weights.folder import open_folder_component, weights_files
+from sdinpaint_weights.layout import Layout, identify, require_family
+from sdinpaint_weights.native import NativeState, native_state
+from sdinpaint_weights.reader import open_weights
+from sdinpaint_weights.weights import Weights
+
+from sdinpaint.errors import CheckpointError
+from sdinpaint.families import KINDS
+
+__all__ = ["COMPONENTS", "Json", "Part", "open_parts", "read_json"]
+
+COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+MAX_JSON = 1_000_000
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One component: its tensors under native names, what their names told, and its configuration."""
+
+    state: NativeState
+    layout: Layout
+    config: Json
+    model: Path | None
+    """The diffusers folder of the model that it is from, None where there is none."""
+
+
+def open_parts(
+    path: Path,
+    components: Sequence[str] = COMPONENTS,
+    *,
+    config: Path | None = None,
+    ema: bool = False,
+    variant: str | None = None,
+) -> dict[str, Part]:
+    """Those of `components` that are there: in a file, in a model's diffusers folder, or in a component's own folder.
+
+    config: a folder whose JSON files are used instead of those beside the weights.
+    Raises: CheckpointError, also where none of them is there.
+    """
+    if not path.is_dir():
+        return _parts(open_weights(path), components, ema, config)
+    folders = {name: path / name for name in components if (path / name).is_dir()}
+    if not folders and weights_files([entry.name for entry in path.iterdir()], variant):
+        model = path.parent if (path.parent / "model_index.json").is_file() else None
+        return _parts(open_folder_component(path, variant), components, ema, config, own=path, model=model)
+    parts: dict[str, Part] = {}
+    for name, folder in folders.items():
+        parts |= _parts(open_folder_component(folder, variant), [name], ema, config or path, model=path)
+    if not parts:
+        found, expected = f"a folder without {', '.join(components)}", "a diffusers folder, or the file of a model"
+        raise CheckpointError("CKPT_NO_COMPONENT", path, found, expected=expected, hint="give the model's own folder")
+    return parts
+
+
+def read_json(path: Path) -> Json:
+    """A JSON table, empty where there is no such file. Raises: CheckpointError for a file that is no table."""
+    if not path.is_file():
+        return {}
+    hint = "fetch the file again, or remove it to use the family's values"
+    if path.stat().st_size > MAX_JSON:
+        raise CheckpointError("CKPT_BAD_CONFIG", path, f"{path.stat().st_size} bytes", expected="some lines", hint=hint)
+    try:
+        table = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError("CKPT_BAD_CONFIG", path, f"not JSON: {error}", expected="a table", hint=hint) from error
+    if not isinstance(table, dict):
+        raise CheckpointError("CKPT_BAD_CONFIG", path, "not a table", expected="a table", hint=hint)
+    return table
+
+
+def _parts(
+    weights: Weights,
+    components: Sequence[str],
+    ema: bool,
+    config: Path | None,
+    *,
+    own: Path | None = None,
+    model: Path | None = None,
+) -> dict[str, Part]:
+    """The components of one weights file; `config` or else `own` is the folder in which the configuration lies."""
+    layout = identify(weights.shapes())
+    if layout.components != ("vae",):  # one with other latents is refused together with the UNet that it is for
+        require_family(layout, weights.path, (*KINDS, "sd"))
+    parts = {}
+    for name in components:
+        if name in layout.components:
+            state = native_state(weights, name, layout, ema=ema and name == "unet")
+            folder = config / name if config is not None else own
+            parts[name] = Part(state, layout, {} if folder is None else read_json(folder / "config.json"), model)
+    if not parts:
+        found = f"{layout.title}: it holds no {' and no '.join(components)}"
+        raise CheckpointError("CKPT_NO_COMPONENT", weights.path, found, hint="give a file that does")
+    return parts

@@ -1,0 +1,43 @@
+"""A good model, copies of it to spoil, and a check after every test that no harm was done."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+from builders import random_pipeline, small
+from refusals import inpaint, load
+
+import sdinpaint
+
+
+@pytest.fixture(scope="module")
+def source(tiny, vocabulary, tmp_path_factory):
+    """A good model as a diffusers folder; not to be changed."""
+    folder = tmp_path_factory.mktemp("good") / "model"
+    sdinpaint.save_diffusers(folder, random_pipeline(small(tiny), vocabulary))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(source):
+    return load(source)
+
+
+@pytest.fixture(scope="module")
+def usual(pipe):
+    return np.asarray(inpaint(pipe).image)
+
+
+@pytest.fixture(autouse=True)
+def no_harm_done(pipe, usual):
+    """After every test here, the usual picture comes out bit for bit."""
+    yield
+    assert np.array_equal(inpaint(pipe).image, usual)
+
+
+@pytest.fixture
+def folder(source, tmp_path):
+    """A copy of the good model to spoil."""
+    return shutil.copytree(source, tmp_path / "model")

@@ -1,0 +1,71 @@
+"""The whole guided step through the Triton kernels, in the interpreter, against torch's operations and float64."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import replace
+
+import interpreter
+import pytest
+import torch
+from builders import fill
+from sdinpaint_kernels import backend
+
+from sdinpaint.families import SD15_INPAINT
+from sdinpaint.models import UNet, layers
+from sdinpaint.models.layers import lay_out
+from sdinpaint.sampling import Conditioning, Denoiser, schedules
+
+CONFIG = replace(
+    SD15_INPAINT.unet,
+    model_channels=32,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    transformer_depth=(1, 0),
+    context_dim=24,
+    num_heads=2,
+    norm_groups=8,
+)
+
+
+def step(unet, texts, x, extra, setting, dtype=torch.float32):
+    """x0 of one step, by operations of one kind alone."""
+    backend.SETTING = setting
+    given = [Conditioning(text.to(dtype)) for text in texts]
+    trained = schedules.train_sigmas(SD15_INPAINT.schedule)
+    denoise = Denoiser(unet, trained, "eps", *given, extra=[one.to(dtype) for one in extra], dtype=dtype)
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.filterwarnings("error", message=".*although Triton was asked for")
+        return denoise(x.to(dtype), 1.7)
+
+
+def interpreted():
+    seed = interpreter.fresh_seed()
+    unet = fill(UNet(CONFIG), seed).eval().requires_grad_(False)
+    extra = (torch.ones(1, 1, 8, 8), torch.randn(1, 4, 8, 8))
+    given = torch.randn(2, 1, 9, 24).unbind(), 1.7 * torch.randn(1, 4, 8, 8), extra
+    exact = step(copy.deepcopy(unet).double(), *given, "torch", torch.float64)
+    lay_out(unet)
+    layers.adds_bias_apart = lambda x: True
+
+    def error(setting):
+        return interpreter.relative(step(unet, *given, setting), exact)
+
+    found = {"seed": seed, "torch": error("torch"), "triton": error("triton")}
+    with interpreter.broken("geglu_kernel", "0.7071067811865476", "0.70"):
+        found["broken"] = error("triton")
+    return found
+
+
+@pytest.fixture(scope="module")
+def found():
+    return interpreter.run("test_step_interpreted", "interpreted")
+
+
+def test_the_step_through_the_kernels_is_as_exact_as_torch(found):
+    assert found["triton"] <= 2 * found["torch"] + 1e-6, found
+
+
+def test_a_mistake_in_a_kernel_shows_in_the_step(found):
+    assert found["broken"] > 100 * found["triton"], found

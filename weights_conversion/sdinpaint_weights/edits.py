@@ -1,0 +1,48 @@
+"""Apply an edit of the name tables to tensors, or to their shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sdinpaint_weights.keymap import QKV, Edit
+
+Shape = tuple[int, ...]
+
+
+def apply(edit: Edit, tensors: Sequence[Tensor]) -> Tensor:
+    """What the edit makes of these: of three where they are stacked (a copy), otherwise of one (a view)."""
+    if edit is Edit.STACKED:
+        return torch.cat(list(tensors))
+    (tensor,) = tensors
+    if edit in QKV:
+        return tensor.chunk(len(QKV))[QKV.index(edit)]
+    if edit is Edit.TRANSPOSED:
+        return tensor.mT
+    if edit is Edit.CONVOLUTION:
+        return tensor[:, :, None, None]
+    return tensor[:, :, 0, 0] if edit is Edit.LINEAR else tensor
+
+
+def shape_after(edit: Edit, shapes: Sequence[Shape]) -> Shape:
+    """The shape of what `apply` makes of tensors of these shapes."""
+    first = shapes[0]
+    if edit is Edit.STACKED:
+        return sum(shape[0] for shape in shapes), *first[1:]
+    if edit in QKV:
+        return first[0] // len(QKV), *first[1:]
+    if edit is Edit.TRANSPOSED:
+        return first[1], first[0]
+    if edit is Edit.CONVOLUTION:
+        return *first, 1, 1
+    return first[:2] if edit is Edit.LINEAR else first
+
+
+def fits(edit: Edit, shape: Shape) -> bool:
+    """Whether a tensor of this shape can be edited so."""
+    if edit in QKV:
+        return len(shape) > 0 and shape[0] % len(QKV) == 0
+    dimensions = {Edit.TRANSPOSED: 2, Edit.CONVOLUTION: 2, Edit.LINEAR: 4}
+    return len(shape) == dimensions.get(edit, len(shape))
