@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, count, pairwise, repeat
 from operator import eq
 from pathlib import Path
-from sys import intern
 
 from sdinpaint.errors import TokenizerError
 
@@ -60,15 +59,15 @@ def merges_sha256(merges: Sequence[Merge]) -> str:
 def read_vocabulary(path: Path, rows: int | None = None) -> Vocabulary:
     """Read a folder or file: vocab.json (merges.txt beside it if any), tokenizer.json, or OpenAI's bpe_*.txt.gz.
 
-    `rows`: what `require_fitting` asks for; CLIP's own vocabulary is then read in half the time.
+    `rows`: what `require_fitting` asks for; CLIP's own vocab.json and merges.txt are then read in half the time.
     Raises TokenizerError naming the file and what is wrong with it.
     """
     try:
         if path.is_dir():
             path = _file_in(path)
+        if rows == CLIP_ROWS and (known := _clip_files(path)):
+            return known
         vocab, merges = _from_gzip(path) if path.suffix == ".gz" else _from_json(path)
-        if rows == CLIP_ROWS and _is_clip(vocab, merges):
-            return vocab, merges
         _require_complete(vocab, merges)
     except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, RecursionError) as error:
         found = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
@@ -95,9 +94,28 @@ def require_fitting(vocab: Mapping[str, int], merges: Sequence[Merge], rows: int
 
 
 def _is_clip(vocab: Mapping[str, int], merges: Sequence[Merge]) -> bool:
+    return _in_clip_order(vocab, merges) and merges_sha256(merges) == CLIP_SHA256
+
+
+def _in_clip_order(vocab: Mapping[str, int], merges: Sequence[Merge]) -> bool:
     """Without a second vocabulary beside this one, which would take time and memory."""
-    in_order = all(map(eq, map(vocab.get, _clip_tokens(merges)), count()))
-    return len(vocab) == CLIP_ROWS and in_order and merges_sha256(merges) == CLIP_SHA256
+    return len(vocab) == CLIP_ROWS and all(map(eq, map(vocab.get, _clip_tokens(merges)), count()))
+
+
+def _clip_files(path: Path) -> Vocabulary | None:
+    """CLIP's own vocab.json and merges.txt, known by the sha256 of the text, so that no merge is looked at; or None."""
+    beside = path.with_name("merges.txt")
+    if path.suffix != ".json" or not beside.is_file() or max(path.stat().st_size, beside.stat().st_size) > MAX_BYTES:
+        return None
+    text = beside.read_text(encoding="utf-8").partition("\n")[2].strip("\n")  # without the version
+    if hashlib.sha256(text.encode()).hexdigest() != CLIP_SHA256:
+        return None
+    vocab = json.loads(path.read_text(encoding="utf-8"))
+    own = dict(zip(vocab, vocab, strict=True))
+    parts = text.replace("\n", " ").split(" ")
+    parts = list(map(own.get, parts, parts))  # the vocabulary's own strings, which take no memory
+    merges = list(zip(parts[::2], parts[1::2], strict=True))
+    return (vocab, merges) if isinstance(vocab, dict) and _in_clip_order(vocab, merges) else None
 
 
 def _file_in(folder: Path) -> Path:
@@ -120,8 +138,6 @@ def _from_json(path: Path) -> Vocabulary:
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"a JSON {type(content).__name__}")
-    for token in content:
-        intern(token)
     if isinstance(content.get("model"), dict):
         added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
         return {**content["model"]["vocab"], **added}, _merges_of_lines(content["model"]["merges"])
@@ -140,8 +156,7 @@ def _merges_of_lines(lines: Sequence[str | Sequence[str]]) -> list[Merge]:
     if spaces.count(1) != len(rows):
         broken = next(row for row, count in zip(rows, spaces, strict=True) if count != 1)
         raise ValueError(f"the merge {broken[:40]!r}, which has not two parts")
-    # Interned, the parts are the vocabulary's own strings and take no memory.
-    parts = list(map(intern, " ".join(rows).split(" "))) if rows else []
+    parts = " ".join(rows).split(" ") if rows else []
     return list(zip(parts[::2], parts[1::2], strict=True))
 
 
