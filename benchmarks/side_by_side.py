@@ -173,6 +173,7 @@ def measure_step(rounds: int = 4) -> None:
     sigma = 1.5
     trained = schedules.train_sigmas(SD15_INPAINT.schedule)
     t = torch.tensor(schedules.timestep(trained, sigma))
+    exact = torch.empty(0)
     for dtype in (torch.float32, torch.bfloat16):
         for model in (ours, theirs):
             model.to(dtype)
@@ -188,9 +189,11 @@ def measure_step(rounds: int = 4) -> None:
         calls = {"sdinpaint": lambda: denoise(x, sigma), "diffusers": step_of_diffusers}  # noqa: B023
         with torch.inference_mode():
             out = {name: call().float() for name, call in calls.items()}
-            error = float((out["sdinpaint"] - out["diffusers"]).norm() / out["diffusers"].norm())
-            if error > (1e-4 if dtype == torch.float32 else 3e-2):
-                raise RuntimeError(f"the outputs differ by {error:.1e}: nothing is timed")
+            exact = out["diffusers"] if dtype == torch.float32 else exact
+            errors = {name: float((value - exact).norm() / exact.norm()) for name, value in out.items()}
+            error = errors["sdinpaint"]
+            if error > max(1e-4, 2 * errors["diffusers"]):
+                raise RuntimeError(f"it differs by {error:.1e} from diffusers in float32: nothing is timed")
             seconds: dict[str, list[float]] = {name: [] for name in calls}
             for _ in range(rounds):
                 for name, call in calls.items():
@@ -203,7 +206,7 @@ def measure_step(rounds: int = 4) -> None:
             {
                 "what": "step",
                 "dtype": str(dtype).removeprefix("torch."),
-                "relative_difference": error,
+                "relative_difference": error,  # from diffusers in float32
                 "seconds": medians,
                 "all_seconds": seconds,
                 "ratio": statistics.median(ratios),
