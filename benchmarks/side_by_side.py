@@ -50,6 +50,8 @@ pipe = StableDiffusionInpaintPipeline.from_pretrained(
 end(pipe.unet, pipe.vae, pipe.text_encoder)
 """,
 }
+PAIRS = (("float32", "float32"), ("float16", "float16"), ("float16", "bfloat16"), ("float32", "bfloat16"))
+"""Dtype of the file, and dtype asked for."""
 # Reading one value of every page makes both pay for what a memory map would put off.
 PROBE = """
 import json, os, sys, time
@@ -126,18 +128,13 @@ def measure_import(rounds: int = 7) -> None:
     report({"what": "import", "seconds": medians, "ratio": medians["sdinpaint"] / medians["diffusers"]})
 
 
-def measure_load(rounds: int = 3) -> None:
+def measure_load(rounds: int = 7) -> None:
     """Load time and peak memory for each pair of stored and asked dtype."""
     from sdinpaint_weights.export import write_diffusers
 
     from sdinpaint.text.tokenizer import find_tokenizer
 
-    for stored, asked in (
-        ("float32", "float32"),
-        ("float16", "float16"),
-        ("float16", "bfloat16"),
-        ("float32", "bfloat16"),
-    ):
+    for stored, asked in PAIRS:
         with tempfile.TemporaryDirectory() as folder:
             models = random_models(getattr(torch, stored))
             states = {name: model.state_dict() for name, model in models.items()}
