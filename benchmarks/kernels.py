@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from sdinpaint_kernels import backend
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
@@ -262,9 +263,9 @@ def plans(own: Any, samples: int, channels: int, pixels: int, groups: int) -> It
     yield shipped
     smallest = own._smallest_bundle(per_group)
     fitting = list(range(smallest, groups + 1, smallest))
-    rows = own._power_of_two(pixels)
+    rows = backend.power_of_two(pixels)
     for size, warps in itertools.product(fitting[:2], (2, 4, 8, 16)):
-        width = own._power_of_two(size * per_group)
+        width = backend.power_of_two(size * per_group)
         if pixels <= 1024 and 256 * warps <= rows * width <= 2048 * warps:
             yield own.Plan(size, width, rows, 1, warps, one_pass=True)
     if pixels < 256:
@@ -277,7 +278,7 @@ def plans(own: Any, samples: int, channels: int, pixels: int, groups: int) -> It
             ((4096, 4), (8192, 4), (8192, 8), (16384, 8)), (264, 528, 1056)
         ):
             rows = elements // width
-            tiles = own._power_of_two(-(-samples * -(-groups // size) * pixels // rows // programs) or 1)
+            tiles = backend.power_of_two(-(-samples * -(-groups // size) * pixels // rows // programs) or 1)
             if rows <= pixels:
                 cut = own.Plan(size, width, rows, tiles, warps, one_pass=False)
                 yield cut

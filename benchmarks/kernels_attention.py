@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from sdinpaint_kernels import backend
 from sdinpaint_kernels.attention import WHOLE_CONTEXT, Config, _by_rows, _config, _constants, attention, launch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -137,7 +138,7 @@ def measure(call: Callable[[], Tensor], expected: Tensor) -> dict[str, Any]:
         if not wrong <= BOUND[DTYPE]:
             return {"error": wrong, "failed": "wrong"}
         return {"error": wrong, "us": seconds(call) * 1e6}
-    except Exception as failure:  # whatever a backend or the compiler says is the row's content
+    except backend.kernel_errors() as failure:  # what a backend or the compiler says is the row's content
         torch.cuda.synchronize()
         return {"failed": f"{type(failure).__name__}: {failure}".splitlines()[0][:120]}
 
@@ -175,8 +176,8 @@ def compile_all(jobs: list[tuple[Shape, Config]]) -> None:
     for shape, config in jobs:
         try:
             launch(*inputs(shape), config)
-        except Exception:  # the measurement will say it
-            continue
+        except backend.kernel_errors() as failure:  # the measurement fails too, and puts it into its row
+            print(f"not compiled: {shape}, {config}: {type(failure).__name__}", file=sys.stderr)
 
 
 def precompile(jobs: list[tuple[Shape, Config]]) -> None:

@@ -23,7 +23,7 @@ class Tile(NamedTuple):
 
 def tile_for(width: int) -> Tile:
     """As many rows as keep 16 to 32 elements on each thread of four warps."""
-    return Tile(rows=max(1, 2048 // _power_of_two(width)), warps=4)
+    return Tile(rows=max(1, 2048 // backend.power_of_two(width)), warps=4)
 
 
 def add_layer_norm(
@@ -78,18 +78,13 @@ def launch(
     rows = x.numel() // width
     add_and_normalise[(-(-rows // tile.rows),)](
         x, residual, weight, bias, total, normed, rows, eps,
-        C=width, ROWS=tile.rows, COLUMNS=_power_of_two(width), num_warps=tile.warps,
+        C=width, ROWS=tile.rows, COLUMNS=backend.power_of_two(width), num_warps=tile.warps,
     )  # fmt: skip
     return total, normed
 
 
 def _fake(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x)
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest power of two that is no less."""
-    return 1 << (number - 1).bit_length()
 
 
 _operation = backend.define(

@@ -81,7 +81,7 @@ def define(
             return kernel(*arguments)
         except torch.OutOfMemoryError:
             raise
-        except _kernel_errors() as error:
+        except kernel_errors() as error:
             _failures[name] = f"the kernel failed: {type(error).__name__}: {error}".splitlines()[0]
             warnings.warn(f"{name} runs in torch from now on: {_failures[name]}", stacklevel=2)
             return reference(*arguments)
@@ -138,7 +138,7 @@ def _device_obstacle(kind: str, index: int | None) -> str | None:
     return None if found >= OLDEST_GPU else "compute capability {}.{} is below {}.{}".format(*found, *OLDEST_GPU)
 
 
-def _kernel_errors() -> tuple[type[Exception], ...]:
+def kernel_errors() -> tuple[type[Exception], ...]:
     """What Triton raises when it cannot compile or launch: no compiler, no room for its cache, too few registers ..."""
     from triton.errors import TritonError  # noqa: PLC0415
 
@@ -158,3 +158,8 @@ def check_same(operation: str, x: Tensor, **others: Tensor | None) -> None:
                 f"{operation} takes tensors of one dtype on one device, not x in {x.dtype} on {x.device} "
                 f"and {name} in {other.dtype} on {other.device}"
             )
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is no less: the sizes that Triton's tiles may have."""
+    return 1 << (number - 1).bit_length()

@@ -53,8 +53,8 @@ def plan(samples: int, channels: int, pixels: int, groups: int) -> Plan:
     """The plan for a shape that has no obstacle."""
     per_group = channels // groups
     smallest = _smallest_bundle(per_group)
-    narrow = _power_of_two(smallest * per_group)
-    rows = _power_of_two(pixels)
+    narrow = backend.power_of_two(smallest * per_group)
+    rows = backend.power_of_two(pixels)
     if pixels <= ONE_PASS_PIXELS and rows * narrow <= ONE_PASS_TILE:
         # Many small programs: there are few pixels, and every program waits for its own.
         return Plan(smallest, narrow, rows, 1, warps=max(4, rows * narrow // 2048), one_pass=True)
@@ -64,7 +64,7 @@ def plan(samples: int, channels: int, pixels: int, groups: int) -> Plan:
     bundle = min(groups, width // (smallest * per_group) * smallest)
     rows = TILE // width
     programs = samples * -(-groups // bundle) * pixels // rows
-    return Plan(bundle, width, rows, tiles=_power_of_two(-(-programs // PROGRAMS)), warps=4, one_pass=False)
+    return Plan(bundle, width, rows, tiles=backend.power_of_two(-(-programs // PROGRAMS)), warps=4, one_pass=False)
 
 
 def _smallest_bundle(per_group: int) -> int:
@@ -170,7 +170,7 @@ def launch(
     added = addend, 0 if addend is None else addend.stride(0)
     bundles = -(-groups // cut.bundle)
     geometry = {
-        "C": channels, "CPG": channels // groups, "BUNDLE": cut.bundle, "GROUPS": _power_of_two(cut.bundle),
+        "C": channels, "CPG": channels // groups, "BUNDLE": cut.bundle, "GROUPS": backend.power_of_two(cut.bundle),
         "WIDTH": cut.width, "ROWS": cut.rows, "num_warps": cut.warps,
     }  # fmt: skip
     if cut.one_pass:
@@ -183,12 +183,12 @@ def launch(
     if chunks > cut.direct:
         merged = x.new_empty(2, samples, groups, 1, dtype=torch.float32)
         kernel.merge[(samples * groups,)](
-            measured, merged, pixels, chunks, chunk_pixels, CPG=channels // groups, SLOTS=_power_of_two(chunks)
+            measured, merged, pixels, chunks, chunk_pixels, CPG=channels // groups, SLOTS=backend.power_of_two(chunks)
         )
         measured, chunks, chunk_pixels = merged, 1, pixels
     kernel.apply[grid](
         x, *added, weight, bias, measured, out, pixels, cut.tiles, chunks, chunk_pixels, eps,
-        SILU=silu, SLOTS=_power_of_two(chunks), **geometry,
+        SILU=silu, SLOTS=backend.power_of_two(chunks), **geometry,
     )  # fmt: skip
     return out
 
@@ -197,11 +197,6 @@ def _fake(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, addend: Tensor | None
 ) -> Tensor:
     return torch.empty_like(x)
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest power of two that is no less."""
-    return 1 << (number - 1).bit_length()
 
 
 _operation = backend.define(
