@@ -1,4 +1,4 @@
-"""Masks: 1 or white = repaint, 0 or black = keep. Reading them, and what the models make of them.
+"""Reading masks, and what the models make of them.
 
 A mask stays soft (0..1) as long as it can serve for blending; what is repainted is where it is at least 0.5.
 """

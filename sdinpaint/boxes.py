@@ -1,0 +1,26 @@
+"""Boxes of whole pixels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["Box"]
+
+
+class Box(NamedTuple):
+    """The pixels from `left` to before `right` and from `top` to before `bottom`, as Pillow's `crop` takes them."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.bottom - self.top, self.right - self.left
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """Its rows and columns, as an array is indexed."""
+        return slice(self.top, self.bottom), slice(self.left, self.right)
