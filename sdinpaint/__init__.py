@@ -10,13 +10,15 @@ if TYPE_CHECKING:
     from sdinpaint.errors import SdInpaintError, SdInpaintWarning
     from sdinpaint.inspecting import Report, inspect
     from sdinpaint.loading import load, save_diffusers
+    from sdinpaint.masks import Mask
     from sdinpaint.merging import to_inpainting, widen_input
-    from sdinpaint.pipeline import Pipeline, Result
+    from sdinpaint.pipeline import Pipeline
+    from sdinpaint.results import Result
 
 __version__ = "0.1.0"
 
-__all__ = ["Pipeline", "Report", "Result", "SdInpaintError", "SdInpaintWarning", "inspect", "load", "save_diffusers"]
-__all__ += ["convert", "to_inpainting", "widen_input"]
+__all__ = ["Mask", "Pipeline", "Report", "Result", "SdInpaintError", "SdInpaintWarning", "inspect", "load"]
+__all__ += ["convert", "save_diffusers", "to_inpainting", "widen_input"]
 
 # Found on first use, so that the command line can explain itself without waiting for torch.
 _HOMES = {
@@ -25,12 +27,13 @@ _HOMES = {
     "Report": "inspecting",
     "inspect": "inspecting",
     "load": "loading",
+    "Mask": "masks",
     "convert": "converting",
     "to_inpainting": "merging",
     "widen_input": "merging",
     "save_diffusers": "loading",
     "Pipeline": "pipeline",
-    "Result": "pipeline",
+    "Result": "results",
 }
 
 

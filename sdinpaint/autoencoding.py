@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import threading
-import warnings
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from sdinpaint.errors import NumericError, SdInpaintWarning
+from sdinpaint.errors import NumericError, warn
 from sdinpaint.models import VAE
 
 __all__ = ["Autoencoding"]
@@ -58,7 +57,7 @@ class Autoencoding:
         with _WIDENING:
             if (what, dtype, device) not in self._overflowed:
                 message = f"the autoencoder overflowed in {dtype}; the picture is {what}d in float32 instead"
-                warnings.warn(message, SdInpaintWarning, stacklevel=6)  # who called `Pipeline.decode`
+                warn(message)
                 self._overflowed.add((what, dtype, device))
             if self._wide is None or next(self._wide.parameters()).device != device:
                 # a copy: another thread may be using the autoencoder

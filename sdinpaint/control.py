@@ -14,6 +14,7 @@ from sdinpaint.configs import Json, Shapes, unet_config
 from sdinpaint.errors import CheckpointError
 from sdinpaint.families import UNetConfig
 from sdinpaint.models import ControlNet, ControlNetConfig
+from sdinpaint.sampling import schedules
 
 __all__ = ["Control", "controlnet_config", "controlnet_json", "inpaint_hint"]
 
@@ -54,7 +55,7 @@ class Control:
         end: float = 1.0,
     ) -> None:
         self._net, self._scale, self._start, self._end = net, scale, start, end
-        self._sigmas = sigmas[:-1]
+        self._sigmas = sigmas
         self._features = net.hint_features(hint.to(next(net.parameters())))
 
     def __call__(
@@ -68,8 +69,7 @@ class Control:
 
     def _is_on(self, sigma: float) -> bool:
         """Whether the step that starts at `sigma`, or passes it, is one of those that were asked for."""
-        steps = len(self._sigmas)
-        step = max(int((self._sigmas >= sigma).sum()), 1) - 1
+        steps, step = len(self._sigmas) - 1, schedules.step_at(self._sigmas, sigma)
         return step / steps >= self._start and (step + 1) / steps <= self._end
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from sdinpaint import __version__
 from sdinpaint.configs import diffusers_configs, unet_config, vae_config
 from sdinpaint.control import controlnet_config, controlnet_json
-from sdinpaint.errors import CheckpointError, SdInpaintWarning, SettingError, TokenizerError
+from sdinpaint.errors import CheckpointError, SettingError, TokenizerError, warn
 from sdinpaint.families import FAMILIES, SD15, TOKENIZERS, TextConfig
 from sdinpaint.loading import CONTROLNET, DTYPES, Checkpoint, build_models, open_checkpoint
 from sdinpaint.sources import COMPONENTS, Part, open_parts
@@ -92,7 +91,7 @@ def model_of(checkpoint: Checkpoint, ema: bool = False, config: str | Path | Non
     """
     checkpoint.build()
     for sentence in (*checkpoint.notes, *_left_out(checkpoint)):
-        warnings.warn(f"{checkpoint.path}: {sentence}", SdInpaintWarning, stacklevel=3)
+        warn(f"{checkpoint.path}: {sentence}")
     family, states = checkpoint.family, checkpoint.states
     home = checkpoint.parts["text_encoder"].model or (None if config is None else Path(config))
     return Model(
@@ -151,7 +150,7 @@ def _vae_table(part: Part, path: Path) -> Json:
     if part.config.get("scaling_factor") is None:
         found = f"{path}: nothing says by which factor its latents are scaled"
         message = f"{found}; {config.scaling_factor} is written, as SD1 and SD2 have it (SDXL: 0.13025)"
-        warnings.warn(message, SdInpaintWarning, stacklevel=5)
+        warn(message)
     return diffusers_configs(replace(SD15, vae=config))["vae/config.json"]
 
 
@@ -299,7 +298,7 @@ def _write_tokenizer(folder: Path, own: Path | None, text: TextConfig, target: P
         tokenizer = find_tokenizer(embedding_rows=text.vocab_size, offline=True, pad_id=text.pad_id)
     except TokenizerError as error:
         message = f"{target}: no {folder.name} is written, and transformers needs one: {error.found}"
-        warnings.warn(f"{message}; copy the model's own there", SdInpaintWarning, stacklevel=5)
+        warn(f"{message}; copy the model's own there")
     else:
         tokenizer.save(folder)
 

@@ -10,19 +10,16 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from sdinpaint.errors import ImageError
 from sdinpaint.loading import load
 from sdinpaint.picture_io import save_png
 from sdinpaint.pipeline import Pipeline
+from sdinpaint.sheets import Cell, Row, contact_sheet, tinted
 from sdinpaint.training.scenes import MOODS, Background, Scene, Thing, object_mask, render
 
-__all__ = ["Cell", "Demonstration", "Task", "contact_sheet", "demonstrate", "repaint", "tasks", "tinted"]
-
-Cell = tuple[Image.Image, str]
-"""A picture and its caption."""
-Row = Sequence[Cell]
+__all__ = ["Demonstration", "Task", "demonstrate", "repaint", "tasks"]
 
 SHEET_NAME = "sdinpaint-demo.png"
 TITLE = "Repainted where the hole is; everything else is kept bit for bit"
@@ -30,11 +27,6 @@ SEEDS = {"ddim": 2, "euler": 3}
 """Sampler -> seed: different ones, so that each shows a picture of its own."""
 STEPS = 20
 GUIDANCE = 4.0  # small models need less of it than large ones: above, shapes and shadows grow coarse
-
-PAPER, INK, GREY, FRAME = (250, 249, 246), (34, 36, 40), (122, 124, 128), (214, 212, 206)
-TINT = (255, 0, 140)
-MARGIN, GAP, CAPTION_GAP = 48, 28, 10
-TITLE_SIZE, CAPTION_SIZE, LEADING = 30, 17, 1.35
 
 
 @dataclass(frozen=True)
@@ -115,6 +107,7 @@ def repaint(pipe: Pipeline, todo: Sequence[Task]) -> list[Row]:
             guidance_scale=GUIDANCE,
             sampler=sampler,
             seed=[seed] * len(wishes),
+            blend="feather",
         )
         painted.update(((*wish, sampler), image) for wish, image in zip(wishes, result.images, strict=True))
     rows: list[Row] = []
@@ -129,54 +122,3 @@ def repaint(pipe: Pipeline, todo: Sequence[Task]) -> list[Row]:
         ]
         rows.append(given + made)
     return rows
-
-
-def tinted(picture: NDArray[np.uint8], hole: NDArray[np.bool_]) -> Image.Image:
-    """picture (H, W, 3) with the hole (H, W) in a colour that no scene has."""
-    mixed = np.where(hole[..., None], 0.4 * picture + 0.6 * np.array(TINT), picture)
-    return Image.fromarray(np.rint(mixed).astype(np.uint8))
-
-
-def contact_sheet(rows: Sequence[Row], *, title: str = "", scale: int = 2) -> Image.Image:
-    """Rows of pictures on light paper, `scale` times enlarged, each with its caption below.
-
-    The first line of a caption is dark, further lines are grey; long ones are wrapped to the picture's width.
-    """
-    cells = [cell for row in rows for cell in row]
-    width, height = (scale * max(image.size[axis] for image, _ in cells) for axis in (0, 1))
-    font = ImageFont.load_default(CAPTION_SIZE)
-    captions = {caption: _wrapped(caption, font, width) for _, caption in cells}
-    line = round(CAPTION_SIZE * LEADING)
-    row_height = height + CAPTION_GAP + line * max(map(len, captions.values())) + GAP
-    columns = max(map(len, rows))
-    head = MARGIN + (2 * TITLE_SIZE if title else 0)
-    size = 2 * MARGIN + columns * (width + GAP) - GAP, head + len(rows) * row_height - GAP + MARGIN
-    sheet = Image.new("RGB", size, PAPER)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN - TITLE_SIZE // 4), title, fill=INK, font=ImageFont.load_default(TITLE_SIZE))
-    for index, row in enumerate(rows):
-        for column, (image, caption) in enumerate(row):
-            left, top = MARGIN + column * (width + GAP), head + index * row_height
-            large = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.LANCZOS)
-            sheet.paste(large, (left, top))
-            draw.rectangle((left - 1, top - 1, left + large.width, top + large.height), outline=FRAME)
-            for number, (text, color) in enumerate(captions[caption]):
-                draw.text((left, top + height + CAPTION_GAP + number * line), text, fill=color, font=font)
-    return sheet
-
-
-def _wrapped(
-    caption: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
-) -> list[tuple[str, tuple[int, int, int]]]:
-    """The lines of a caption with their colours, none wider than `width` unless a single word is."""
-    lines = []
-    for paragraph, color in zip(caption.split("\n"), [INK] + [GREY] * caption.count("\n"), strict=True):
-        text = ""
-        for word in paragraph.split():
-            longer = f"{text} {word}".strip()
-            if text and font.getlength(longer) > width:
-                lines.append((text, color))
-                longer = word
-            text = longer
-        lines.append((text, color))
-    return lines

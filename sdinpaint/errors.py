@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 from sdinpaint_weights.errors import CheckpointError, SdInpaintError
 
 __all__ = [
@@ -13,7 +16,11 @@ __all__ = [
     "SdInpaintWarning",
     "SettingError",
     "TokenizerError",
+    "warn",
 ]
+
+PASSED = ("sdinpaint", "sdinpaint_weights", "torch")
+"""Packages whose lines a warning does not point at; torch's are between, for its inference mode."""
 
 
 class ImageError(SdInpaintError, OSError, ValueError):
@@ -38,3 +45,11 @@ class NumericError(SdInpaintError, ArithmeticError):
 
 class SdInpaintWarning(UserWarning):
     """Something was done that the caller may not have meant."""
+
+
+def warn(message: str) -> None:
+    """Warn whoever called the library: the warning points at that line."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in PASSED:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, SdInpaintWarning, stacklevel=level)

@@ -9,7 +9,6 @@ import errno
 import glob
 import os
 import sys
-import warnings
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from sdinpaint_weights.folder import weights_files
 from tqdm import tqdm
 
-from sdinpaint.errors import CheckpointError, SdInpaintWarning
+from sdinpaint.errors import CheckpointError, warn
 
 __all__ = ["fetch", "is_hub_id", "wanted_files"]
 
@@ -129,7 +128,7 @@ def fetch(
         path = _cached(request)
     except CheckpointError:
         raise refusal from None
-    warnings.warn(f"{source}: {refusal.found}; the copy in the cache is used", SdInpaintWarning, stacklevel=5)
+    warn(f"{source}: {refusal.found}; the copy in the cache is used")
     return path
 
 

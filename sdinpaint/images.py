@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 from torch import Tensor
 
-from sdinpaint.errors import ImageError, NumericError, SdInpaintWarning
+from sdinpaint.boxes import Box
+from sdinpaint.errors import ImageError, NumericError, warn
 from sdinpaint.picture_io import DEEP_MODES, MAX_PIXELS, decode, open_image
 
 __all__ = ["Picture", "pad_to_multiple", "paste", "read_picture", "to_tensor", "to_uint8"]
@@ -31,6 +31,10 @@ class Picture:
     rgb: Bytes
     alpha: Bytes | None = None
     icc_profile: bytes | None = None
+    path: str | None = None
+    """The file that it was read from."""
+    old: Box | None = None
+    """Where in it the picture is that it extends."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -57,7 +61,7 @@ def read_picture(source: Source, argument: str = "image") -> Picture:
     if isinstance(source, Picture):
         return source
     if isinstance(source, str | Path):
-        picture = _from_pil(open_image(source, argument), f"{argument} {str(source)!r}")
+        picture = replace(_from_pil(open_image(source, argument), f"{argument} {str(source)!r}"), path=str(source))
     elif isinstance(source, Image.Image):
         picture = _from_pil(decode(source, argument), argument)
     elif isinstance(source, np.ndarray):
@@ -78,7 +82,7 @@ def read_picture(source: Source, argument: str = "image") -> Picture:
         raise ImageError("IMAGE_TOO_SMALL", argument, found, expected=f"at least {MIN_SIDE} a side", hint="scale it up")
     if min(height, width) < SMALL_SIDE:
         message = f"{argument}: {found} is very small for a model; scaled up first, it would give more"
-        warnings.warn(message, SdInpaintWarning, stacklevel=2)
+        warn(message)
     return picture
 
 
@@ -161,7 +165,7 @@ def _deep_grey(image: Image.Image, subject: str) -> Bytes:
         raise ImageError("IMAGE_BAD_VALUES", subject, found, expected=f"0 to {top:g}", hint="scale it, or give mode L")
     if image.mode == "I" and 0 < high <= 255:
         message = f"{subject}: PIL mode I is taken as 16-bit, so values up to {high:g} are almost black; give mode L"
-        warnings.warn(message, SdInpaintWarning, stacklevel=4)
+        warn(message)
     return np.rint(values * (255.0 / top)).astype(np.uint8)
 
 
@@ -175,7 +179,7 @@ def _to_srgb(image: Image.Image, profile: bytes, subject: str) -> Image.Image:
         converted = ImageCms.profileToProfile(image, given, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError) as error:
         message = f"{subject}: its colour profile cannot be used ({error}); colours may be off"
-        warnings.warn(message, SdInpaintWarning, stacklevel=4)
+        warn(message)
         return image
     return image if converted is None else converted
 
@@ -202,12 +206,15 @@ def _from_tensor(tensor: Tensor, argument: str) -> Bytes:
         expected = "(3, height, width), or (1, 3, height, width)"
         hint = "give a list for several pictures; latents are not pictures"
         raise ImageError("IMAGE_BAD_SHAPE", argument, f"a tensor {tuple(tensor.shape)}", expected=expected, hint=hint)
+    if not bool(image.isfinite().all()):
+        found = f"{int((~image.isfinite()).sum())} of {image.numel()} values are NaN or infinite"
+        raise ImageError("IMAGE_BAD_VALUES", argument, found, expected="finite values", hint="mend it at its source")
     low, high = float(image.min()), float(image.max())
     if not -1 <= low <= high <= 1:
         found = f"a tensor with values from {low:g} to {high:g}"
         raise ImageError("IMAGE_BAD_VALUES", argument, found, expected="[-1, 1]", hint="2 * x - 1 for x in 0..1")
     if low >= 0 < high:
         message = f"{argument}: a tensor with no value below 0; if it is in 0..1, give 2 * x - 1"
-        warnings.warn(message, SdInpaintWarning, stacklevel=3)
+        warn(message)
     pixels: Bytes = to_uint8(image)[0]
     return pixels

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +26,7 @@ from sdinpaint.configs import (
     whole_number,
 )
 from sdinpaint.control import controlnet_config
-from sdinpaint.errors import CheckpointError, SdInpaintWarning, SettingError
+from sdinpaint.errors import CheckpointError, SettingError, warn
 from sdinpaint.families import FAMILIES, TEXT_ENCODERS, TOKENIZERS, Family, Prediction
 from sdinpaint.models import VAE, CLIPText, ControlNet, ControlNetConfig, UNet
 from sdinpaint.pipeline import Pipeline
@@ -167,7 +166,7 @@ def load(
         progress=progress,
     )
     for note in checkpoint.notes:
-        warnings.warn(f"{checkpoint.path}: {note}", SdInpaintWarning, stacklevel=2)
+        warn(f"{checkpoint.path}: {note}")
     models = checkpoint.build()
     home, rows = checkpoint.parts["text_encoder"].model, checkpoint.family.text.vocab_size
     tokenizer = find_tokenizer(tokenizer, home, rows, offline=local_files_only or None)

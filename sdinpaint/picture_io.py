@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import struct
 import tempfile
 import uuid
-import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,17 +18,19 @@ from typing import Any
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from sdinpaint.errors import ImageError, SdInpaintWarning
+from sdinpaint.errors import ImageError, warn
 
 __all__ = [
     "FORMATS",
     "MAX_PIXELS",
+    "SHORTENED",
     "check_output_path",
     "decode",
     "open_image",
     "over_white",
     "read_settings",
     "save_png",
+    "write_picture",
 ]
 
 # The decoders in wide use; Pillow's others are where its security fixes keep happening.
@@ -44,6 +46,28 @@ ENCODING: dict[str, dict[str, Any]] = {"PNG": {}, "JPEG": {"quality": 95, "subsa
 
 MAX_METADATA = 60_000
 """Bytes of settings in a file: an Exif block holds 64 kB at most, and Pillow refuses PNG texts above 1 MB."""
+SHORTENED = "shortened_from_sha256"
+"""The key that tells that settings were shortened, and of what."""
+
+# "parameters", the text that AUTOMATIC1111's web UI writes and most programs read: its labels, in its order
+LABELS = {
+    "steps": "Steps",
+    "sampler": "Sampler",
+    "spacing": "Schedule type",
+    "guidance_scale": "CFG scale",
+    "seed": "Seed",
+    "size": "Size",
+    "model": "Model",
+    "strength": "Denoising strength",
+    "sdinpaint": "Version",
+}
+SAMPLER_NAMES = {"ddim": "DDIM", "euler": "Euler", "euler_ancestral": "Euler a", "dpmpp_2m": "DPM++ 2M"}
+SCHEDULE_TYPES = {"karras": "Karras", "linspace": "Uniform"}
+"""Those of our spacings that it knows; without one, it would take Karras for DPM++ 2M."""
+PLAIN = re.compile(r"[\w.+/-]+( +[\w.+/-]+)*")
+"""A value that its readers take as it stands; any other is quoted as JSON is."""
+TAKEN_FOR_FIELDS = re.compile(r"\s*\n\s*(?=Negative prompt:|Steps:)")
+"""The break before a line of a prompt that its readers would take for what follows the prompt."""
 
 # What Pillow's decoders raise on broken files: they validate little themselves.
 DECODER_ERRORS = (
@@ -90,7 +114,7 @@ def decode(image: Image.Image, subject: str) -> Image.Image:
         raise ImageError("IMAGE_TYPE", subject, f"PIL mode {image.mode}", expected="RGB", hint="convert it to RGB")
     try:
         if getattr(image, "is_animated", False):
-            warnings.warn(f"{subject}: only the first frame or page is used", SdInpaintWarning, stacklevel=4)
+            warn(f"{subject}: only the first frame or page is used")
             image.seek(0)
         image.load()
         return ImageOps.exif_transpose(image)
@@ -137,16 +161,20 @@ def save_png(image: Image.Image, path: Path | str, settings: Mapping[str, Any]) 
 
     Settings that cannot be stored in full are shortened; they never prevent a save. Raises ImageError.
     """
-    target = check_output_path(path).resolve()
-    kind = SUFFIXES[target.suffix.lower()]
+    kind = SUFFIXES[check_output_path(path).suffix.lower()]
     options = ENCODING[kind] | _metadata(kind, _record(settings)) | {"icc_profile": image.info.get("icc_profile")}
     if kind == "JPEG" and image.mode != "RGB":
         if image.has_transparency_data:
             message = f"output {str(path)!r}: JPEG has no transparency, so it is saved over white"
-            warnings.warn(message, SdInpaintWarning, stacklevel=2)
+            warn(message)
         image = over_white(image)
+    write_picture(image, path, kind, **options)
+
+
+def write_picture(image: Image.Image, path: Path | str, kind: str, **options: Any) -> None:
+    """Write a picture as Pillow's format `kind`, with its options, whole or not at all. Raises ImageError."""
     try:
-        with _replacing(target) as temporary, temporary.open("xb") as stream:
+        with _replacing(Path(path).resolve()) as temporary, temporary.open("xb") as stream:
             image.save(stream, format=kind, **options)
             stream.flush()
             os.fsync(stream.fileno())
@@ -159,10 +187,9 @@ def save_png(image: Image.Image, path: Path | str, settings: Mapping[str, Any]) 
 def read_settings(path: Path | str) -> dict[str, Any]:
     """The settings that `save_png` stored in a picture. Raises ImageError if it holds none."""
     image = open_image(path, "picture")
-    stored = image.info.get("sdinpaint") or image.getexif().get(ExifTags.Base.ImageDescription, "")
     try:
-        settings = json.loads(stored)
-    except (ValueError, TypeError, RecursionError):
+        settings = json.loads(image.info.get("sdinpaint") or image.getexif()[ExifTags.Base.ImageDescription])
+    except DECODER_ERRORS:
         settings = None
     if not isinstance(settings, dict):
         found, expected = "no settings inside", "a picture saved by sdinpaint"
@@ -183,17 +210,29 @@ def _replacing(target: Path) -> Iterator[Path]:
 
 
 def _record(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings as plain JSON values of at most MAX_METADATA bytes, with a sha256 of what was shortened."""
+    """The settings as plain JSON values of at most MAX_METADATA bytes, with a sha256 of what was shortened.
+
+    The copy of the mask goes first: without it, the mask's file has to be given again, and nothing else is lost.
+    """
     try:
         text = json.dumps(dict(settings), default=str, skipkeys=True)
     except (ValueError, RecursionError):
         return {"error": "these settings cannot be written as JSON"}
     record: dict[str, Any] = json.loads(text)
-    if len(text) <= MAX_METADATA:
+    mask = _part(_part(record, "manifest"), "mask")
+    if len(text) > MAX_METADATA:
+        mask.pop("png", None)
+    if len(json.dumps(record)) <= MAX_METADATA:
         return record
-    digest = {"shortened_from_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    digest = {SHORTENED: hashlib.sha256(text.encode()).hexdigest()}
     short = {key: _shortened(value) for key, value in record.items()} | digest
     return short if len(json.dumps(short)) <= MAX_METADATA else digest
+
+
+def _part(record: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The dictionary under a key; empty where there is none."""
+    part = record.get(key)
+    return part if isinstance(part, dict) else {}
 
 
 def _shortened(value: Any) -> Any:
@@ -212,21 +251,39 @@ def _metadata(kind: str, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parameters(record: Mapping[str, Any]) -> str:
-    """The one-text form that A1111 and what reads its pictures understand."""
-    labels = {
-        "steps": "Steps",
-        "sampler": "Sampler",
-        "guidance_scale": "CFG scale",
-        "seed": "Seed",
-        "size": "Size",
-        "model": "Model",
-        "strength": "Denoising strength",
-    }
-    lines = [str(record.get("prompt", ""))]
+    """The settings in the form that A1111 writes and that most programs read. Source: its modules/infotext_utils.py."""
+    lines = [_as_prompt(record.get("prompt"))]
     if record.get("negative_prompt"):
-        lines.append(f"Negative prompt: {record['negative_prompt']}")
-    lines.append(", ".join(f"{label}: {record[key]}" for key, label in labels.items() if record.get(key) is not None))
+        lines.append(f"Negative prompt: {_as_prompt(record['negative_prompt'])}")
+    known = {**_part(record, "manifest"), **record}
+    values = {label: _as_a1111(key, known.get(key)) for key, label in LABELS.items()}
+    lines.append(", ".join(f"{label}: {_quoted(value)}" for label, value in values.items() if value))
     return "\n".join(lines).encode("utf-8", "replace").decode()
+
+
+def _as_prompt(value: Any) -> str:
+    return TAKEN_FOR_FIELDS.sub(" ", "" if value is None else str(value))
+
+
+def _as_a1111(key: str, value: Any) -> str:
+    """A setting as A1111 writes it; empty where it has no word for it."""
+    text = "" if value is None else str(value)
+    match key:
+        case "sampler":
+            return SAMPLER_NAMES.get(text, text)
+        case "spacing":
+            return SCHEDULE_TYPES.get(text, "")
+        case "size" if isinstance(value, list):
+            return "x".join(map(str, value))
+        case "model":
+            return text and re.sub(r"\.(safetensors|ckpt|pth)$", "", Path(text).name)
+        case "sdinpaint":
+            return text and f"sdinpaint {text}"
+    return text
+
+
+def _quoted(value: str) -> str:
+    return value if PLAIN.fullmatch(value) else json.dumps(value, ensure_ascii=False)
 
 
 def _too_large(found: str, subject: str) -> ImageError:

@@ -2,75 +2,34 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from dataclasses import asdict
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from sdinpaint.autoencoding import Autoencoding
-from sdinpaint.control import Control, inpaint_hint
-from sdinpaint.errors import SdInpaintWarning
+from sdinpaint.batch import Draws, OnStep
+from sdinpaint.errors import warn
+from sdinpaint.extending import OVERLAP, canvas_for
 from sdinpaint.families import Family
-from sdinpaint.images import paste, read_picture, to_uint8
-from sdinpaint.jobs import Job, of_one_size, read_jobs, unbatched
-from sdinpaint.masks import masked_image, to_latent
+from sdinpaint.images import paste, read_picture
+from sdinpaint.jobs import Job, read_jobs, unbatched
+from sdinpaint.manifest import ALSO, NOT_STORED, Manifest, check_again, record
+from sdinpaint.masks import Cover, masked_image, to_latent
 from sdinpaint.models import VAE, CLIPText, ControlNet, UNet
-from sdinpaint.sampling import (
-    Conditioning,
-    Denoiser,
-    Known,
-    blend_known,
-    find_sampler,
-    find_spacing,
-    restore_known,
-    schedule,
-    schedules,
-)
+from sdinpaint.results import Painting, Recipe, Result
+from sdinpaint.run import Run
+from sdinpaint.sampling import Conditioning, Denoiser, Known, schedules
 from sdinpaint.sampling.denoiser import ControlFunction
 from sdinpaint.sampling.graphs import Graphs
 from sdinpaint.settings import CONTROL_ONLY, MASK_ONLY, Settings, as_list, require_no_control
 from sdinpaint.text.conditioning import PictureSize, TextConditioner
 from sdinpaint.text.tokenizer import Tokenizer
-
-OnStep = Callable[[int, Tensor, Tensor], object]
-Cover = Literal["nearest", "max"]
-
-
-@dataclass(frozen=True)
-class Result:
-    """The new pictures in the order of the inputs, the seed of each, and the settings that replay them.
-
-    `pipe.inpaint(image, mask, **result.settings)`, or `pipe.vary(image, **result.settings)`, gives the same pictures
-    again; a `control_image` is given again too.
-    """
-
-    images: list[Image.Image]
-    seeds: list[int]
-    settings: dict[str, Any]
-
-    @property
-    def image(self) -> Image.Image:
-        """The first picture."""
-        return self.images[0]
-
-
-class Draws:
-    """Unit noise for a batch from one generator per item, so that an item's noise does not depend on the others."""
-
-    def __init__(self, seeds: Iterable[int], device: torch.device) -> None:
-        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        self.device = device
-
-    def __call__(self, like: Tensor) -> Tensor:
-        """Float32 noise of the shape of `like` (B, ...); drawn on the CPU, so the same on every device."""
-        drawn = [torch.randn(like.shape[1:], generator=generator) for generator in self.generators]
-        return torch.stack(drawn).to(self.device)
+from sdinpaint.views import look, whole
 
 
 class Pipeline:
@@ -150,11 +109,19 @@ class Pipeline:
         *,
         spacing: str | None = None,
         eta: float | None = None,
-        cover: str = "nearest",
+        fill: str = "original",
+        soft: bool = False,
+        crop: int | str | None = None,
+        regions: str = "together",
+        blend: str = "none",
+        match_color: bool = False,
+        cover: str = "max",
+        batch_size: int | None = None,
         control_scale: float = 1.0,
         control_start: float = 0.0,
         control_end: float = 1.0,
         control_image: Any = None,
+        manifest: Manifest | Sequence[Manifest] | None = None,
         progress: bool = True,
         on_step: OnStep | None = None,
     ) -> Result:
@@ -165,10 +132,19 @@ class Pipeline:
         negative_prompt: None is "", and for SDXL no text at all.
         strength: share of the steps that run, from the picture's own noised latents where below 1. seed: drawn and
         reported where None. noise: unit-variance start (B, 4, H, W) of the padded size, instead of a drawn one.
-        cover: a latent cell is repainted where its first pixel is ("nearest", as trained) or any ("max").
+
+        fill: what stands in the hole where strength < 1: "original", "noise", "blur", "edge", "telea" or "neutral".
+        soft: how white the mask is says in which share of the steps a pixel changes; else 0.5 and more is repainted.
+        crop: None shows the model the whole picture; a number of pixels, or "auto", that much around the mask, at the
+        size that the model works at. regions: "each" repaints separate parts of the mask one after the other.
+        blend: how the hole joins the rest: "none", "feather" or "poisson". match_color: correct the colours in the hole
+        by those around it. cover: a latent cell is repainted where any pixel of it is ("max") or its first ("nearest").
+
         control_scale: weight of the ControlNet, which is asked in the steps between control_start and control_end, as
         shares of those that run. control_image: what it is shown, of the picture's size, where it is of another kind
         than inpainting; by default the picture without what is repainted.
+        batch_size: how many pictures at a time; with 1 each comes out bit for bit as its single run does.
+        manifest: of the run that is to be repeated; other weights or inputs are refused.
         on_step(step, x, x0): called after every step. paste_back=False returns the model's whole picture.
         Raises: ImageError, MaskError, SettingError naming the argument; NumericError where a model overflows.
         """
@@ -180,15 +156,23 @@ class Pipeline:
             eta=eta,
             strength=strength,
             cover=cover,
+            fill=fill,
+            soft=soft,
+            crop=crop,
+            regions=regions,
+            blend=blend,
+            match_color=match_color,
             paste_back=paste_back,
+            batch_size=batch_size,
             control_scale=control_scale,
             control_start=control_start,
             control_end=control_end,
         )
         if self.controlnet is None:
             require_no_control(settings, control_image)
-        jobs = self._jobs(image, mask, prompt, negative_prompt, seed, noise, control_image)
-        return self._run(jobs, settings, progress, on_step, masked=True)
+        jobs = self._jobs(image, mask, prompt, negative_prompt, seed, noise, control_image, least=settings.least)
+        inputs = {"image": image, "mask": mask, "noise": noise, "control_image": control_image}
+        return self._run("inpaint", jobs, settings, inputs, manifest, progress, on_step)
 
     @torch.inference_mode()
     def vary(
@@ -205,6 +189,8 @@ class Pipeline:
         noise: Tensor | None = None,
         spacing: str | None = None,
         eta: float | None = None,
+        batch_size: int | None = None,
+        manifest: Manifest | Sequence[Manifest] | None = None,
         progress: bool = True,
         on_step: OnStep | None = None,
     ) -> Result:
@@ -215,12 +201,55 @@ class Pipeline:
         is not asked.
         """
         settings = Settings(
-            steps=steps, guidance_scale=guidance_scale, sampler=sampler, spacing=spacing, eta=eta, strength=strength
+            steps=steps,
+            guidance_scale=guidance_scale,
+            sampler=sampler,
+            spacing=spacing,
+            eta=eta,
+            strength=strength,
+            batch_size=batch_size,
         )
         pictures = [read_picture(one) for one in unbatched(image)]
         everywhere = [np.ones(picture.size, dtype=bool) for picture in pictures]
         jobs = self._jobs(pictures, everywhere, prompt, negative_prompt, seed, noise)
-        return self._run(jobs, settings, progress, on_step, masked=False)
+        return self._run("vary", jobs, settings, {"image": image, "noise": noise}, manifest, progress, on_step)
+
+    @torch.inference_mode()
+    def outpaint(
+        self,
+        image: Any,
+        prompt: str | Sequence[str],
+        left: int = 0,
+        right: int = 0,
+        top: int = 0,
+        bottom: int = 0,
+        *,
+        size: tuple[int, int] | None = None,
+        anchor: str = "center",
+        overlap: int = OVERLAP,
+        fill: str = "edge",
+        manifest: Manifest | Sequence[Manifest] | None = None,
+        **options: Any,
+    ) -> Result:
+        """Extend `image` by so many pixels at its sides, or to the `size` (height, width), as `prompt` says.
+
+        anchor: where the picture is on a canvas of that size, e.g. "left" or "bottom-right". overlap: pixels of the
+        picture along the new ones that are repainted too, so that they join; all others stay bit for bit. fill: what
+        stands on the new pixels where strength < 1: "edge", "reflect" or "neutral". options: as of `inpaint`.
+        Raises: SettingError, ImageError naming the argument.
+        """
+        given = [read_picture(one) for one in unbatched(image)]
+        asked: dict[str, Any] = {"left": left, "right": right, "top": top, "bottom": bottom, "size": size}
+        asked |= {"anchor": anchor, "overlap": overlap, "fill": fill}
+        canvases = [canvas_for(picture, **asked) for picture in given]
+        check_again(manifest, self, [{"image": picture} for picture in given])
+        result = self.inpaint([picture for picture, _ in canvases], [mask for _, mask in canvases], prompt, **options)
+        inputs = {"image": image, **{name: options[name] for name in NOT_STORED if name in options}}
+        also = [name for name in ALSO if inputs.get(name) is not None]
+        kept = partial(record, self, "outpaint", also)
+        stored = {name: value for name, value in asked.items() if value is not None}
+        recipe = Recipe(self.outpaint, inputs, {**result.recipe.settings, **stored}, kept)
+        return Result(result.paintings, recipe)
 
     def encode_prompts(
         self, prompts: Iterable[str | Sequence[str | None] | None], size: PictureSize | tuple[int, int] | None = None
@@ -237,7 +266,7 @@ class Pipeline:
 
     @torch.inference_mode()
     def encode_image(
-        self, image: Any, mask: Any, *, draws: Draws | None = None, latents: bool = True, cover: Cover = "nearest"
+        self, image: Any, mask: Any, *, draws: Draws | None = None, latents: bool = True, cover: Cover = "max"
     ) -> Known:
         """What the picture says: Known(mask (1, 1, H, W), masked_latents and, if asked for, latents (1, 4, H, W)).
 
@@ -245,9 +274,10 @@ class Pipeline:
         Pictures are padded to multiples of 8 pixels.
         """
         job = self._jobs(image, mask)[0]
-        pixels, hole = job.image.to(self.device), job.hole.to(self.device)
-        whole = self._encode(pixels, draws) if latents else None
-        return Known(to_latent(hole, cover), self._encode(masked_image(pixels, hole), draws), whole)
+        view = look(job, job.picture.opaque(), job.hole, whole(job.picture.size))
+        pixels, hole = view.image.to(self.device), view.amount.to(self.device)
+        all_of_it = self.sample_latents(pixels, draws) if latents else None
+        return Known(to_latent(hole, cover), self.sample_latents(masked_image(pixels, hole), draws), all_of_it)
 
     def denoiser(
         self,
@@ -287,10 +317,10 @@ class Pipeline:
         """
         return self._through_vae().decode(latents)
 
-    def _encode(self, image: Tensor, draws: Draws | None = None) -> Tensor:
-        """image (B, 3, 8H, 8W) -> latents float32: the posterior's mean, or a sample of it."""
+    def sample_latents(self, image: Tensor, draw: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """image (B, 3, 8H, 8W) -> latents float32: the posterior's mean, or its sample with draw(mean) as noise."""
         mean, std = self._through_vae().encode(image)
-        return mean if draws is None else mean + std * draws(mean)
+        return mean if draw is None else mean + std * draw(mean)
 
     def _through_vae(self) -> Autoencoding:
         """The autoencoder, with what is known of its overflows; `vae` may have been replaced by another one."""
@@ -298,92 +328,57 @@ class Pipeline:
             self._autoencoding = Autoencoding(self.vae)
         return self._autoencoding
 
-    def _jobs(self, image: Any, mask: Any, *rest: Any) -> list[Job]:
+    def _jobs(self, image: Any, mask: Any, *rest: Any, least: float = 0.5) -> list[Job]:
         channels, keep_none = self.vae.config.latent_channels, self.family.zeros_for_none
-        return read_jobs(image, mask, *rest, channels=channels, keep_none=keep_none)
+        return read_jobs(image, mask, *rest, channels=channels, keep_none=keep_none, least=least)
 
     def _run(
-        self, jobs: list[Job], settings: Settings, progress: bool, on_step: OnStep | None, *, masked: bool
+        self,
+        kind: str,
+        jobs: list[Job],
+        settings: Settings,
+        inputs: dict[str, Any],
+        manifest: Manifest | Sequence[Manifest] | None,
+        progress: bool,
+        on_step: OnStep | None,
     ) -> Result:
-        """All jobs, those of one size as one batch."""
-        done: dict[int, Image.Image] = {}
+        """All jobs, and what is needed to make them again."""
+        masked = kind != "vary"
+        check_again(manifest, self, [{"image": job.picture, "mask": job.mask} for job in jobs])
+        run = Run(self, settings, masked, progress, on_step)
+        run.check(jobs)
         for index, job in enumerate(jobs):
-            if settings.strength == 0 or not job.mask.any():
-                reason = "the mask is empty" if settings.strength else "strength is 0"
-                message = f"picture {index + 1} of {len(jobs)}: {reason}, so it comes back unchanged"
-                warnings.warn(message, SdInpaintWarning, stacklevel=4)  # inference_mode wraps who called this
-                done[index] = paste(job.picture, job.picture.rgb, np.zeros_like(job.mask))
-        for batch in of_one_size({index: job for index, job in enumerate(jobs) if index not in done}):
-            painted = self._repaint(list(batch.values()), settings, progress, on_step, masked)
-            done.update(zip(batch, painted, strict=True))
-        inputs: dict[str, list[Any]] = {
+            for message in _doubts(job, settings):
+                said = f"picture {index + 1} of {len(jobs)}: {message}"
+                warn(said)
+        canvases = run(jobs)
+        paintings = [
+            Painting(
+                paste(job.picture, canvas.rgb, canvas.replaced(whole=not settings.paste_back)),
+                job,
+                cast(Cover, settings.cover),
+                tuple(canvas.boxes),
+            )
+            for job, canvas in zip(jobs, canvases, strict=True)
+        ]
+        unused = (CONTROL_ONLY if self.controlnet is None else ()) if masked else MASK_ONLY
+        used = {name: value for name, value in asdict(settings).items() if name not in unused and value is not None}
+        each: dict[str, list[Any]] = {
             "prompt": [job.prompt for job in jobs],
             "negative_prompt": [job.negative_prompt for job in jobs],
             "seed": [job.seed for job in jobs],
         }
-        unused = (CONTROL_ONLY if self.controlnet is None else ()) if masked else MASK_ONLY
-        used = {name: value for name, value in asdict(settings).items() if name not in unused}
-        replayable = {name: values if len(jobs) > 1 else values[0] for name, values in inputs.items()}
-        images = [done[index] for index in range(len(jobs))]
-        return Result(images, [job.seed for job in jobs], {**replayable, **used})
+        replayable = {name: values if len(jobs) > 1 else values[0] for name, values in each.items()}
+        make = partial(getattr(self, kind), progress=progress)
+        also = [name for name in ALSO if inputs.get(name) is not None]
+        return Result(paintings, Recipe(make, inputs, {**replayable, **used}, partial(record, self, kind, also)))
 
-    def _repaint(
-        self, jobs: list[Job], settings: Settings, progress: bool, on_step: OnStep | None, masked: bool
-    ) -> Iterator[Image.Image]:
-        """Repaint jobs of one padded size as one batch."""
-        height, width = jobs[0].image.shape[-2:]
-        texts: list[list[str | None]] = [[job.prompt for job in jobs], [job.negative_prompt for job in jobs]]
-        cond, uncond = self.encode_prompts(texts, (height, width))
-        draws = Draws((job.seed for job in jobs), self.device)
-        known, noise = self._known(jobs, settings, draws, masked)
-        sigmas = schedule(settings.sampler, settings.spacing, self.family.schedule, settings.steps)
-        if settings.strength < 1 or not masked:
-            sigmas = schedules.for_strength(sigmas, settings.strength)
-            x = schedules.start_from(cast(Tensor, known.latents), noise, sigmas)
-        else:
-            spacing = find_spacing(settings.sampler, settings.spacing)
-            x = schedules.start(noise, sigmas, unit_variance=spacing.unit_variance)
-        control = self._control(self.controlnet, jobs, settings, sigmas) if masked and self.controlnet else None
-        denoise: Any = self.denoiser(
-            known, cond, uncond, guidance_scale=settings.guidance_scale, control=control, sigmas=sigmas
-        )
-        if not self.takes_mask:
-            denoise = blend_known(denoise, known, noise, sigmas)
-        title, silent = "inpaint" if masked else "vary", None if progress else True
-        # disable=None: silent where the output is no terminal
-        with tqdm(total=len(sigmas) - 1, desc=title, disable=silent) as bar:
 
-            def advance(step: int, x: Tensor, x0: Tensor) -> None:
-                bar.update()
-                if on_step is not None:
-                    on_step(step, x, x0)
-
-            sampler = find_sampler(settings.sampler)
-            x = sampler.run(denoise, x, sigmas, eta=cast(float, settings.eta), noise=draws, on_step=advance)
-        latents = schedules.finish(x, sigmas)
-        if not self.takes_mask:
-            latents = restore_known(latents, known)
-        for job, generated in zip(jobs, to_uint8(self.decode(latents)), strict=True):
-            height, width = job.picture.size
-            where = job.mask if settings.paste_back else np.ones_like(job.mask)
-            yield paste(job.picture, generated[:height, :width], where)
-
-    def _control(self, net: ControlNet, jobs: list[Job], settings: Settings, sigmas: Tensor) -> Control:
-        """The ControlNet bound to these pictures and this run."""
-        hints = [inpaint_hint(job.image, job.hole) if job.hint is None else job.hint for job in jobs]
-        scale, start, end = settings.control_scale, settings.control_start, settings.control_end
-        return Control(net, torch.cat(hints), sigmas, scale=scale, start=start, end=end)
-
-    def _known(self, jobs: list[Job], settings: Settings, draws: Draws, masked: bool) -> tuple[Known, Tensor]:
-        """What the pictures say, and the starting noise; drawn in the order of diffusers' pipelines."""
-        image = torch.cat([job.image for job in jobs]).to(self.device)
-        hole = torch.cat([job.hole for job in jobs]).to(self.device)
-        mask = to_latent(hole, cast(Cover, settings.cover))
-        whole = settings.strength < 1 or not masked or not self.takes_mask
-        latents = self._encode(image, draws) if whole else None
-        given = [job.noise for job in jobs if job.noise is not None]
-        like = mask.expand(-1, self.vae.config.latent_channels, -1, -1)
-        noise = torch.cat(given).to(self.device) if given else draws(like)
-        if masked or self.takes_mask:
-            return Known(mask, self._encode(masked_image(image, hole), draws), latents), noise
-        return Known(mask, torch.zeros_like(noise), latents), noise  # a 4-channel model is not shown them
+def _doubts(job: Job, settings: Settings) -> Iterator[str]:
+    """What the caller may not have meant."""
+    if settings.strength == 0:
+        yield "strength is 0, so it comes back unchanged"
+    elif not job.hole.any():
+        yield f"the mask is empty, so it comes back unchanged: {job.mask.report().warnings[0]}"
+    elif job.picture.old is None and not settings.soft:
+        yield from (f"mask: {warning}" for warning in job.mask.report(cast(Cover, settings.cover)).warnings)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 import secrets
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
 
-from sdinpaint.errors import SdInpaintWarning, SettingError
-from sdinpaint.sampling import find_sampler, find_spacing
+import numpy as np
+
+from sdinpaint.crops import AUTO
+from sdinpaint.errors import SettingError, warn
+from sdinpaint.fills import FILLS
+from sdinpaint.picture_io import MAX_PIXELS
+from sdinpaint.sampling import find_sampler, find_spacing, schedules
+from sdinpaint.sampling.known import ROUNDING
+from sdinpaint.sampling.presets import check_name
 
 __all__ = [
     "CONTROL_ONLY",
@@ -22,13 +28,21 @@ __all__ = [
     "check_seed",
     "common_length",
     "require_no_control",
+    "whole_number",
 ]
 
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
+MAX_BATCH = 1024
 HIGH_GUIDANCE = 30.0
 
 
+COVERS = ("max", "nearest")
+REGIONS = ("together", "each")
+BLENDS = ("none", "feather", "poisson")
+WORDS = {"cover": COVERS, "fill": FILLS, "regions": REGIONS, "blend": BLENDS}
+"""Settings that are one of some words."""
+SWITCHES = ("soft", "match_color", "paste_back")
 BOUNDS = {
     "guidance_scale": (-math.inf, math.inf),
     "strength": (0, 1),
@@ -42,7 +56,10 @@ BOUNDS = {
 
 CONTROL_ONLY = ("control_scale", "control_start", "control_end")
 """Settings that mean something only beside a ControlNet."""
-MASK_ONLY = ("cover", "paste_back", *CONTROL_ONLY)
+MASK_ONLY = (
+    *("cover", "fill", "soft", "crop", "regions", "blend", "match_color", "paste_back"),
+    *CONTROL_ONLY,
+)
 """Settings that mean something only beside a mask."""
 
 
@@ -59,8 +76,15 @@ class Settings:
     spacing: str | None
     eta: float | None
     strength: float
-    cover: str = "nearest"
+    cover: str = "max"
+    fill: str = "original"
+    soft: bool = False
+    crop: int | str | None = None
+    regions: str = "together"
+    blend: str = "none"
+    match_color: bool = False
     paste_back: bool = True
+    batch_size: int | None = None
     control_scale: float = 1.0
     control_start: float = 0.0
     control_end: float = 1.0
@@ -71,20 +95,34 @@ class Settings:
         put = object.__setattr__
         put(self, "spacing", self.spacing or sampler.spacing)
         put(self, "eta", sampler.eta if self.eta is None else self.eta)
-        put(self, "steps", _whole("steps", self.steps, 1, MAX_STEPS))
+        put(self, "steps", whole_number("steps", self.steps, 1, MAX_STEPS))
         for name, (low, high) in BOUNDS.items():
             put(self, name, _number(name, getattr(self, name), low, high))
         if self.eta and not sampler.stochastic:
             found, expected = f"{self.eta!r} with {self.sampler}, which draws no noise", "0"
             raise SettingError("SETTING_ETA", "eta", found, expected=expected, hint="use ddim or euler_ancestral")
-        if self.cover not in ("nearest", "max"):
-            raise SettingError("SETTING_COVER", "cover", f"{self.cover!r}", expected="'nearest' or 'max'")
+        for name, words in WORDS.items():
+            check_name(f"SETTING_{name.upper()}", name, getattr(self, name), words)
+        for name in SWITCHES:
+            put(self, name, _switch(name, getattr(self, name)))
+        put(self, "crop", _crop(self.crop))
+        if self.batch_size is not None:
+            put(self, "batch_size", whole_number("batch_size", self.batch_size, 1, MAX_BATCH))
+        if not self.paste_back and (self.blend != "none" or self.match_color):
+            given = "match_color" if self.match_color else "blend"
+            hint = "leave paste_back on: these join the repainted pixels to those that are kept"
+            raise SettingError(f"SETTING_{given.upper()}", given, "given with paste_back=False", hint=hint)
         if self.control_start >= self.control_end:
             found = f"{self.control_start:g}, and control_end is {self.control_end:g}"
             raise SettingError("SETTING_CONTROL_START", "control_start", found, expected="less than control_end")
         if self.guidance_scale > HIGH_GUIDANCE:
             message = f"guidance_scale {self.guidance_scale:g} is very high: colours will burn out; 5 to 10 is usual"
-            warnings.warn(message, SdInpaintWarning, stacklevel=5)
+            warn(message)
+
+    @property
+    def least(self) -> float:
+        """How white a mask must be for a pixel to be repainted: 0.5, or if soft enough to change in the last step."""
+        return (1 - ROUNDING) / schedules.steps_run(self.steps, self.strength) if self.soft else 0.5
 
 
 def require_no_control(settings: Settings, control_image: Any) -> None:
@@ -116,7 +154,7 @@ def check_seed(seed: Any) -> int:
     """A seed from 0 to 2^63 - 1; drawn where None or -1 is given. Raises: SettingError."""
     if seed is None or (isinstance(seed, int) and seed == -1):
         return secrets.randbelow(2**32)
-    return _whole("seed", seed, 0, MAX_SEED)
+    return whole_number("seed", seed, 0, MAX_SEED)
 
 
 def as_list(value: Any) -> list[Any]:
@@ -134,12 +172,30 @@ def common_length(**lists: Sequence[Any]) -> int:
     return longest
 
 
-def _whole(name: str, value: Any, low: int, high: int) -> int:
+def whole_number(name: str, value: Any, low: int, high: int) -> int:
+    """A whole number in these bounds, of any type. Raises: SettingError that names it."""
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not low <= value <= high or value != int(value):
         expected = f"a whole number from {low} to {high}"
         raise SettingError(f"SETTING_{name.upper()}", name, f"{value!r}", expected=expected)
     return int(value)
+
+
+def _switch(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise SettingError(f"SETTING_{name.upper()}", name, f"{value!r}", expected="True or False")
+    return bool(value)
+
+
+def _crop(value: Any) -> int | str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        return whole_number("crop", value, 0, MAX_PIXELS)
+    if value != AUTO:
+        expected = f"{AUTO!r}, None, or a number of pixels around the mask"
+        raise SettingError("SETTING_CROP", "crop", f"{value!r}", expected=expected)
+    return value
 
 
 def _number(name: str, value: Any, low: float, high: float) -> float:

@@ -20,12 +20,13 @@ from click.testing import CliRunner
 from PIL import Image
 
 import sdinpaint
-from sdinpaint import cli
+from sdinpaint import Mask, cli
+from sdinpaint.cli import painting
 from sdinpaint.errors import SdInpaintWarning
 from sdinpaint.loading import DTYPES, save_diffusers
 from sdinpaint.picture_io import read_settings
 from sdinpaint.sampling import SAMPLERS
-from sdinpaint.settings import Settings
+from sdinpaint.settings import WORDS, Settings
 
 ROOT = Path(__file__).parents[1]
 HEIGHT, WIDTH = 72, 100
@@ -93,13 +94,46 @@ def test_a_picture_is_written_with_its_settings(model, pipe):
     assert np.array_equal(result[~HOLE], PIXELS[~HOLE])
     assert (result[HOLE] != PIXELS[HOLE]).any()
     settings = read_settings("out.png")
-    around = {"size": "100x72", "model": "small", "version": sdinpaint.__version__}
-    assert settings | around == settings
-    replay = {name: value for name, value in settings.items() if name not in around}
-    again = pipe.inpaint("photo.png", "mask.png", **replay, progress=False).image
-    assert np.array_equal(np.asarray(again), result)
+    again = pipe.inpaint("photo.png", "mask.png", **settings, progress=False)
+    assert np.array_equal(np.asarray(again.image), result)
+    assert again.settings == settings
+    assert [settings["manifest"][name]["path"] for name in ("image", "mask")] == ["photo.png", "mask.png"]
     assert done.stdout.startswith("out.png: 100 x 72 pixels, seed 5, ")
-    assert done.stderr == ""
+    assert done.stderr == f"mask mask.png\n{Mask(HOLE).report().table()}\n"
+
+
+HOW = {"strength": 0.5, "fill": "blur", "cover": "nearest", "crop": 8, "regions": "each", "blend": "feather"}
+TURNED_ON = {"soft": True, "match_color": True}
+
+
+def test_options_reach_the_run(model, pipe):
+    done = inpaint(model, "--soft", "--match-color", seed=5, **HOW)
+    assert done.exit_code == 0, done.output
+    given = {**HOW, **TURNED_ON, "batch_size": 1, "prompt": "a red fox", "steps": 2, "seed": 5}
+    assert given.items() <= read_settings("out.png").items()
+    result = pipe.inpaint("photo.png", "mask.png", **given, progress=False)
+    assert np.array_equal(np.asarray(result.image), np.asarray(Image.open("out.png")))
+
+
+@pytest.mark.parametrize(("given", "crop"), [("auto", "auto"), ("none", None), ("0", 0)])
+def test_a_crop_is_a_word_or_a_number(given, crop, model):
+    assert inpaint(model, crop=given).exit_code == 0
+    assert read_settings("out.png").get("crop") == crop
+
+
+def test_seeds_are_run_in_batches(model, pipe):
+    seeds = [3, 4, 5]
+    done = inpaint(model, *(f"--seed={seed}" for seed in seeds), **{"batch-size": 2})
+    assert done.exit_code == 0, done.output
+    options = {"steps": 2, "batch_size": 2, "progress": False}
+    together = pipe.inpaint("photo.png", "mask.png", "a red fox", seed=seeds[:2], **options).images
+    alone = pipe.inpaint("photo.png", "mask.png", "a red fox", seed=seeds[2], **options).images
+    for number, seed, expected in zip((1, 2, 3), seeds, together + alone, strict=True):
+        path = f"out-{number}.png"
+        assert np.array_equal(np.asarray(Image.open(path)), np.asarray(expected))
+        settings = read_settings(path)
+        assert (settings["seed"], settings["batch_size"], settings["prompt"]) == (seed, 2, "a red fox")
+        assert settings["manifest"]["image"]["path"] == "photo.png"
 
 
 def test_every_seed_gives_a_picture_of_its_own(model, pipe):
@@ -131,16 +165,19 @@ def test_json_is_one_object(model):
 
 
 def test_options_are_those_of_the_library():
-    assert set(cli.SAMPLERS) == set(SAMPLERS)
-    assert set(cli.SPACINGS) == {name for sampler in SAMPLERS.values() for name in sampler.spacings}
-    assert set(cli.DTYPES) - {"auto"} <= set(DTYPES)
+    assert set(painting.SAMPLERS) == set(SAMPLERS)
+    assert set(painting.SPACINGS) == {name for sampler in SAMPLERS.values() for name in sampler.spacings}
+    assert set(painting.DTYPES) - {"auto"} <= set(DTYPES)
+    chosen = {"cover": painting.COVERS, "fill": painting.FILLS, "regions": painting.REGIONS, "blend": painting.BLENDS}
+    assert chosen == WORDS
     settings = {field.name for field in fields(Settings)}
-    options = {parameter.name: parameter.default for parameter in cli.main.commands["inpaint"].params}
-    named = inspect.signature(cli._paint).parameters
-    assert set(options) - set(named) - set(cli.LOADING) == settings
-    assert set(cli.LOADING) <= set(inspect.signature(sdinpaint.load).parameters)
+    least = ["photo.png", "--mask=mask.png", "--prompt=a red fox", "--model=demo", "--out=out.png"]
+    options = cli.main.commands["inpaint"].make_context("inpaint", least).params
+    named = inspect.signature(painting._paint).parameters
+    assert set(options) - set(named) - set(painting.LOADING) == settings
+    assert set(painting.LOADING) <= set(inspect.signature(sdinpaint.load).parameters)
     defaults = inspect.signature(sdinpaint.Pipeline.inpaint).parameters
-    for name in settings - {"spacing", "eta"}:
+    for name in settings - {"batch_size"}:  # one picture at a time is written as soon as it is done
         assert options[name] == defaults[name].default
 
 
@@ -165,7 +202,7 @@ def test_a_warning_is_one_line_and_said_once(model):
     done = inpaint(model, guidance=40)
     assert done.exit_code == 0
     assert done.stderr.count("guidance_scale 40") == 1
-    assert done.stderr.startswith("note: guidance_scale 40")
+    assert "note: guidance_scale 40" in done.stderr.splitlines()[0]
     assert "Warning" not in done.stderr
 
 
@@ -179,7 +216,7 @@ def test_warnings_of_others_stay_what_they_are(loads, pipe):
     with pytest.warns(UserWarning, match="something else") as caught:
         done = inpaint("any")
     assert [str(one.message) for one in caught] == ["something else"]
-    assert done.stderr == "note: something of ours\n"
+    assert done.stderr.endswith("kept\nnote: something of ours\n")
 
 
 # failures
@@ -194,6 +231,9 @@ BESIDE_THE_MODEL = {
     "SETTING_GUIDANCE": {"guidance": "nan"},
     "SETTING_PROMPT": {"prompt": "\udc80"},
     "SETTING_ETA": {"eta": -1},
+    "SETTING_CROP": {"crop": -1},
+    "SETTING_BATCH_SIZE": {"batch-size": 0},
+    "SETTING_STRENGTH": {"strength": 1.5},
     "IMAGE_OUTPUT_TYPE": {"out": "out.xyz"},
     "IMAGE_OUTPUT_PATH": {"out": "nowhere/out.png"},
 }
@@ -237,7 +277,15 @@ def test_a_model_that_is_none_is_refused():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["inpaint"], ["inpaint", "photo.png", "--sampler", "best"], ["paint"], ["inpaint", "--steps", "many"]]
+    "arguments",
+    [
+        ["inpaint"],
+        ["inpaint", "photo.png", "--sampler", "best"],
+        ["paint"],
+        ["inpaint", "--steps", "many"],
+        ["inpaint", "photo.png", "--crop", "some"],
+        ["inpaint", "photo.png", "--blend", "well"],
+    ],
 )
 def test_wrong_usage(arguments):
     assert run(*arguments).exit_code == 2

@@ -373,10 +373,14 @@ def test_an_item_of_a_batch_is_its_single_run(either):
     images = [IMAGE, 255 - IMAGE, IMAGE[:, :67]]
     masks = [MASK, MASK, MASK[:, :67]]
     hints = [255 - image for image in images]
-    together = inpaint(either, images, masks, control_image=hints, seed=[1, 2, 3], **RANGE).images
+    together, listed = (
+        inpaint(either, images, masks, control_image=hints, seed=[1, 2, 3], batch_size=batch_size, **RANGE).images
+        for batch_size in (None, 1)
+    )
     for i, image in enumerate(images):
         alone = inpaint(either, image, masks[i], control_image=hints[i], seed=i + 1, **RANGE).image
         assert levels(together[i], alone) <= 1
+        assert np.array_equal(listed[i], alone)
 
 
 def test_settings_replay_the_run(pipe):

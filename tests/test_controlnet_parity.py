@@ -12,7 +12,7 @@ from peers import fill, ours, pipeline_twin
 from PIL import Image
 from torch import nn
 
-from sdinpaint import control, pipeline
+from sdinpaint import batch, control
 from sdinpaint.control import Control, controlnet_json
 from sdinpaint.families import SD15
 from sdinpaint.images import to_uint8
@@ -235,8 +235,9 @@ def run_ours(mine, **options):
     """The image that `inpaint` rounds."""
     decoded = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "to_uint8", lambda image: decoded.append(image) or to_uint8(image))
-        mine.inpaint(*picture(), PROMPT, NEGATIVE, steps=STEPS, seed=7, progress=False, **options)
+        patch.setattr(batch, "to_uint8", lambda image: decoded.append(image) or to_uint8(image))
+        options = {"steps": STEPS, "seed": 7, "cover": "nearest", "progress": False, **options}  # as diffusers has it
+        mine.inpaint(*picture(), PROMPT, NEGATIVE, **options)
     return (decoded[0] / 2 + 0.5).clamp(0, 1)
 
 
@@ -267,7 +268,7 @@ def test_a_hint_of_ones_own(pipes):
 
 
 def another_hint(change):
-    return lambda patch: patch.setattr(pipeline, "inpaint_hint", change)
+    return lambda patch: patch.setattr(batch, "inpaint_hint", change)
 
 
 def bound(**changes):
@@ -278,7 +279,7 @@ def bound(**changes):
             changed = {name: change(options[name]) for name, change in changes.items()}
             return Control(net, hint, sigmas, **{**options, **changed})
 
-        patch.setattr(pipeline, "Control", build)
+        patch.setattr(batch, "Control", build)
 
     return apply
 

@@ -77,9 +77,8 @@ def test_diffusers_paints_the_same_picture(pipe, sampler):
     case = held_out(1)[0]
     image, mask = Image.fromarray(case.image), Image.fromarray(case.hole.astype(np.uint8) * 255)
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    ours = pipe.inpaint(
-        image, mask, case.prompt, steps=25, sampler=sampler, seed=3, noise=noise, paste_back=False, progress=False
-    ).image
+    options = {"paste_back": False, "cover": "nearest", "progress": False}
+    ours = pipe.inpaint(image, mask, case.prompt, steps=25, sampler=sampler, seed=3, noise=noise, **options).image
     other = theirs(
         prompt=case.prompt,
         negative_prompt="",

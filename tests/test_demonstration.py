@@ -7,9 +7,10 @@ import pytest
 from builders import random_pipeline, small
 from PIL import Image, ImageFont
 
-from sdinpaint import demonstration
-from sdinpaint.demonstration import CAPTION_SIZE, GAP, MARGIN, PAPER, contact_sheet, demonstrate, repaint, tasks, tinted
+from sdinpaint import demonstration, sheets
+from sdinpaint.demonstration import demonstrate, repaint, tasks
 from sdinpaint.picture_io import read_settings
+from sdinpaint.sheets import CAPTION_SIZE, GAP, MARGIN, PAPER, contact_sheet, tinted
 from sdinpaint.training.scenes import render, silhouette
 
 SIZE = 64
@@ -54,6 +55,8 @@ def test_known_pixels_stay_bit_for_bit(rows):
 
 def test_without_pasting_back_they_would_not(pipe, monkeypatch):
     monkeypatch.setattr(demonstration, "STEPS", 1)
+    monkeypatch.setattr("sdinpaint.run.compose", lambda _, generated, *__, **___: generated)
+    assert changed_known_pixels(repaint(pipe, tasks(SIZE))) == 0, "what is joined is pasted too"
     monkeypatch.setattr("sdinpaint.pipeline.paste", lambda _, generated, __: Image.fromarray(generated))
     assert changed_known_pixels(repaint(pipe, tasks(SIZE))) > 0
 
@@ -103,10 +106,10 @@ def test_a_second_line_makes_rows_higher_and_a_title_the_head():
     short, long = contact_sheet([[(image, "a")]] * 2), contact_sheet([[(image, "a\nb")]] * 2)
     titled = contact_sheet([[(image, "a")]] * 2, title="A title")
     assert long.width == short.width == titled.width
-    line = round(CAPTION_SIZE * demonstration.LEADING)
+    line = round(CAPTION_SIZE * sheets.LEADING)
     assert long.height == short.height + 2 * line
-    assert titled.height == short.height + 2 * demonstration.TITLE_SIZE
-    assert not paper(titled)[: MARGIN + demonstration.TITLE_SIZE].all()
+    assert titled.height == short.height + 2 * sheets.TITLE_SIZE
+    assert not paper(titled)[: MARGIN + sheets.TITLE_SIZE].all()
 
 
 def test_long_captions_are_wrapped_to_the_picture():
@@ -114,7 +117,7 @@ def test_long_captions_are_wrapped_to_the_picture():
     narrow = contact_sheet([[(Image.new("RGB", (70, 30)), words)]])
     assert paper(narrow)[:, -MARGIN + 2 :].all()
     wide = ImageFont.load_default(CAPTION_SIZE).getlength(words)
-    lines = demonstration._wrapped(words, ImageFont.load_default(CAPTION_SIZE), 140)
+    lines = sheets._wrapped(words, ImageFont.load_default(CAPTION_SIZE), 140)
     assert len(lines) >= wide / 140
     assert " ".join(text for text, _ in lines) == words
 

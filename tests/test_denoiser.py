@@ -127,6 +127,23 @@ def test_the_unet_runs_in_its_dtype_and_x_keeps_its_own():
     assert x.dtype == context.dtype == vector.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_showing_another_mask(begun):
+    """It is a denoiser of its own, built with that mask; only what follows from the text is shared."""
+    unet, x = StubUNet(), draw(0, B, 4, H, W)
+    masks = box_mask(), 1 - box_mask()
+    extras = [(mask, draw(seed, B, 4, H, W)) for seed, mask in enumerate(masks, 1)]
+    denoise, other = (Denoiser(unet, TRAINED, "eps", text(2), text(3), extra=extra) for extra in extras)
+    before = [one(x, 2.0) for one in (denoise, other)]
+    assert not torch.allclose(*before, atol=1e-3)
+    fresh = denoise if begun else Denoiser(unet, TRAINED, "eps", text(2), text(3), extra=extras[0])
+    shown = fresh.showing(extras[1])
+    assert torch.equal(shown(x, 2.0), before[1])
+    assert torch.equal(fresh(x, 2.0), before[0])
+    assert torch.equal(shown.showing(extras[0])(x, 2.0), before[0])
+    assert conditioning_faults([unet.inputs[-1][0][:B]], *extras[0]) == 0
+
+
 # --- what its output means -------------------------------------------------------------------------------------------
 
 

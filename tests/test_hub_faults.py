@@ -20,6 +20,7 @@ from huggingface_hub import constants
 import sdinpaint
 from sdinpaint import SdInpaintWarning, cli
 from sdinpaint import hub as module
+from sdinpaint.cli import common
 from sdinpaint.errors import CheckpointError, TokenizerError
 from sdinpaint.hub import fetch
 from sdinpaint.sources import COMPONENTS
@@ -244,9 +245,9 @@ def test_command_line(hub, files, nowhere, monkeypatch):
         return done.exit_code, json.loads(done.stdout)
 
     code, said = inspected()
-    assert (code, said["error"]["code"]) == (cli.ENVIRONMENT, "HUB_UNREACHABLE")
+    assert (code, said["error"]["code"]) == (common.ENVIRONMENT, "HUB_UNREACHABLE")
     code, said = inspected("--offline")
-    assert (code, said["error"]["code"]) == (cli.BAD_INPUT, "HUB_NOT_CACHED")
+    assert (code, said["error"]["code"]) == (common.BAD_INPUT, "HUB_NOT_CACHED")
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     hub.add(MODEL, files)
     assert inspected("--revision", "v9")[1]["error"]["code"] == "HUB_REVISION"

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sdinpaint.errors import ImageError, MaskError, SdInpaintWarning
-from sdinpaint.masks import binarize, is_empty, masked_image, read_mask, to_latent
+from sdinpaint.masks import Mask, binarize, is_empty, masked_image, read_mask, to_latent
+from sdinpaint.masks.reading import looks_inverted
 
 SIZE = (72, 96)
 
@@ -78,6 +79,14 @@ def test_arrays_and_tensors(hole, dtype, shape):
 def test_bfloat16_tensor_and_rgb_array(hole):
     assert np.array_equal(read_mask(torch.from_numpy(hole).bfloat16(), SIZE), hole)
     assert np.array_equal(read_mask(brush(hole, (255, 255, 255)), SIZE), hole)
+
+
+def test_a_mask_is_read_as_its_array_is(hole):
+    soft = np.where(hole, np.float32(0.75), np.float32(0.25))
+    assert np.array_equal(read_mask(Mask(soft), SIZE), soft)
+    with pytest.warns(SdInpaintWarning, match="scaled"):
+        assert np.array_equal(read_mask(Mask(soft.repeat(2, axis=0).repeat(2, axis=1)), SIZE) >= 0.5, hole)
+    assert "96 rows, 72 columns" in refused(Mask(soft.T), "MASK_SIZE").found
 
 
 def test_what_was_given_is_not_changed():
@@ -227,24 +236,22 @@ def test_picture_with_holes_is_ambiguous(hole):
 # inversion
 
 
-def test_inverted_mask_is_obeyed_with_a_hint(hole):
-    with pytest.warns(SdInpaintWarning, match="invert it") as caught:
-        mask = read_mask(~hole, SIZE)
-    assert caught[0].filename == __file__
-    assert np.array_equal(mask, ~hole)
+def test_inverted_mask_is_obeyed_and_suspected(hole):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(read_mask(~hole, SIZE), ~hole)
+    assert looks_inverted(~hole)
 
 
-def test_masks_that_are_not_inverted_are_not_suspected():
+def test_masks_that_are_not_inverted_are_not_suspected(hole):
     outpaint = np.ones(SIZE, bool)
     outpaint[:, :30] = False
     inner = np.zeros(SIZE, bool)
     inner[4:-4, 4:-4] = True
     frame = np.ones(SIZE, bool)
     frame[12:-12, 12:-12] = False
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for mask in (outpaint, inner, frame):
-            read_mask(mask, SIZE)
+    everything, nothing = np.ones(SIZE, bool), np.zeros(SIZE, bool)
+    assert not any(looks_inverted(mask) for mask in (hole, outpaint, inner, frame, everything, nothing))
 
 
 # what is refused

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
+import re
+import struct
 import subprocess
 import sys
 import time
 import warnings
+import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 
 from sdinpaint import picture_io
 from sdinpaint.errors import ImageError, SdInpaintWarning
 from sdinpaint.picture_io import check_output_path, read_settings, save_png
+from sdinpaint.sampling import SAMPLERS
 
 SETTINGS = {
     "prompt": "a red fox",
@@ -133,8 +139,113 @@ def test_parameters_text_is_that_of_a1111(image, tmp_path):
     with Image.open(tmp_path / "a.png") as read:
         assert read.info["parameters"] == (
             "a red fox\nNegative prompt: blur\n"
-            "Steps: 30, Sampler: ddim, CFG scale: 7.5, Seed: 42, Size: 72x96, Denoising strength: 1.0"
+            "Steps: 30, Sampler: DDIM, CFG scale: 7.5, Seed: 42, Size: 72x96, Denoising strength: 1.0"
         )
+
+
+MANIFEST = {"sdinpaint": "0.1.0", "model": "models/sd-v1-5-inpainting.ckpt", "size": [96, 72]}
+FULL = {key: value for key, value in SETTINGS.items() if key != "size"} | {"spacing": "leading", "manifest": MANIFEST}
+LAST_LINE = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+
+
+def as_a1111_reads(text: str) -> tuple[str, str, dict[str, str]]:
+    """Prompt, negative prompt and fields: lines before the last one, and pairs in it, as A1111's reader finds them."""
+    *lines, last = text.strip().split("\n")
+    pairs = LAST_LINE.findall(last)
+    assert len(pairs) >= 3  # or it takes the line for a part of the prompt
+    prompts: tuple[list[str], list[str]] = ([], [])
+    negative = False
+    for line in map(str.strip, lines):
+        negative = negative or line.startswith("Negative prompt:")
+        prompts[negative].append(line.removeprefix("Negative prompt:").strip() if negative else line)
+    fields = {key: json.loads(value) if value.startswith('"') else value for key, value in pairs}
+    return "\n".join(prompts[False]), "\n".join(prompts[True]), fields
+
+
+def parameters(image: Image.Image, path: Path, settings: dict[str, object]) -> tuple[str, str, dict[str, str]]:
+    save_png(image, path, settings)
+    with Image.open(path) as read:
+        return as_a1111_reads(read.info["parameters"])
+
+
+def test_parameters_of_a_manifest(image, tmp_path):
+    prompt, negative, fields = parameters(image, tmp_path / "a.png", FULL)
+    assert (prompt, negative) == ("a red fox", "blur")
+    assert fields == {
+        "Steps": "30",
+        "Sampler": "DDIM",
+        "CFG scale": "7.5",
+        "Seed": "42",
+        "Size": "96x72",
+        "Model": "sd-v1-5-inpainting",
+        "Denoising strength": "1.0",
+        "Version": "sdinpaint 0.1.0",
+    }
+
+
+@pytest.mark.parametrize(
+    ("sampler", "spacing", "name", "schedule"),
+    [
+        ("euler", "leading", "Euler", None),
+        ("euler_ancestral", "karras", "Euler a", "Karras"),
+        ("dpmpp_2m", "karras", "DPM++ 2M", "Karras"),
+        ("dpmpp_2m", "linspace", "DPM++ 2M", "Uniform"),
+        ("one, of: mine", "trailing", "one, of: mine", None),
+    ],
+)
+def test_samplers_have_the_names_of_a1111(image, tmp_path, sampler, spacing, name, schedule):
+    settings = FULL | {"sampler": sampler, "spacing": spacing}
+    _, _, fields = parameters(image, tmp_path / "a.png", settings)
+    assert (fields["Sampler"], fields.get("Schedule type")) == (name, schedule)
+
+
+def test_every_sampler_has_a_name_there():
+    assert set(picture_io.SAMPLER_NAMES) == set(SAMPLERS)
+
+
+def as_lines(text: str) -> str:
+    """A text of several lines as the reader gives it back: without white space at the ends of each."""
+    return "\n".join(line.strip() for line in text.split("\n")).strip()
+
+
+PROMPTS = [
+    'a "red", fox: 3, Seed: 5',
+    "a fox\nSampler: none, at, all: 3, Seed: 1\nin a wood",
+    "a fox, CFG scale: 1,\n\n  Model: x, Size: 1x1  ",
+    "back\\slash \\",
+    "ein Fuchs 🦊\tim Wald\u2028",
+    "",
+]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("negative_prompt", PROMPTS)
+def test_no_prompt_confuses_a_reader(image, tmp_path, prompt, negative_prompt):
+    settings = FULL | {"prompt": prompt, "negative_prompt": negative_prompt}
+    read = parameters(image, tmp_path / "a.png", settings)
+    assert read[:2] == (as_lines(prompt), as_lines(negative_prompt))
+    assert read[2] == parameters(image, tmp_path / "b.png", FULL)[2]
+
+
+def test_lines_that_look_like_fields_join_the_line_before(image, tmp_path):
+    settings = FULL | {"prompt": "a fox\n Negative prompt: of none\nSteps: 3\nof stone", "negative_prompt": "blur"}
+    prompt, negative, fields = parameters(image, tmp_path / "a.png", settings)
+    assert prompt == "a fox Negative prompt: of none Steps: 3\nof stone"
+    assert negative == "blur"
+    assert fields["Steps"] == "30"
+
+
+ODD = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0/"), min_size=1)
+
+
+@given(ODD, ODD)
+@settings(max_examples=60, deadline=None)
+def test_any_name_comes_back(folder, model, sampler):
+    odd = FULL | {"sampler": sampler, "manifest": {"model": "models/" + model}}
+    _, _, fields = parameters(Image.new("RGB", (8, 8)), folder / "named.png", odd)
+    assert fields["Sampler"] == picture_io.SAMPLER_NAMES.get(sampler, sampler)
+    assert fields.get("Model", ".") == re.sub(r"\.(safetensors|ckpt|pth)$", "", Path("models", model).name)
+    assert fields["Seed"] == "42"
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
@@ -151,6 +262,16 @@ def test_huge_prompt_is_shortened_and_named_by_its_sha256(image, tmp_path, suffi
 def test_huge_lists_leave_the_sha256(image, tmp_path):
     save_png(image, tmp_path / "a.jpg", {"seeds": list(range(100_000))})
     assert list(read_settings(tmp_path / "a.jpg")) == ["shortened_from_sha256"]
+
+
+def test_the_copy_of_a_mask_gives_way_first(image, tmp_path):
+    mask = {"path": "mask.png", "sha256": "1f" * 32}
+    settings = FULL | {"prompt": "fox " * 9000, "manifest": MANIFEST | {"mask": mask | {"png": "A" * 32_000}}}
+    save_png(image, tmp_path / "a.png", settings)
+    assert read_settings(tmp_path / "a.png") == settings | {"manifest": MANIFEST | {"mask": mask}}
+    short = settings | {"prompt": "fox " * 6000}
+    save_png(image, tmp_path / "a.png", short)
+    assert read_settings(tmp_path / "a.png") == short
 
 
 def circular() -> dict[str, object]:
@@ -204,6 +325,79 @@ def test_foreign_settings_are_refused(image, tmp_path, text):
     with pytest.raises(ImageError) as caught:
         read_settings(tmp_path / "a.png")
     assert caught.value.code == "IMAGE_NO_SETTINGS"
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def with_text(name: bytes, data: bytes) -> bytes:
+    """A PNG of 8 x 8 pixels with one chunk of text, whose checksum is right."""
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, format="PNG")
+    start = stream.getvalue()
+    return start[:33] + chunk(name, data) + start[33:]
+
+
+def in_exif(text: str) -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = text
+    return exif.tobytes().removeprefix(b"Exif\0\0")
+
+
+STORED = json.dumps(SETTINGS).encode()
+TEXTS = {
+    b"tEXt": b"sdinpaint\0" + STORED,
+    b"zTXt": b"sdinpaint\0\0" + zlib.compress(STORED),
+    b"iTXt": b"sdinpaint\0\1\0\0\0" + zlib.compress(STORED),
+    b"eXIf": in_exif(STORED.decode()),
+}
+CHANGES = st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=4)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_settings_in_every_kind_of_text(folder, name):
+    (folder / "text.png").write_bytes(with_text(name, TEXTS[name]))
+    assert read_settings(folder / "text.png") == SETTINGS
+
+
+@given(st.sampled_from(list(TEXTS)), CHANGES, st.floats(0, 1))
+@settings(max_examples=100, deadline=None)
+def test_altered_settings_are_read_or_refused(folder, name, changes, share):
+    text = bytearray(TEXTS[name])
+    for position, value in changes:
+        text[position % len(text)] = value
+    (folder / "altered.png").write_bytes(with_text(name, bytes(text[: round(share * len(text))])))
+    with suppress(ImageError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of broken Exif data
+        assert isinstance(read_settings(folder / "altered.png"), dict)
+
+
+@pytest.fixture(scope="module")
+def saved(folder) -> dict[str, bytes]:
+    """The bytes of a picture with its settings, by its extension."""
+    for suffix in ("png", "jpg", "webp"):
+        save_png(Image.new("RGB", (8, 8)), folder / f"whole.{suffix}", FULL)
+    return {suffix: (folder / f"whole.{suffix}").read_bytes() for suffix in ("png", "jpg", "webp")}
+
+
+def test_damaged_exif_data_of_a_jpeg_is_refused(folder, saved):
+    (folder / "exif.jpg").write_bytes(saved["jpg"].replace(b"Exif\0\0MM", b"Exif\0\0XX"))
+    with pytest.raises(ImageError) as caught:
+        read_settings(folder / "exif.jpg")
+    assert caught.value.code == "IMAGE_NO_SETTINGS"
+
+
+@given(st.sampled_from(["png", "jpg", "webp"]), CHANGES, st.floats(0, 1))
+@settings(max_examples=100, deadline=None)
+def test_damaged_files_are_read_or_refused(folder, saved, suffix, changes, share):
+    content = bytearray(saved[suffix])
+    for position, value in changes:
+        content[position % len(content)] = value
+    (folder / f"damaged.{suffix}").write_bytes(content[: round(share * len(content))])
+    with suppress(ImageError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert isinstance(read_settings(folder / f"damaged.{suffix}"), dict)
 
 
 # whole or not at all

@@ -12,8 +12,8 @@ from builders import for_text_to_image, random_pipeline, small
 from PIL import Image
 
 from sdinpaint import SdInpaintWarning
+from sdinpaint.batch import Draws
 from sdinpaint.images import to_uint8
-from sdinpaint.pipeline import Draws
 from sdinpaint.sampling import blend_known, find_sampler, find_spacing, restore_known, samplers, schedule, schedules
 
 SIZES = (64, 72), (83, 101), (70, 64)
@@ -164,6 +164,69 @@ def test_permuting_a_batch_permutes_the_pictures(pipe, sampler):
     assert levels(there.images[0], there.images[1]) > 20
 
 
+MODES = {
+    "hard": {},
+    "from a filled hole": {"strength": 0.6, "fill": "noise"},
+    "soft": {"soft": True, "sampler": "euler_ancestral"},
+    "crop": {"crop": 8, "sampler": "euler_ancestral"},
+    "crop of each region": {"crop": "auto", "regions": "each", "blend": "feather", "match_color": True},
+}
+every_mode = pytest.mark.parametrize("options", MODES.values(), ids=list(MODES))
+SEEDS = [4, 0, 9]
+ONE_LEVEL = 1
+"""Of 255: what another order of sums makes in batches of other lengths; measured, in at most 3 values of a picture."""
+
+
+def three():
+    """Pictures of two sizes; of the masks, whose edges are soft, two are as large, and one has two parts."""
+    sizes = SIZES[0], SIZES[0], SIZES[1]
+    images = [picture(*size, seed=seed) for seed, size in enumerate(sizes)]
+    masks = [np.zeros(size, np.float32) for size in sizes]
+    masks[0][13:44, 22:63] = masks[2][30:61, 40:81] = np.linspace(0.3, 1, 41)
+    masks[1][3:20, 5:30], masks[1][42:60, 50:70] = 1, np.linspace(0.6, 0.9, 20)
+    return images, masks, PROMPTS, SEEDS
+
+
+def inpaint_those(pipe, order, **options):
+    """Some of the three, in this order."""
+    images, masks, prompts, seeds = ([values[i] for i in order] for values in three())
+    result = inpaint(pipe, images, masks, prompts, seed=seeds, **options)
+    assert result.seeds == seeds
+    return [np.asarray(image) for image in result.images]
+
+
+@every_mode
+def test_one_at_a_time_an_item_is_its_single_run_bit_for_bit(either, options):
+    listed = inpaint_those(either, [0, 1, 2], batch_size=1, **options)
+    permuted = inpaint_those(either, [2, 0, 1], batch_size=1, **options)
+    for i, found in enumerate(listed):
+        (alone,) = inpaint_those(either, [i], **options)
+        assert np.array_equal(found, alone)
+        assert np.array_equal(found, permuted[(i + 1) % 3])
+    assert levels(listed[0], listed[1]) > 20
+
+
+@every_mode
+def test_batches_of_any_length_give_the_same_pictures_to_a_level(either, options):
+    one_by_one = inpaint_those(either, [0, 1, 2], batch_size=1, **options)
+    for batch_size in (2, None):
+        for order in ([0, 1, 2], [1, 2, 0]):
+            found = inpaint_those(either, order, batch_size=batch_size, **options)
+            assert all(levels(one, one_by_one[i]) <= ONE_LEVEL for one, i in zip(found, order, strict=True))
+
+
+@pytest.mark.parametrize("options", [MODES["hard"], MODES["soft"], MODES["crop"]], ids=str)
+def test_noise_that_depends_on_the_others_is_seen(pipe, monkeypatch, options):
+    draw = torch.randn
+
+    def from_one_generator(draws, like):
+        return draw(like.shape, generator=draws.generators[0])
+
+    expected = inpaint_those(pipe, [1, 1], batch_size=1, **options)
+    monkeypatch.setattr(Draws, "__call__", from_one_generator)
+    assert levels(inpaint_those(pipe, [1, 1], **options)[1], expected[1]) > 20 * ONE_LEVEL
+
+
 def test_one_stands_for_all(pipe):
     result = inpaint(pipe, prompt=PROMPTS[:2], negative_prompt="a blue cube", seed=7)
     assert result.seeds == [7, 7]
@@ -236,6 +299,15 @@ def test_settings_replay_a_batch(pipe):
     ]
 
 
+@pytest.mark.parametrize("where", [{"left": 24, "bottom": 8}, {"size": (80, 96), "anchor": "left"}], ids=str)
+def test_settings_replay_an_extended_picture(either, where):
+    first = either.outpaint(IMAGE, "a red fox", **where, overlap=8, crop=16, steps=3, seed=None, progress=False)
+    again = either.outpaint(IMAGE, **first.settings, progress=False)
+    assert np.array_equal(first.image, again.image)
+    assert again.settings == first.settings
+    assert None not in first.settings.values()
+
+
 def test_numbers_of_other_libraries_and_whole_floats(pipe):
     given = {"steps": np.int64(3), "seed": np.uint8(5), "guidance_scale": np.float32(7.5), "strength": 1}
     result = inpaint(pipe, **given)
@@ -270,6 +342,15 @@ def test_guidance_runs_one_batch_of_two_halves_and_without_it_one(pipe, unet_bat
     inpaint(pipe, [IMAGE] * 3, guidance_scale=1)
     inpaint(pipe, [IMAGE] * 3, guidance_scale=0, steps=1)
     assert unet_batches == [6, 6, 6, 3, 3, 3, 6]
+
+
+def test_batch_size_is_how_many_the_models_see(pipe, unet_batches):
+    for batch_size, expected in {None: [6, 6], 3: [6, 6], 2: [4, 4, 2, 2], 1: [2] * 6}.items():
+        inpaint(pipe, [IMAGE] * 3, batch_size=batch_size, steps=2)
+        assert unet_batches == expected
+        unet_batches.clear()
+    inpaint_those(pipe, [0, 2], crop=8, steps=2)
+    assert unet_batches == [4, 4], "crops of one size from pictures of two"
 
 
 def test_guidance_1_does_not_look_at_the_negative_prompt(pipe):

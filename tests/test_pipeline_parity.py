@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from sdinpaint import pipeline
+from sdinpaint.batch import Draws
 from sdinpaint.images import pad_to_multiple
 from sdinpaint.loading import load, save_diffusers
 from sdinpaint.sampling import Denoiser, find_sampler, schedule, schedules
@@ -90,7 +91,7 @@ def run_theirs(theirs, image, mask, *, seed, sampler="ddim", steps=STEPS, **opti
 
 
 def run_ours(mine, image, mask, **options):
-    options = {"steps": STEPS, "paste_back": False, **options}
+    options = {"steps": STEPS, "paste_back": False, "cover": "nearest", **options}  # diffusers knows no other
     return mine.inpaint(image, mask, PROMPT, NEGATIVE, progress=False, **options)
 
 
@@ -113,7 +114,7 @@ def floats_of_theirs(theirs, noise, sampler, guidance_scale):
 @torch.inference_mode()
 def floats_of_ours(mine, noise, sampler, guidance_scale):
     """The run step by step; with the start noise given, the masked image's posterior is what the seed draws first."""
-    known = mine.encode_image(*picture(), draws=pipeline.Draws([7], mine.device), latents=False)
+    known = mine.encode_image(*picture(), draws=Draws([7], mine.device), latents=False, cover="nearest")
     cond, uncond = mine.encode_prompts([PROMPT, NEGATIVE])
     sigmas = schedule(sampler, "leading", mine.family.schedule, STEPS)
     denoise = mine.denoiser(known, cond, uncond, guidance_scale=guidance_scale)
@@ -251,13 +252,13 @@ def test_pictures_of_a_four_channel_model(four_channel_pipes, run):
 def test_another_order_of_draws_is_seen(pipes, monkeypatch):
     theirs, mine = pipes
 
-    class OneDrawMore(pipeline.Draws):
+    class OneDrawMore(Draws):
         def __init__(self, seeds, device):
             super().__init__(seeds, device)
             self(torch.empty(1, 4, 8, 9))
 
     expected = run_theirs(theirs, *picture(), seed=9)[0]
-    monkeypatch.setattr(pipeline, "Draws", OneDrawMore)
+    monkeypatch.setattr("sdinpaint.run.Draws", OneDrawMore)
     assert levels(run_ours(mine, *picture(), seed=9).image, expected) > 3 * ONE_LEVEL
 
 
@@ -293,7 +294,8 @@ def test_unmasked_pixels_stay_bit_for_bit(pipes):
     image, mask = picture(70, 83)
     whole = np.asarray(run_ours(mine, image, mask, seed=14).image)
     pasted = np.asarray(run_ours(mine, image, mask, seed=14, paste_back=True).image)
-    default = np.asarray(mine.inpaint(image, mask, PROMPT, NEGATIVE, steps=STEPS, seed=14, progress=False).image)
+    options = {"steps": STEPS, "seed": 14, "cover": "nearest", "progress": False}
+    default = np.asarray(mine.inpaint(image, mask, PROMPT, NEGATIVE, **options).image)
     hole = np.asarray(mask) > 0
     assert np.array_equal(default, pasted)
     assert np.array_equal(pasted[~hole], np.asarray(image)[~hole])

@@ -13,7 +13,7 @@ from builders import as_sd2, as_sdxl, for_text_to_image
 from peers import pipeline_twin
 from PIL import Image
 
-from sdinpaint import pipeline
+from sdinpaint.batch import Draws
 from sdinpaint.loading import load, save_diffusers
 from sdinpaint.models import clip
 from sdinpaint.sampling import find_sampler, find_spacing, schedule, schedules
@@ -28,6 +28,8 @@ TOLERANCE = 3e-4
 ONE_LEVEL = 1
 """Of 255, where rounding falls the other way."""
 SCHEDULERS = {"ddim": diffusers.DDIMScheduler, "euler": diffusers.EulerDiscreteScheduler}
+COVER = "nearest"
+"""How diffusers makes a mask of latents."""
 NINE = ("sd2", "sd2-v", "sdxl")
 
 
@@ -106,7 +108,7 @@ def floats_of_theirs(pairs, noise):
 def floats_of_ours(mine, noise, sampler="ddim", spacing="leading", negative_prompt=NEGATIVE):
     """The run step by step; with the start noise given, the masked image's posterior is what the seed draws first."""
     image, mask = picture()
-    known = mine.encode_image(image, mask, draws=pipeline.Draws([7], mine.device), latents=False)
+    known = mine.encode_image(image, mask, draws=Draws([7], mine.device), latents=False, cover=COVER)
     cond, uncond = mine.encode_prompts([PROMPT, negative_prompt], (image.height, image.width))
     sigmas = schedule(sampler, spacing, mine.family.schedule, STEPS)
     denoise = mine.denoiser(known, cond, uncond, guidance_scale=7.5)
@@ -245,7 +247,7 @@ PICTURES = [
 def test_pictures(pairs, name, options):
     theirs, mine = pairs(name)
     expected = run_theirs(theirs, seed=9, **options)[0]
-    options = {"negative_prompt": NEGATIVE, "steps": STEPS, "paste_back": False, **options}
+    options = {"negative_prompt": NEGATIVE, "steps": STEPS, "paste_back": False, "cover": COVER, **options}
     found = mine.inpaint(*picture(), PROMPT, seed=9, progress=False, **options)
     assert levels(found.image, expected) <= ONE_LEVEL
     assert found.settings["negative_prompt"] == options["negative_prompt"]

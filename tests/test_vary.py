@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from sdinpaint import Pipeline, cli
+from sdinpaint.cli import painting
 from sdinpaint.errors import ImageError, SdInpaintWarning, SettingError
 from sdinpaint.picture_io import read_settings
 from sdinpaint.settings import MASK_ONLY, Settings
@@ -60,13 +61,20 @@ def test_an_item_of_a_list_is_its_single_run(either, sampler):
     assert levels(together.images[0], images[0]) > 20
 
 
+def test_one_at_a_time_an_item_is_its_single_run_bit_for_bit(either):
+    images = [picture(), picture(seed=1), picture(*SIZES[1])]
+    together = vary(either, images, seed=[4, 0, 9], sampler="euler_ancestral", batch_size=1)
+    for image, seed, found in zip(images, together.seeds, together.images, strict=True):
+        assert np.array_equal(found, vary(either, image, seed=seed, sampler="euler_ancestral").image)
+
+
 @pytest.mark.parametrize("options", [{}, {"strength": 1, "sampler": "euler", "spacing": "linspace"}, {"eta": 0.5}])
 def test_settings_replay_the_run(either, options):
     first = vary(either, prompt=None, negative_prompt="a fox", seed=None, **options)
     again = either.vary(picture(), **first.settings, progress=False)
     assert np.array_equal(first.image, again.image)
     assert again.settings == first.settings
-    assert "cover" not in first.settings
+    assert not set(MASK_ONLY) & set(first.settings)
 
 
 @pytest.mark.parametrize(("steps", "strength"), [(50, 0.58), (10, 0.6), (5, 1), (2, 0.01), (7, 0.99)])
@@ -137,16 +145,17 @@ def test_on_the_command_line(pipe, tmp_path, monkeypatch):
     done = CliRunner().invoke(cli.main, ["vary", str(photo), *given])
     assert done.exit_code == 0, done.output
     assert np.array_equal(Image.open(out), vary(pipe, strength=0.7).image)
-    stored = read_settings(out)
-    replay = {name: value for name, value in stored.items() if name not in ("size", "model", "version")}
-    assert np.array_equal(Image.open(out), pipe.vary(photo, **replay, progress=False).image)
+    assert np.array_equal(Image.open(out), pipe.vary(photo, **read_settings(out), progress=False).image)
     assert CliRunner().invoke(cli.main, ["vary", str(photo), *given, "--strength=2"]).exit_code == 3
     assert CliRunner().invoke(cli.main, ["vary", str(photo), *given, "--cover=max"]).exit_code == 2
 
 
 def test_options_of_the_command_line_are_those_of_the_library():
-    options = {parameter.name: parameter.default for parameter in cli.main.commands["vary"].params}
-    settings = set(options) - set(inspect.signature(cli._paint).parameters) - set(cli.LOADING)
+    least = ["photo.png", "--prompt=a red fox", "--model=demo", "--out=out.png"]
+    options = cli.main.commands["vary"].make_context("vary", least).params
+    settings = set(options) - set(inspect.signature(painting._paint).parameters) - set(painting.LOADING)
     defaults = inspect.signature(Pipeline.vary).parameters
     assert settings == {field.name for field in fields(Settings)} - set(MASK_ONLY)
-    assert all(options[name] == defaults[name].default for name in settings - {"spacing", "eta"})
+    assert settings | {"manifest"} <= set(defaults)
+    for name in settings - {"batch_size"}:  # one picture at a time is written as soon as it is done
+        assert options[name] == defaults[name].default

@@ -11,7 +11,7 @@ import torch
 from peers import pipeline_twin
 from PIL import Image
 
-from sdinpaint import pipeline
+from sdinpaint import batch
 from sdinpaint.images import pad_to_multiple, to_uint8
 from sdinpaint.loading import load
 from sdinpaint.sampling import schedules
@@ -74,7 +74,7 @@ def run_ours(mine, image, *, seed=7, **options):
     """The image that `vary` rounds."""
     decoded = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "to_uint8", lambda image: decoded.append(image) or to_uint8(image))
+        patch.setattr(batch, "to_uint8", lambda image: decoded.append(image) or to_uint8(image))
         mine.vary(image, PROMPT, negative_prompt=NEGATIVE, steps=STEPS, seed=seed, progress=False, **options)
     return (decoded[0] / 2 + 0.5).clamp(0, 1)
 
@@ -130,28 +130,26 @@ def test_sizes_that_are_no_multiple_of_8(twins, height, width):
 
 
 def noise_first(mine, patch):
-    class Reversed(pipeline.Draws):
-        """Two draws, exchanged."""
+    draw, kept = batch.Draws.__call__, []
 
-        def __call__(self, like):
-            if not hasattr(self, "kept"):
-                self.kept = super().__call__(like)
-                return super().__call__(like)
-            kept, self.kept = self.kept, None
-            return super().__call__(like) if kept is None else kept
+    def exchanged(self, like):
+        """The second draw, then the first."""
+        if not kept:
+            kept.append(draw(self, like))
+            return draw(self, like)
+        return kept.pop()
 
-    patch.setattr(pipeline, "Draws", Reversed)
+    patch.setattr(batch.Draws, "__call__", exchanged)
 
 
 def one_draw_more(mine, patch):
-    known = type(mine)._known
+    begin = batch.Batch.__init__
 
-    def drawing(self, jobs, settings, draws, masked):
-        found = known(self, jobs, settings, draws, masked)
-        draws(found[1])
-        return found
+    def drawing(self, pipe, settings, views, draws, *, masked):
+        begin(self, pipe, settings, views, draws, masked=masked)
+        draws(self.known.latents)
 
-    patch.setattr(type(mine), "_known", drawing)
+    patch.setattr(batch.Batch, "__init__", drawing)
 
 
 def from_noise_alone(mine, patch):

@@ -5,9 +5,9 @@ A mask stays soft (0..1) as long as it can serve for blending; what is repainted
 
 from __future__ import annotations
 
-import warnings
+import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +15,23 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdinpaint.errors import MaskError, SdInpaintWarning
+from sdinpaint.errors import MaskError, warn
 from sdinpaint.picture_io import DEEP_MODES, decode, open_image
 
-__all__ = ["binarize", "is_empty", "masked_image", "read_mask", "to_latent"]
+__all__ = ["CELL", "Hole", "Soft", "Source", "binarize", "is_empty", "looks_inverted", "masked_image", "read_mask"]
+__all__ += ["read_own_size", "to_latent"]
 
+
+@runtime_checkable
+class HasArray(Protocol):
+    """What numpy takes as an array, such as `Mask`."""
+
+    def __array__(self) -> NDArray[Any]: ...
+
+
+Hole = NDArray[np.bool_]
 Soft = NDArray[np.float32]
-Source = Path | str | Image.Image | NDArray[np.generic] | Tensor
+Source = Path | str | Image.Image | HasArray | Tensor
 
 NOISE = 4 / 255
 """Below this, a pixel is noise of a JPEG or the far edge of a soft brush."""
@@ -37,36 +47,34 @@ CELL = 8
 
 
 def read_mask(source: Source, size: tuple[int, int], argument: str = "mask") -> Soft:
-    """Read a path, PIL image, array or tensor (bool, uint8 0..255, float 0..1) -> float32 (H, W) in [0, 1].
+    """Read a path, PIL image, array, tensor or Mask, as `read_own_size` does -> float32 (H, W) in [0, 1].
 
-    `size` is (H, W) of the picture; another size with the same aspect within 1 % is scaled, with a warning. A mask
-    that lies in the alpha channel is found there, with a warning. A coloured one is refused.
+    `size` is (H, W) of the picture; another size with the same aspect within 1 % is scaled, with a warning.
+    Raises MaskError, or ImageError for a file that is no picture; both name `argument`.
+    """
+    return _without_noise(_fitted(read_own_size(source, argument), size, argument))
+
+
+def read_own_size(source: Source, argument: str) -> Soft:
+    """Read a mask (bool, uint8 0..255, uint16 0..65535, float 0..1) in the size it has -> float32 (H, W) in [0, 1].
+
+    A mask that lies in the alpha channel is found there, with a warning. A coloured one is refused.
     Raises MaskError, or ImageError for a file that is no picture; both name `argument`.
     """
     if isinstance(source, str | Path):
-        mask = _from_pil(open_image(source, argument), argument)
-    elif isinstance(source, Image.Image):
-        mask = _from_pil(decode(source, argument), argument)
-    elif isinstance(source, Tensor):
+        return _without_noise(_from_pil(open_image(source, argument), argument))
+    if isinstance(source, Image.Image):
+        return _without_noise(_from_pil(decode(source, argument), argument))
+    if isinstance(source, Tensor):
         values = source.detach().cpu()
-        mask = _from_array((values.float() if values.is_floating_point() else values).numpy(), argument)
-    elif isinstance(source, np.ndarray):
-        mask = _from_array(source, argument)
-    else:
-        expected = "a path, a PIL image, an array or a tensor"
-        raise MaskError("MASK_TYPE", argument, f"a {type(source).__name__}", expected=expected, hint="convert it first")
-    mask = _fitted(mask, size, argument)
-    mask[mask < NOISE] = 0
-    if _looks_inverted(mask):
-        share = f"{(mask >= 0.5).mean():.0%}"
-        message = (
-            f"{argument}: {share} is white, along all borders too; white is repainted: invert it if it is to be kept"
-        )
-        warnings.warn(message, SdInpaintWarning, stacklevel=2)
-    return mask
+        return _from_array((values.float() if values.is_floating_point() else values).numpy(), argument)
+    if isinstance(source, HasArray):
+        return _from_array(np.asarray(source), argument)
+    expected = "a path, a PIL image, an array, a tensor or a Mask"
+    raise MaskError("MASK_TYPE", argument, f"a {type(source).__name__}", expected=expected, hint="convert it first")
 
 
-def binarize(mask: Soft) -> NDArray[np.bool_]:
+def binarize(mask: Soft) -> Hole:
     """mask (H, W) -> True where it is repainted: at least 0.5, so 127 of 255 keeps and 128 repaints.
 
     Source: runwayml/stable-diffusion scripts/inpaint_st.py make_batch_sd.
@@ -79,15 +87,21 @@ def is_empty(mask: Soft) -> bool:
     return not bool(binarize(mask).any())
 
 
-def to_latent(mask: Tensor, cover: Literal["nearest", "max"] = "nearest") -> Tensor:
+def looks_inverted(hole: NDArray[np.bool_]) -> bool:
+    """Whether a hole (H, W) is most of the picture and reaches all its borders, as one of the wrong polarity does."""
+    edges = (hole[0], hole[-1], hole[:, 0], hole[:, -1])
+    return INVERTED_SHARE < float(hole.mean()) < 1 and all(bool(edge.any()) for edge in edges)
+
+
+def to_latent(mask: Tensor, cover: Literal["nearest", "max"] = "nearest", cell: int = CELL) -> Tensor:
     """mask (B, 1, 8H, 8W) -> (B, 1, H, W), by the first pixel of each cell or, with "max", by any pixel of it.
 
     The models were trained with "nearest", which a line thinner than 8 pixels may slip through.
     Source: diffusers pipeline_stable_diffusion_inpaint.py prepare_mask_latents.
     """
     if cover == "max":
-        return F.max_pool2d(mask, CELL)
-    return F.interpolate(mask, size=(mask.shape[-2] // CELL, mask.shape[-1] // CELL))
+        return F.max_pool2d(mask, cell)
+    return F.interpolate(mask, size=(mask.shape[-2] // cell, mask.shape[-1] // cell))
 
 
 def masked_image(image: Tensor, mask: Tensor) -> Tensor:
@@ -104,7 +118,7 @@ def _from_pil(image: Image.Image, argument: str) -> Soft:
         if alpha.min() < alpha.max():
             _require_one_colour(pixels[alpha > 0][:, :3], argument)
             message = f"{argument}: the mask is in the alpha channel: opaque is repainted, transparent is kept"
-            warnings.warn(message, SdInpaintWarning, stacklevel=3)
+            warn(message)
             return _scaled(alpha, argument)
     rgb = image.convert("RGB")
     _require_grey(np.asarray(rgb), argument)
@@ -114,7 +128,7 @@ def _from_pil(image: Image.Image, argument: str) -> Soft:
 def _from_array(array: NDArray[np.generic], argument: str) -> Soft:
     if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] in (3, 4) and array.size:
         return _from_pil(Image.fromarray(array), argument)
-    values = array.squeeze()
+    values = array if array.ndim == 2 else array.squeeze()
     if values.ndim != 2 or not values.size:
         expected = "(height, width)"
         raise MaskError(
@@ -132,10 +146,18 @@ def _scaled(values: NDArray[np.generic], argument: str) -> Soft:
         expected = "bool, uint8 or float"
         raise MaskError("MASK_TYPE", argument, f"values of {values.dtype}", expected=expected, hint="mask.astype(bool)")
     low, high = float(values.min()), float(values.max())
+    expected = f"0 (keep) to {white:g} (repaint)"
+    if math.isnan(low):
+        found, hint = f"{np.isnan(values).sum()} of {values.size} values are NaN", "np.nan_to_num(mask) keeps them"
+        raise MaskError("MASK_BAD_VALUES", argument, found, expected=expected, hint=hint)
     if not 0 <= low <= high <= white or 0 < high <= MISTAKEN.get(white, 0):
-        found, expected = f"{values.dtype} values from {low:g} to {high:g}", f"0 (keep) to {white:g} (repaint)"
+        found = f"{values.dtype} values from {low:g} to {high:g}"
         raise MaskError("MASK_BAD_VALUES", argument, found, expected=expected, hint="mask > 0 is a mask of type bool")
     return values.astype(np.float32) / np.float32(white)
+
+
+def _without_noise(mask: Soft) -> Soft:
+    return np.where(mask < NOISE, np.float32(0), mask)
 
 
 def _require_one_colour(visible: NDArray[np.uint8], argument: str) -> None:
@@ -167,11 +189,5 @@ def _fitted(mask: Soft, size: tuple[int, int], argument: str) -> Soft:
     if abs(columns * height - rows * width) > ASPECT_TOLERANCE * rows * width:
         hint = "draw the mask over the picture itself, at its size"
         raise MaskError("MASK_SIZE", argument, found, expected=expected, hint=hint)
-    warnings.warn(f"{argument}: {found}; scaled to {expected}", SdInpaintWarning, stacklevel=3)
+    warn(f"{argument}: {found}; scaled to {expected}")
     return np.array(Image.fromarray(mask).resize((width, height), Image.Resampling.BILINEAR))
-
-
-def _looks_inverted(mask: Soft) -> bool:
-    white = binarize(mask)
-    edges = (white[0], white[-1], white[:, 0], white[:, -1])
-    return INVERTED_SHARE < float(white.mean()) < 1 and all(bool(edge.any()) for edge in edges)

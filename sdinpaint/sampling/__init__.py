@@ -1,7 +1,8 @@
 """Sampling: noise schedules, samplers, and the denoiser that joins them to a UNet. It knows torch only."""
 
 from sdinpaint.sampling import samplers, schedules
-from sdinpaint.sampling.denoiser import Conditioning, Denoiser, Known, blend_known, restore_known
+from sdinpaint.sampling.denoiser import Conditioning, Denoiser
+from sdinpaint.sampling.known import Known, blend_known, blend_soft, restore_known, soft_masks, start_soft
 from sdinpaint.sampling.presets import SAMPLERS, Sampler, Spacing, find_sampler, find_spacing, schedule
 
 __all__ = [
@@ -12,10 +13,13 @@ __all__ = [
     "Sampler",
     "Spacing",
     "blend_known",
+    "blend_soft",
     "find_sampler",
     "find_spacing",
     "restore_known",
     "samplers",
     "schedule",
     "schedules",
+    "soft_masks",
+    "start_soft",
 ]

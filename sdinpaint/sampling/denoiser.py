@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -14,7 +15,6 @@ from sdinpaint.errors import SettingError
 from sdinpaint.families import Prediction
 from sdinpaint.sampling import schedules
 from sdinpaint.sampling.graphs import Graphs, Tensors, shapes
-from sdinpaint.sampling.samplers import Denoise
 
 UNetFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, Sequence[Tensor] | None], Tensor]
 """unet(x (B, C, H, W), t (B,), context (B, L, D), vector (B, V) | None, control | None) -> (B, 4, H, W)."""
@@ -29,18 +29,6 @@ class Conditioning:
 
     context: Tensor
     vector: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Known:
-    """What the picture says: `mask` (B, 1, H, W), 1 = repaint; `masked_latents` and `latents` (B, 4, H, W).
-
-    `latents` are those of the whole picture, encoded where strength < 1 or a 4-channel model needs them.
-    """
-
-    mask: Tensor
-    masked_latents: Tensor
-    latents: Tensor | None = None
 
 
 class Prepared(Protocol):
@@ -152,7 +140,7 @@ class Denoiser:
             )
         self._vector = _stacked("vector", vectors).to(dtype) if vectors else None
         self._extra = [] if extra is None else [one.to(dtype) for one in extra]
-        self._batches: dict[Hashable, _Batch] = {}
+        self._batches: dict[tuple[int, torch.dtype], _Batch] = {}
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """x (B, 4, H, W) at `sigma` -> x0 (B, 4, H, W), in x's dtype."""
@@ -168,6 +156,16 @@ class Denoiser:
         if self._graphs is None or batch.key is None:
             return step(varying, batch.constant)
         return self._graphs(batch.key, step, varying, batch.constant)
+
+    def showing(self, extra: tuple[Tensor, Tensor]) -> Denoiser:
+        """This denoiser with another (mask, masked_latents) of the same shapes; what was prepared serves both."""
+        other = copy.copy(self)
+        other._extra = [one.to(self._dtype) for one in extra]
+        other._batches = {}
+        for (count, dtype), batch in self._batches.items():
+            shown = [_spread("extra channels", one, count, 1) for one in other._extra]
+            other._batches[count, dtype] = replace(batch, constant=(*shown, *batch.prepared.kept))
+        return other
 
     def _begin(self, x: Tensor) -> _Batch:
         batch = self._copies * len(x)
@@ -212,44 +210,6 @@ class Denoiser:
             uncond, cond = output.chunk(2)
             output = uncond + guidance_scale * (cond - uncond)
         return of_x * x + of_output * output
-
-
-def blend_known(denoise: Denoise, known: Known, noise: Tensor, sigmas: Tensor) -> Denoise:
-    """Let a 4-channel model inpaint: where the mask is 0, it sees the picture under always the same `noise`.
-
-    At sigmas[0] x is as the run's start made it. A sampler's own x is not touched, so end with `restore_known`.
-    For a binary mask both together equal what diffusers does: blend x after every step, with clean latents at the last.
-    """
-    first = float(sigmas[0])
-    latents = _whole_latents(known)
-
-    def blended(x: Tensor, sigma: float) -> Tensor:
-        if sigma < first:
-            x = _keep(latents + sigma * noise, x, known.mask)
-        return _keep(latents, denoise(x, sigma), known.mask)
-
-    return blended
-
-
-def restore_known(latents: Tensor, known: Known) -> Tensor:
-    """Finished latents (B, 4, H, W), with the picture's own where the mask is 0."""
-    return _keep(_whole_latents(known), latents, known.mask)
-
-
-def _keep(kept: Tensor, repainted: Tensor, mask: Tensor) -> Tensor:
-    return torch.lerp(kept.to(repainted.dtype), repainted, mask.to(repainted.dtype))
-
-
-def _whole_latents(known: Known) -> Tensor:
-    if known.latents is None:
-        raise SettingError(
-            "SETTING_KNOWN_LATENTS",
-            "known.latents",
-            "None",
-            expected="the latents of the whole picture",
-            hint="a 4-channel model keeps the known area by its latents: encode the picture with them",
-        )
-    return known.latents
 
 
 def _from_eps(sigma: float) -> tuple[float, float]:

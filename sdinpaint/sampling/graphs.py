@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import threading
-import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdinpaint.errors import SdInpaintWarning, SettingError
+from sdinpaint.errors import SettingError, warn
 
 Tensors = Sequence[Tensor]
 Function = Callable[[Tensors, Tensors], Tensor]
@@ -64,7 +63,7 @@ class Graphs:
             self.enabled = False
             reason = str(error).partition("\n")[0]
             message = f"no CUDA graph can be made of the step, which is launched piece by piece instead: {reason}"
-            warnings.warn(message, SdInpaintWarning, stacklevel=4)
+            warn(message)
             return None
 
 

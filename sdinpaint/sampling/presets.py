@@ -85,7 +85,7 @@ SAMPLERS: dict[str, Sampler] = {
 
 def find_sampler(name: str) -> Sampler:
     """The entry of `SAMPLERS`. Raises: SettingError that lists the names."""
-    _check_name("SETTING_SAMPLER", "sampler", name, SAMPLERS)
+    check_name("SETTING_SAMPLER", "sampler", name, SAMPLERS)
     return SAMPLERS[name]
 
 
@@ -94,7 +94,7 @@ def find_spacing(sampler: str, spacing: str | None = None) -> Spacing:
     found = find_sampler(sampler)
     if spacing is None:
         spacing = found.spacing
-    _check_name("SETTING_SPACING", "spacing", spacing, found.spacings)
+    check_name("SETTING_SPACING", "spacing", spacing, found.spacings)
     return found.spacings[spacing]
 
 
@@ -107,9 +107,10 @@ def schedule(sampler: str, spacing: str | None, config: ScheduleConfig, steps: i
     return found.sigmas(sigmas, steps, end=end, **options)
 
 
-def _check_name(code: str, subject: str, name: object, names: Iterable[str]) -> None:
+def check_name(code: str, subject: str, name: object, names: Iterable[str]) -> None:
+    """Refuse a name that is none of `names`. Raises: SettingError that lists them, with the closest one."""
     known = list(names)
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         close = difflib.get_close_matches(str(name), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else ""
         raise SettingError(code, subject, f"{name!r}", expected="one of " + ", ".join(known), hint=hint)

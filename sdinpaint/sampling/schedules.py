@@ -92,16 +92,25 @@ def finish(x: Tensor, sigmas: Tensor) -> Tensor:
     return x / math.hypot(1, float(sigmas[-1]))
 
 
+def steps_run(steps: int, strength: float) -> int:
+    """How many of a run's steps are left by `strength`: steps * strength, rounded down, but at least one."""
+    return max(1, math.floor(steps * strength + 1e-9))  # 50 * 0.58 is 28.999999999999996
+
+
 def for_strength(sigmas: Tensor, strength: float) -> Tensor:
-    """The last steps * strength steps of a schedule, rounded down but at least one; strength is in (0, 1].
+    """The last `steps_run` steps of a schedule; strength is in (0, 1].
 
     Raises: SettingError where strength is outside of that.
     """
     if not 0 < strength <= 1:
         raise SettingError("SETTING_STRENGTH", "strength", f"{strength!r}", expected="a number above 0, at most 1")
     steps = len(sigmas) - 1
-    run = max(1, math.floor(steps * strength + 1e-9))  # 50 * 0.58 is 28.999999999999996
-    return sigmas[steps - run :]
+    return sigmas[steps - steps_run(steps, strength) :]
+
+
+def step_at(sigmas: Tensor, sigma: float) -> int:
+    """The index of the step that starts at `sigma`, or passes it."""
+    return max(int((sigmas[:-1] >= sigma).sum()), 1) - 1
 
 
 def timestep(train_sigmas: Tensor, sigma: float) -> float:

@@ -10,7 +10,6 @@ import copy
 import importlib.util
 import json
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from sdinpaint.errors import CheckpointError, SdInpaintWarning, SettingError, TokenizerError
+from sdinpaint.errors import CheckpointError, SettingError, TokenizerError, warn
 from sdinpaint.text.vocabulary import (
     CLIP_ROWS,
     END,
@@ -152,7 +151,7 @@ class Tokenizer:
             cut = "".join(character for character in prompt[encoding.offsets[room][0] :] if character.isprintable())
             shown = cut if len(cut) <= 60 else cut[:57] + "..."
             message = f"prompt has {len(ids)} tokens, {room} used; cut: {shown!r}"
-            warnings.warn(message, SdInpaintWarning, stacklevel=4)
+            warn(message)
         row = [self.start_id, *ids[:room], self.end_id]
         return row + [self.pad_id] * (CONTEXT_LENGTH - len(row))
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from sdinpaint.masks.generator import grid, random_hole
 
 __all__ = [
     "COLORS",
@@ -168,15 +169,9 @@ SHAPES: tuple[str, ...] = tuple(_SURFACES)
 # --- drawing ---
 
 
-def _grid(size: int) -> tuple[Array, Array]:
-    """Pixel centres: x (1, size) and y (size, 1), in fractions of the side."""
-    at = ((np.arange(size) + 0.5) / size).astype(np.float32)
-    return at[None, :], at[:, None]
-
-
 def _wall_and_floor(background: Background, size: int) -> Array:
     """The empty scene, float (size, size, 3) in 0..255: a glow on the wall, a floor that brightens towards us."""
-    x, y = _grid(size)
+    x, y = grid(size)
     depth = (y - background.horizon) / (1 - background.horizon)
     floor_share = np.clip((y - background.horizon) * size + 0.5, 0, 1)
     glow = np.exp(-((x - 0.5 - 0.35 * background.light) ** 2 + (y - 0.25) ** 2) * 3.0)
@@ -198,7 +193,7 @@ def _window(thing: Thing, size: int, reach: float) -> tuple[slice, slice]:
 def _draw_shadow(canvas: Array, thing: Thing, light: float) -> None:
     size = len(canvas)
     rows, columns = _window(thing, size, reach=2.0)
-    x, y = _grid(size)
+    x, y = grid(size)
     base = thing.y + _SURFACES[thing.shape][1] * thing.radius
     u = (x[:, columns] - thing.x) / thing.radius + 0.25 * light
     v = (y[rows] - base) / (0.26 * thing.radius)
@@ -209,7 +204,7 @@ def _draw_shadow(canvas: Array, thing: Thing, light: float) -> None:
 def _draw(canvas: Array, thing: Thing, light: float) -> None:
     size = len(canvas)
     rows, columns = _window(thing, size, reach=1.15)
-    x, y = _grid(size)
+    x, y = grid(size)
     u, v = np.broadcast_arrays((x[:, columns] - thing.x) / thing.radius, (y[rows] - thing.y) / thing.radius)
     distance, (nx, ny, nz) = _SURFACES[thing.shape][0](u, v)
     cover = np.clip(0.5 - distance * thing.radius * size, 0, 1)[..., None]
@@ -238,7 +233,7 @@ def inside(shape: str, u: Array, v: Array) -> Mask:
 
 def silhouette(thing: Thing, size: int = 128) -> Mask:
     """The pixels that a thing covers at least by half, without its shadow -> bool (size, size)."""
-    x, y = _grid(size)
+    x, y = grid(size)
     u, v = np.broadcast_arrays((x - thing.x) / thing.radius, (y - thing.y) / thing.radius)
     return inside(thing.shape, u, v)
 
@@ -355,7 +350,7 @@ def object_mask(rng: np.random.Generator, scene: Scene, thing: Thing, size: int 
     Its outline (between ellipse and rounded box, with margins of its own on each side) is drawn without a look at the
     shape or the colour, so that the hole tells nothing about them; other things stay visible.
     """
-    x, y = _grid(size)
+    x, y = grid(size)
     left, right, top, bottom = thing.radius + rng.uniform(0.03, 0.16, 4)
     u = (x - thing.x - (right - left) / 2) * 2 / (left + right)
     v = (y - thing.y - (bottom - top) / 2) * 2 / (top + bottom)
@@ -371,57 +366,11 @@ def object_mask(rng: np.random.Generator, scene: Scene, thing: Thing, size: int 
     return hole
 
 
-def _rectangle(rng: np.random.Generator, size: int) -> Mask:
-    x, y = _grid(size)
-    half_x, half_y = rng.uniform(0.1, 0.4, 2)
-    center_x, center_y = rng.uniform(0.1, 0.9, 2)
-    hole: Mask = (np.abs(x - center_x) <= half_x) & (np.abs(y - center_y) <= half_y)
-    return hole
-
-
-def _ellipse(rng: np.random.Generator, size: int) -> Mask:
-    x, y = _grid(size)
-    half_x, half_y = rng.uniform(0.12, 0.45, 2)
-    center_x, center_y = rng.uniform(0.1, 0.9, 2)
-    hole: Mask = ((x - center_x) / half_x) ** 2 + ((y - center_y) / half_y) ** 2 <= 1
-    return hole
-
-
-def _strokes(rng: np.random.Generator, size: int) -> Mask:
-    """A thick brush drawn through three to five points."""
-    x, y = _grid(size)
-    points = rng.uniform(0.05, 0.95, (rng.integers(3, 6), 2))
-    thickness = rng.uniform(0.05, 0.13)
-    painted = np.zeros((size, size), dtype=np.bool_)
-    for (x0, y0), (x1, y1) in pairwise(points):
-        dx, dy = x1 - x0, y1 - y0
-        along = np.clip(((x - x0) * dx + (y - y0) * dy) / (dx * dx + dy * dy + 1e-9), 0, 1)
-        painted |= (x - x0 - along * dx) ** 2 + (y - y0 - along * dy) ** 2 <= thickness**2
-    return painted
-
-
-def _half(rng: np.random.Generator, size: int) -> Mask:
-    """Everything beyond a line across the picture, on one of its four sides: what extending a picture asks for."""
-    along = _grid(size)[rng.integers(2)]
-    share = rng.uniform(0.25, 0.6)
-    beyond = along < share if rng.random() < 0.5 else along > 1 - share
-    return np.broadcast_to(beyond, (size, size)).copy()
-
-
-def _full(rng: np.random.Generator, size: int) -> Mask:
-    return np.ones((size, size), dtype=np.bool_)
-
-
-MASK_KINDS: dict[str, tuple[float, Callable[[np.random.Generator, int], Mask]]] = {  # with their probabilities
-    "rectangle": (0.30, _rectangle),
-    "ellipse": (0.20, _ellipse),
-    "strokes": (0.20, _strokes),
-    "half": (0.20, _half),
-    "full": (0.10, _full),
-}
+MASK_KINDS: dict[str, float] = {"box": 0.30, "ellipse": 0.20, "thick": 0.20, "half": 0.20, "full": 0.10}
+"""Kinds of holes that are drawn without a look at the scene, with their probabilities."""
 
 
 def random_mask(rng: np.random.Generator, size: int = 128) -> Mask:
     """A hole of a kind drawn with the probabilities of MASK_KINDS -> bool (size, size), never empty."""
-    kind = rng.choice(list(MASK_KINDS), p=[probability for probability, _ in MASK_KINDS.values()])
-    return MASK_KINDS[kind][1](rng, size)
+    kind = str(rng.choice(list(MASK_KINDS), p=list(MASK_KINDS.values())))
+    return random_hole(rng, size, kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 import zlib
 
@@ -14,7 +15,31 @@ from PIL import Image
 from refusals import IMAGE, INF, MASK, NAN, inpaint, load, refused
 
 from sdinpaint import SdInpaintWarning
+from sdinpaint.batch import Batch
 from sdinpaint.errors import ImageError, MaskError, SettingError
+from sdinpaint.extending import ANCHORS, EXTENDING_FILLS
+from sdinpaint.fills import FILLS
+from sdinpaint.settings import BLENDS, COVERS, REGIONS
+
+
+@pytest.fixture
+def nothing_computed(pipe, usual, no_harm_done, monkeypatch):
+    """From here to the end of the test, no model is shown anything."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, "__init__", lambda *_, **__: pytest.fail("something was computed"))
+        yield
+
+
+@pytest.mark.usefixtures("nothing_computed")
+def test_what_is_computed_is_seen(pipe):
+    for call in (
+        lambda: inpaint(pipe),
+        lambda: pipe.vary(IMAGE, "", progress=False),
+        lambda: pipe.outpaint(IMAGE, "", 8, progress=False),
+    ):
+        with pytest.raises(pytest.fail.Exception, match="something was computed"):
+            call()
+
 
 # Pictures and masks
 
@@ -127,7 +152,16 @@ SETTINGS = [
     ("eta", [NAN, INF, -0.1, "0"], "SETTING_ETA"),
     ("sampler", ["dimm", "DDIM", "", None, 3, []], "SETTING_SAMPLER"),
     ("spacing", ["leadin", "Karras", "", 3], "SETTING_SPACING"),
-    ("cover", ["all", None, 1], "SETTING_COVER"),
+    ("cover", ["all", "Max", "", None, 1, True, np.array(["max", "nearest"])], "SETTING_COVER"),
+    ("fill", ["black", "Blur", "reflect", "", None, 0, ["blur"], np.array(["blur", "edge"])], "SETTING_FILL"),
+    ("blend", ["multiband", "Poisson", "", None, 1, False], "SETTING_BLEND"),
+    ("regions", ["all", "Each", "", None, 2, True], "SETTING_REGIONS"),
+    ("soft", ["yes", 1, 0, None, 0.5, MASK], "SETTING_SOFT"),
+    ("match_color", ["no", 1, None], "SETTING_MATCH_COLOR"),
+    ("paste_back", ["no", 0, None], "SETTING_PASTE_BACK"),
+    ("crop", ["everything", "Auto", "", "8", -1, 2.5, True, NAN, INF, [8], 10**400, 73], "SETTING_CROP"),
+    ("crop", [IMAGE, np.array([8, 8]), torch.tensor([8, 8])], "SETTING_CROP"),
+    ("batch_size", [0, -1, 1.5, True, "2", NAN, 10**400, [2]], "SETTING_BATCH_SIZE"),
     ("noise", [torch.zeros(4, 8, 9), torch.zeros(1, 3, 8, 9), torch.zeros(2, 4, 8, 9), 7, [1.0]], "SETTING_NOISE"),
     ("noise", [torch.zeros(1, 4, 8, 8), torch.full((1, 4, 8, 9), NAN), np.zeros((1, 4, 8, 9))], "SETTING_NOISE"),
     ("prompt", [5, 0, b"a fox", b"", False, ["a", 5], "a \ud800 fox", {"a": 1}], "SETTING_PROMPT"),
@@ -135,16 +169,16 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.usefixtures("nothing_computed")
 @pytest.mark.parametrize(("name", "values", "code"), SETTINGS)
-def test_settings_out_of_bounds(pipe, monkeypatch, name, values, code):
-    monkeypatch.setattr(pipe, "_repaint", lambda *_: pytest.fail("something was computed"))
+def test_settings_out_of_bounds(pipe, name, values, code):
     for value in values:
         error = refused(SettingError, code, lambda: inpaint(pipe, **{name: value}))  # noqa: B023
         assert error.subject == name
 
 
-def test_the_last_of_a_list_is_checked_before_anything_is_computed(pipe, monkeypatch):
-    monkeypatch.setattr(pipe, "_repaint", lambda *_: pytest.fail("something was computed"))
+@pytest.mark.usefixtures("nothing_computed")
+def test_the_last_of_a_list_is_checked_before_anything_is_computed(pipe):
     images = [IMAGE, IMAGE[:32, :40]]
     masks = [MASK, MASK[:32, :40]]
     warnings.simplefilter("ignore", SdInpaintWarning)  # one of them is very small
@@ -154,15 +188,107 @@ def test_the_last_of_a_list_is_checked_before_anything_is_computed(pipe, monkeyp
     refused(ImageError, "IMAGE_TYPE", lambda: inpaint(pipe, [IMAGE, None], MASK))
 
 
+@pytest.mark.usefixtures("nothing_computed")
+@pytest.mark.parametrize(
+    ("name", "words"), [("cover", COVERS), ("fill", FILLS), ("blend", BLENDS), ("regions", REGIONS)]
+)
+def test_an_unknown_word_is_refused_with_the_known_ones(pipe, name, words):
+    code = f"SETTING_{name.upper()}"
+    assert len(words) > 1
+    refused(SettingError, code, lambda: inpaint(pipe, **{name: "unheard-of"}), "'unheard-of'", *words)
+
+
+@pytest.mark.usefixtures("nothing_computed")
+def test_a_crop_that_is_larger_than_the_picture(pipe):
+    square, hole = IMAGE[:, :64], MASK[:, :64]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SdInpaintWarning)  # a refusal comes before what there is to say of the others
+        error = refused(SettingError, "SETTING_CROP", lambda: inpaint(pipe, square, hole, crop=65), "65 pixels")
+        assert error.expected == "0 to 64 pixels, the picture's longer side"
+        for regions in REGIONS:
+            several = [IMAGE, square, IMAGE], [MASK, hole, np.zeros_like(MASK)]
+            refused(SettingError, "SETTING_CROP", lambda: inpaint(pipe, *several, crop=72, regions=regions))  # noqa: B023
+
+
+@pytest.mark.usefixtures("nothing_computed")
+@pytest.mark.parametrize("crop", [8, "auto"])
+@pytest.mark.parametrize("options", [{}, {"regions": "each"}, {"soft": True}, {"strength": 0}], ids=str)
+def test_a_crop_around_nothing(pipe, crop, options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SdInpaintWarning)
+        for masks in (np.zeros_like(MASK), [MASK, MASK & False, MASK]):
+            error = refused(MaskError, "MASK_EMPTY", lambda: inpaint(pipe, mask=masks, crop=crop, **options))  # noqa: B023
+            assert error.subject == "mask"
+
+
+@pytest.mark.usefixtures("nothing_computed")
+@pytest.mark.parametrize("given", [{"blend": "feather"}, {"blend": "poisson"}, {"match_color": True}], ids=str)
+def test_joining_what_is_not_pasted_back(pipe, given):
+    code = f"SETTING_{next(iter(given)).upper()}"
+    error = refused(SettingError, code, lambda: inpaint(pipe, paste_back=False, **given), "paste_back=False")
+    assert "leave paste_back on" in error.hint
+
+
+@pytest.mark.usefixtures("nothing_computed")
+def test_what_an_extra_is_needed_for_is_known_before_anything_is_computed(pipe, monkeypatch):
+    needing = {"scipy.sparse": {"blend": "poisson"}, "scipy.ndimage": {"regions": "each"}}
+    needing["cv2"] = {"fill": "telea", "strength": 0.5}
+    for module, options in needing.items():
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            refused(SettingError, "SETTING_EXTRA", lambda: inpaint(pipe, **options), "sdinpaint[mask]")  # noqa: B023
+
+
+OUTPAINTING = [
+    *((side, [-1, 1.5, NAN, INF, True, "8", None, [8], 2**40], None) for side in ("left", "right", "top", "bottom")),
+    ("size", [80, "80x80", (80,), (80, 80, 3), (80.5, 80), (True, 80), (0, 80), (63, 80), (80, 71)], "SETTING_SIZE"),
+    ("anchor", ["middle", "Left", "left-top", "", None, ["left"]], None),
+    ("overlap", [-1, 0.5, NAN, False, "8", None, 64], None),
+    ("fill", ["original", "telea", "Edge", "", None], None),
+    ("steps", [0, 2.5], None),
+    ("crop", [-1, "everything", 1000], None),
+    ("blend", ["multiband"], None),
+]
+
+
+@pytest.mark.usefixtures("nothing_computed")
+@pytest.mark.parametrize(("name", "values", "code"), OUTPAINTING)
+def test_outpainting_out_of_bounds(pipe, name, values, code):
+    for value in values:
+        given = {name: value} if name == "size" else {"top": 8, name: value}
+        error = refused(
+            SettingError,
+            code or f"SETTING_{name.upper()}",
+            lambda: pipe.outpaint(IMAGE, "a fox", progress=False, **given),  # noqa: B023
+        )
+        assert error.subject == name
+
+
+@pytest.mark.usefixtures("nothing_computed")
+def test_what_outpainting_cannot_do(pipe):
+    def outpaint(**given):
+        return lambda: pipe.outpaint(IMAGE, "a fox", progress=False, **given)
+
+    refused(SettingError, "SETTING_SIDES", outpaint(), "left, right, top, bottom")
+    refused(SettingError, "SETTING_SIDES", outpaint(size=(64, 72)))
+    refused(SettingError, "SETTING_SIZE", outpaint(size=(80, 80), left=8), "beside pixels for a side")
+    refused(SettingError, "SETTING_SIZE", outpaint(size=(60, 80)), "at least the picture's 64 rows, 72 columns")
+    refused(SettingError, "SETTING_ANCHOR", outpaint(left=8, anchor="middle"), *ANCHORS)
+    refused(SettingError, "SETTING_FILL", outpaint(left=8, fill="blur"), *EXTENDING_FILLS)
+    refused(SettingError, "SETTING_OVERLAP", outpaint(left=8, right=8, overlap=36), "36 pixels", "72 columns")
+    refused(ImageError, "IMAGE_TOO_LARGE", outpaint(bottom=2**20, left=2**10), "bottom")
+
+
 def test_names_that_are_almost_right(pipe):
-    for name, value, meant in (("sampler", "eulr", "euler"), ("spacing", "leadin", "leading")):
+    almost = [("sampler", "eulr", "euler"), ("spacing", "leadin", "leading"), ("blend", "poison", "poisson")]
+    for name, value, meant in [*almost, ("fill", "orginal", "original"), ("cover", "neares", "nearest")]:
         error = refused(SettingError, f"SETTING_{name.upper()}", lambda: inpaint(pipe, **{name: value}))  # noqa: B023
         assert error.hint == f"did you mean {meant!r}?"
         assert meant in error.expected
 
 
-def test_fresh_noise_for_a_sampler_that_takes_none(pipe, monkeypatch):
-    monkeypatch.setattr(pipe, "_repaint", lambda *_: pytest.fail("something was computed"))
+@pytest.mark.usefixtures("nothing_computed")
+def test_fresh_noise_for_a_sampler_that_takes_none(pipe):
     refused(SettingError, "SETTING_ETA", lambda: inpaint(pipe, sampler="dpmpp_2m", eta=0.5), "eta", "dpmpp_2m")
 
 

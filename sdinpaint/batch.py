@@ -1,0 +1,170 @@
+"""Views of one size, as one batch through the models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from sdinpaint.control import Control, inpaint_hint
+from sdinpaint.images import to_uint8
+from sdinpaint.masks import Cover, masked_image, to_latent
+from sdinpaint.models import ControlNet
+from sdinpaint.sampling import (
+    Denoiser,
+    Known,
+    blend_known,
+    blend_soft,
+    find_sampler,
+    find_spacing,
+    restore_known,
+    schedule,
+    schedules,
+    soft_masks,
+    start_soft,
+)
+from sdinpaint.sampling.samplers import Denoise
+from sdinpaint.settings import Settings
+from sdinpaint.views import View
+
+if TYPE_CHECKING:
+    from sdinpaint.pipeline import Pipeline
+
+__all__ = ["Batch", "Draws", "OnStep"]
+
+OnStep = Callable[[int, Tensor, Tensor], object]
+
+
+class Draws:
+    """Unit noise for a batch from one generator per item, so that an item's noise does not depend on the others."""
+
+    def __init__(self, seeds: Iterable[int], device: torch.device) -> None:
+        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        self.device = device
+
+    def __call__(self, like: Tensor) -> Tensor:
+        """Float32 noise of the shape of `like` (B, ...); drawn on the CPU, so the same on every device."""
+        drawn = [torch.randn(like.shape[1:], generator=generator) for generator in self.generators]
+        return torch.stack(drawn).to(self.device)
+
+    def of(self, items: Sequence[int]) -> Draws:
+        """Those of some items, which go on where they are."""
+        part = Draws((), self.device)
+        part.generators = [self.generators[item] for item in items]
+        return part
+
+
+class Batch:
+    """Views of one padded size, as the models are shown them; noise is drawn in the order of diffusers' pipelines.
+
+    `masked`: whether the pictures' known pixels are shown and kept.
+    """
+
+    def __init__(
+        self, pipe: Pipeline, settings: Settings, views: Sequence[View], draws: Draws, *, masked: bool
+    ) -> None:
+        self.pipe, self.settings, self.views, self.draws, self.masked = pipe, settings, views, draws, masked
+        self._from_picture = settings.strength < 1 or not masked
+        self._image = self._stacked([view.image for view in views])
+        self._amount = self._stacked([view.amount for view in views])
+        hole = (self._amount > 0).to(self._amount.dtype)
+        mask = self._to_latent(hole)
+        like = mask.expand(-1, pipe.vae.config.latent_channels, -1, -1)
+
+        start = self._stacked([view.start for view in views])
+        first = self._from_picture or not pipe.takes_mask
+        latents = pipe.sample_latents(start, draws) if first else None
+        given = [view.job.noise for view in views if view.job.noise is not None]
+        self._noise = self._stacked(given) if given else draws(like)
+        # a 4-channel model is not shown the masked picture, so where all of it is to change nothing is drawn for it
+        shows = masked or pipe.takes_mask
+        self._posterior = draws(like) if shows else like
+        # of a soft mask every step has its own
+        masked_latents = self._masked_latents(hole) if shows and not settings.soft else torch.zeros_like(self._noise)
+        if settings.soft and latents is None:
+            latents = pipe.sample_latents(start, draws)
+        if self._from_picture and settings.fill == "noise":
+            filled = self._to_latent((self._amount >= 0.5).to(hole.dtype))
+            latents = torch.where(filled > 0, draws(like), cast(Tensor, latents))
+        self.known = Known(mask, masked_latents, latents)
+
+    def repaint(self, progress: bool, on_step: OnStep | None) -> NDArray[np.uint8]:
+        """What the models make of the views: uint8 (B, 8H, 8W, 3)."""
+        settings, schedule_config = self.settings, self.pipe.family.schedule
+        sigmas = schedule(settings.sampler, settings.spacing, schedule_config, settings.steps)
+        if self._from_picture:
+            sigmas = schedules.for_strength(sigmas, settings.strength)
+            x = schedules.start_from(cast(Tensor, self.known.latents), self._noise, sigmas)
+        else:
+            spacing = find_spacing(settings.sampler, settings.spacing)
+            x = schedules.start(self._noise, sigmas, unit_variance=spacing.unit_variance)
+        x, denoise, kept = self._keeping(x, self._denoiser(sigmas), sigmas)
+        title, silent = "inpaint" if self.masked else "vary", None if progress else True
+        # disable=None: silent where the output is no terminal
+        with tqdm(total=len(sigmas) - 1, desc=title, disable=silent) as bar:
+
+            def advance(step: int, x: Tensor, x0: Tensor) -> None:
+                bar.update()
+                if on_step is not None:
+                    on_step(step, x, x0)
+
+            sampler = find_sampler(settings.sampler)
+            x = sampler.run(denoise, x, sigmas, eta=cast(float, settings.eta), noise=self.draws, on_step=advance)
+        latents = schedules.finish(x, sigmas)
+        return to_uint8(self.pipe.decode(latents if kept is None else restore_known(latents, kept)))
+
+    def _denoiser(self, sigmas: Tensor) -> Denoiser:
+        jobs = [view.job for view in self.views]
+        height, width = self._image.shape[-2:]
+        texts: list[list[str | None]] = [[job.prompt for job in jobs], [job.negative_prompt for job in jobs]]
+        cond, uncond = self.pipe.encode_prompts(texts, (height, width))
+        control = self._control(self.pipe.controlnet, sigmas) if self.masked and self.pipe.controlnet else None
+        scale = self.settings.guidance_scale
+        return self.pipe.denoiser(self.known, cond, uncond, guidance_scale=scale, control=control, sigmas=sigmas)
+
+    def _control(self, net: ControlNet, sigmas: Tensor) -> Control:
+        """The ControlNet bound to these pictures and this run."""
+        hints = [inpaint_hint(view.image, view.amount) if view.hint is None else view.hint for view in self.views]
+        scale, start, end = self.settings.control_scale, self.settings.control_start, self.settings.control_end
+        return Control(net, torch.cat(hints), sigmas, scale=scale, start=start, end=end)
+
+    def _keeping(self, x: Tensor, denoiser: Denoiser, sigmas: Tensor) -> tuple[Tensor, Denoise, Known | None]:
+        """A run's start and denoiser with what is known kept in them, and what to restore at its end."""
+        if self.settings.soft:
+            return self._softly(x, denoiser, sigmas)
+        if self.pipe.takes_mask:
+            return x, denoiser, None
+        return x, blend_known(denoiser, self.known, self._noise, sigmas), self.known
+
+    def _softly(self, x: Tensor, denoiser: Denoiser, sigmas: Tensor) -> tuple[Tensor, Denoise, Known]:
+        """In every step a binary mask: models were trained on such ones, and on the latents of what it leaves."""
+        holes = soft_masks(self._amount, len(sigmas) - 1)
+        masks = [self._to_latent(hole) for hole in holes]
+        latents = cast(Tensor, self.known.latents)
+        shown: Tensor | None = None
+
+        def denoise_at(step: int) -> Denoise:
+            nonlocal shown, denoiser
+            if self.pipe.takes_mask and (shown is None or not torch.equal(holes[step], shown)):
+                shown = holes[step]
+                denoiser = denoiser.showing((masks[step], self._masked_latents(shown)))
+            return denoiser
+
+        x = start_soft(x, latents, self._noise, masks[0], sigmas)
+        return x, blend_soft(denoise_at, masks, latents, sigmas), replace(self.known, mask=masks[-1])
+
+    def _masked_latents(self, hole: Tensor) -> Tensor:
+        """Latents of the pictures without their hole (B, 1, 8H, 8W), with the same draw for every hole."""
+        return self.pipe.sample_latents(masked_image(self._image, hole), lambda _: self._posterior)
+
+    def _to_latent(self, mask: Tensor) -> Tensor:
+        return to_latent(mask, cast(Cover, self.settings.cover))
+
+    def _stacked(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts).to(self.pipe.device)

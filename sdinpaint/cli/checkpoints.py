@@ -1,0 +1,104 @@
+"""Commands that look at checkpoints, and write others of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sdinpaint.cli.common import hub_options, json_option, quiet_option, together
+from sdinpaint.picture_io import SUFFIXES, read_settings
+
+__all__ = ["convert", "inspect", "merge"]
+
+
+@click.command()
+@click.argument("path")
+@click.option("--hash", is_flag=True, help="Also the SHA-256 of the weights files, which reads them through.")
+@hub_options
+@json_option
+def inspect(path: str, as_json: bool, **options: Any) -> None:
+    """Say what a checkpoint is, why, and whether it loads.
+
+    PATH is a weights file, a diffusers folder, owner/name on the hub, or demo; only headers are read, of what is
+    fetched if need be. For a picture that sdinpaint wrote, the settings that it was made with are shown.
+
+    \b
+    Examples:
+      sdinpaint inspect sd-v1-5-inpainting.ckpt
+      sdinpaint inspect out.png --json
+    """
+    from sdinpaint.inspecting import inspect as report_on
+
+    if Path(path).suffix.lower() in SUFFIXES:
+        click.echo(json.dumps(read_settings(path), indent=2))
+        return
+    report = report_on(path, **options)
+    click.echo(json.dumps(report.to_json(), indent=2) if as_json else str(report))
+
+
+writing_options = together(
+    click.option("--dtype", type=click.Choice(("fp32", "fp16", "bf16")), help="Default: each tensor's own."),
+    click.option("--vae", metavar="PATH", help="Another autoencoder."),
+    click.option("--config", metavar="FOLDER", help="JSON files in the diffusers layout that it needs."),
+    click.option("--prediction", type=click.Choice(("eps", "v")), help="Where nothing in the checkpoint tells."),
+    hub_options,
+    click.option("--overwrite", is_flag=True, help="Replace what an earlier run wrote."),
+    quiet_option,
+)
+"""For a command that writes a checkpoint."""
+
+
+@click.command()
+@click.argument("source")
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option(
+    "--layout", type=click.Choice(("diffusers", "ldm")), help="Default: ldm, one file, if TARGET is a .safetensors."
+)
+@click.option("--ema", is_flag=True, help="Take the averaged weights of the UNet.")
+@click.option("--base", metavar="PATH", help="A model that supplies what SOURCE lacks.")
+@writing_options
+def convert(source: str, target: Path, quiet: bool, **options: Any) -> None:
+    """Write SOURCE in another layout or dtype: TARGET is a diffusers folder, or one .safetensors file.
+
+    SOURCE is a whole model, a VAE or a ControlNet. Without --dtype every bit is kept.
+
+    \b
+    Examples:
+      sdinpaint convert sd-v1-5-inpainting.ckpt sd-inpainting/ --dtype fp16
+      sdinpaint convert sd-inpainting/ sd-inpainting.safetensors
+    """
+    from sdinpaint.converting import convert as write
+
+    write(source, target, progress=not quiet, **options)
+    _say_written(target, quiet)
+
+
+@click.command()
+@click.argument("custom")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--base", metavar="PATH", help="The text-to-image model that CUSTOM was trained from.")
+@click.option("--inpaint", metavar="PATH", help="The inpainting model of that base.")
+@writing_options
+def merge(custom: str, out: Path, quiet: bool, **options: Any) -> None:
+    """Make an inpainting model of CUSTOM, a text-to-image model: custom + inpaint - base.
+
+    Without --base and --inpaint the new input channels are zeros: a start for training. VAE and text encoder are
+    CUSTOM's. OUT is a .safetensors file, or a diffusers folder.
+
+    \b
+    Example:
+      sdinpaint merge custom.safetensors out.safetensors --base v1-5.ckpt --inpaint sd-v1-5-inpainting.ckpt
+    """
+    from sdinpaint.merging import to_inpainting
+
+    to_inpainting(custom, out, progress=not quiet, **options)
+    _say_written(out, quiet)
+
+
+def _say_written(target: Path, quiet: bool) -> None:
+    if not quiet:
+        files = [target] if target.is_file() else [path for path in target.rglob("*") if path.is_file()]
+        click.echo(f"{target}: {sum(path.stat().st_size for path in files) / 1e9:.2f} GB")

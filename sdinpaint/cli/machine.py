@@ -1,0 +1,50 @@
+"""Commands about this machine: whether all works, and what there is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from sdinpaint.cli.common import json_option
+
+__all__ = ["demo", "doctor"]
+
+
+@click.command()
+@click.option("--out", "-o", default=".", show_default=True, metavar="FOLDER", type=click.Path(path_type=Path))
+def demo(out: Path) -> None:
+    """Repaint some drawn scenes with the included checkpoint.
+
+    Writes one sheet of pictures, FOLDER/sdinpaint-demo.png. Needs no network, and less than a minute on two CPU cores.
+
+    \b
+    Example:
+      sdinpaint demo --out out
+    """
+    from sdinpaint.demonstration import demonstrate
+
+    click.echo("Repainting drawn scenes with the included checkpoint ...")
+    done = demonstrate(out)
+    click.echo(f"{done.pictures} pictures in {done.seconds:.0f} s, each with all its known pixels kept bit for bit.")
+    click.echo(f"Look at them: {done.path}")
+    click.echo("\nThe same on a picture of yours, with released weights (white in the mask is repainted):")
+    click.echo('  sdinpaint inpaint photo.jpg --mask mask.png --prompt "a red fox" --model MODEL --out out.png')
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Print what a bug report needs: versions, devices, memory.
+
+    \b
+    Example:
+      sdinpaint doctor
+    """
+    from sdinpaint.doctor import examine
+
+    found = examine()
+    width = max(map(len, found))
+    lines = (f"{name:<{width}}  {value}" for name, value in found.items())
+    click.echo(json.dumps(found, indent=2) if as_json else "\n".join(lines))

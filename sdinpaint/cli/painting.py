@@ -1,0 +1,275 @@
+"""Commands that paint pictures."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sdinpaint.cli.common import check_output, hub_options, json_option, quiet_option, together
+from sdinpaint.cli.values import CROP, SIZE
+from sdinpaint.picture_io import save_png
+
+__all__ = ["LOADING", "inpaint", "model_options", "outpaint", "vary"]
+
+SAMPLERS = ("ddim", "euler", "euler_ancestral", "dpmpp_2m")
+SPACINGS = ("leading", "linspace", "trailing", "karras")
+COVERS = ("max", "nearest")
+FILLS = ("original", "noise", "blur", "edge", "telea", "neutral")
+EDGES = ("edge", "reflect", "neutral")
+ANCHORS = ("top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right")
+EXTENDING = ("left", "right", "top", "bottom", "size", "anchor", "overlap", "fill")
+REGIONS = ("together", "each")
+BLENDS = ("none", "feather", "poisson")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+LOADING = (
+    *("config", "vae", "controlnet", "base", "tokenizer", "prediction", "variant", "revision"),
+    *("local_files_only", "ema", "device", "dtype"),
+)
+"""Options that `sdinpaint.load` takes; the others are those of `Pipeline.inpaint` and `Pipeline.vary`."""
+
+run_options = together(
+    click.option("--prompt", "-p", required=True, metavar="TEXT", help="What is to be painted."),
+    click.option(
+        "--model",
+        required=True,
+        metavar="PATH",
+        help="A .safetensors or .ckpt file, a diffusers folder, owner/name on the hub, or demo.",
+    ),
+    click.option(
+        "--out", "-o", required=True, type=click.Path(path_type=Path), help="A .png, .webp (lossless) or .jpg file."
+    ),
+    click.option("--negative", "-n", "negative_prompt", default="", metavar="TEXT", help="What is not to be seen."),
+    click.option(
+        "--seed", "-s", "seeds", type=int, multiple=True, help="Give several for several pictures. Default: drawn."
+    ),
+    click.option("--steps", default=30, show_default=True, help="More take longer; 20 to 50 are usual."),
+    click.option(
+        "--guidance", "--cfg-scale", "guidance_scale", default=7.5, show_default=True, help="Weight of the prompt."
+    ),
+    click.option("--sampler", type=click.Choice(SAMPLERS), default="ddim", show_default=True),
+    click.option("--spacing", type=click.Choice(SPACINGS), help="Of the steps. Default: the sampler's own."),
+    click.option("--eta", type=float, help="Fresh noise in each step, 0 to 1. Default: the sampler's own."),
+    click.option(
+        "--sheet", metavar="FILE", type=click.Path(path_type=Path), help="Also write a picture of before and after."
+    ),
+    click.option(
+        "--batch-size",
+        default=1,
+        show_default=True,
+        help="Seeds at a time; a picture may differ in its last bits by it.",
+    ),
+)
+"""For a command that paints pictures: what is to be painted."""
+
+hole_options = together(
+    click.option(
+        "--cover",
+        type=click.Choice(COVERS),
+        default="max",
+        show_default=True,
+        help="max repaints every 8 x 8 cell that the mask touches, nearest those whose first pixel it covers.",
+    ),
+    click.option(
+        "--crop",
+        type=CROP,
+        metavar="auto|none|PIXELS",
+        help="Show the model only the mask and so much around it, at the size it works at.  [default: none]",
+    ),
+    click.option(
+        "--regions",
+        type=click.Choice(REGIONS),
+        default="together",
+        show_default=True,
+        help="each repaints separate parts of the mask one by one.",
+    ),
+    click.option(
+        "--blend",
+        type=click.Choice(BLENDS),
+        default="none",
+        show_default=True,
+        help="Join what is repainted to the rest, inside the mask.",
+    ),
+    click.option("--match-color", is_flag=True, help="Correct its colours by those around the mask."),
+    click.option(
+        "--paste-back/--no-paste-back", default=True, help="Keep black pixels of the mask bit for bit.  [default: on]"
+    ),
+    click.option("--controlnet", metavar="PATH", help="A ControlNet, file or folder."),
+    click.option("--control-scale", default=1.0, show_default=True, help="Weight of the ControlNet."),
+    click.option("--control-start", default=0.0, show_default=True, help="Share of the steps before it is asked."),
+    click.option("--control-end", default=1.0, show_default=True, help="Share of the steps after which it is not."),
+    click.option("--control-image", metavar="PICTURE", help="What it is shown, if not the picture without the hole."),
+)
+"""For a command that repaints a part of the picture: which part, how it joins the rest, and by what it is led."""
+
+model_options = together(
+    click.option("--device", metavar="NAME", help="cpu, cuda or cuda:1. Default: the GPU where there is one."),
+    click.option(
+        "--dtype", type=click.Choice(DTYPES), default="auto", help="Default: float32 on a CPU, float16 on a GPU."
+    ),
+    click.option("--vae", metavar="PATH", help="Another autoencoder."),
+    click.option(
+        "--config", metavar="FOLDER", help="JSON files in the diffusers layout for a single file that needs them."
+    ),
+    click.option("--base", metavar="PATH", help="A model that supplies what a UNet alone lacks."),
+    click.option("--tokenizer", metavar="PATH", help="CLIP's vocabulary, where it is not found by itself."),
+    click.option(
+        "--prediction", type=click.Choice(("eps", "v")), help="v for SD 2 at 768 pixels, where nothing tells it."
+    ),
+    click.option("--ema", is_flag=True, help="Use the averaged weights of the UNet."),
+    hub_options,
+    quiet_option,
+    json_option,
+)
+"""For a command that paints pictures: which model does it, and where."""
+
+
+@click.command()
+@click.argument("image")
+@click.option("--mask", "-m", required=True, metavar="PICTURE", help="White is repainted, black is kept.")
+@run_options
+@click.option(
+    "--strength", default=1.0, show_default=True, help="Below 1, the repaint starts from what the picture shows."
+)
+@click.option(
+    "--fill", type=click.Choice(FILLS), default="original", show_default=True, help="What that is, under the mask."
+)
+@click.option("--soft", is_flag=True, help="The darker the mask, the less a pixel changes.")
+@hole_options
+@model_options
+def inpaint(**given: Any) -> None:
+    """Repaint IMAGE where the mask is white.
+
+    The result has the size of IMAGE, and its settings are stored inside: sdinpaint inspect OUT shows them.
+
+    \b
+    Examples:
+      sdinpaint inpaint photo.jpg --mask mask.png --prompt "a red fox" --model sd-v1-5-inpainting.ckpt --out out.png
+      sdinpaint inpaint photo.jpg -m mask.png -p "a red fox" --model folder/ -o out.png -s 1 -s 2 --sampler euler
+    The second writes out-1.png and out-2.png.
+    """
+    _paint("inpaint", **given)
+
+
+@click.command()
+@click.argument("image")
+@run_options
+@click.option("--strength", default=0.6, show_default=True, help="The higher, the less is left of the picture.")
+@model_options
+def vary(**given: Any) -> None:
+    """Paint the whole of IMAGE anew: image to image, without a mask.
+
+    \b
+    Example:
+      sdinpaint vary photo.jpg --prompt "an oil painting" --model sd-v1-5.ckpt --out out.png --strength 0.5
+    """
+    _paint("vary", **given)
+
+
+@click.command()
+@click.argument("image")
+@click.option("--left", default=0, help="Pixels to add at that side.")
+@click.option("--right", default=0, help="The same.")
+@click.option("--top", default=0, help="The same.")
+@click.option("--bottom", default=0, help="The same.")
+@click.option("--size", type=SIZE, metavar="WIDTHxHEIGHT", help="Of the new picture, instead of pixels for each side.")
+@click.option(
+    "--anchor", type=click.Choice(ANCHORS), default="center", show_default=True, help="Where IMAGE is in that size."
+)
+@click.option("--overlap", default=16, show_default=True, help="Pixels of IMAGE that are repainted along the new ones.")
+@run_options
+@click.option(
+    "--strength", default=1.0, show_default=True, help="Below 1, the new pixels start from what continues the picture."
+)
+@click.option(
+    "--fill", type=click.Choice(EDGES), default="edge", show_default=True, help="What stands on the new pixels then."
+)
+@hole_options
+@model_options
+def outpaint(**given: Any) -> None:
+    """Extend IMAGE at its sides; the rest of it stays bit for bit.
+
+    \b
+    Examples:
+      sdinpaint outpaint photo.jpg --right 256 --prompt "a beach" --model sd-v1-5-inpainting.ckpt --out out.png
+      sdinpaint outpaint photo.jpg --size 1024x768 --anchor left -p "a beach" --model folder/ -o out.png --crop auto
+    """
+    _paint("outpaint", **given)
+
+
+def _paint(
+    kind: str,
+    *,
+    image: str,
+    prompt: str,
+    model: str,
+    out: Path,
+    sheet: Path | None,
+    negative_prompt: str,
+    seeds: tuple[int, ...],
+    quiet: bool,
+    as_json: bool,
+    mask: str | None = None,
+    control_image: str | None = None,
+    **options: Any,
+) -> None:
+    """Run a pipeline's method of that name for every seed."""
+    from sdinpaint.extending import canvas_for
+    from sdinpaint.images import read_picture
+    from sdinpaint.loading import load
+    from sdinpaint.masks import Mask, read_mask
+    from sdinpaint.settings import Settings, check_prompt, check_seed, require_no_control
+
+    # All that can be wrong beside the model is found before the model is loaded.
+    drawn = [check_seed(seed) for seed in seeds or (None,)]
+    inputs = [path for path in (image, mask, control_image) if path is not None]
+    targets = _targets(out, len(drawn), inputs)
+    sheets = [] if sheet is None else _targets(sheet, -(-len(drawn) // options["batch_size"]), [*inputs, *targets])
+    loading = {name: options.pop(name) for name in LOADING if name in options}
+    extending = {name: options.pop(name) for name in EXTENDING if kind == "outpaint"}
+    settings = Settings(**options)
+    if loading.get("controlnet") is None:
+        require_no_control(settings, control_image)
+    check_prompt("prompt", prompt), check_prompt("negative_prompt", negative_prompt)
+    picture = read_picture(image)
+    show_progress = not quiet and not as_json
+    if kind == "outpaint":
+        canvas_for(picture, **extending)
+    if mask is not None:
+        report = Mask(read_mask(mask, picture.size)).report(options["cover"])
+        if show_progress:
+            click.echo(f"mask {mask}\n{report.table()}", err=True)
+        options["mask"] = mask  # by its path, which is then among the settings
+    if control_image is not None:
+        options["control_image"] = read_picture(control_image, "control_image")
+    pipe = load(model, **loading, progress=show_progress)
+    options |= {"prompt": prompt, "negative_prompt": negative_prompt, "progress": show_progress, **extending}
+    done: list[dict[str, Any]] = []
+    for number, first in enumerate(range(0, len(drawn), options["batch_size"])):
+        batch = slice(first, first + options["batch_size"])
+        started = time.perf_counter()
+        result = getattr(pipe, kind)(picture, seed=drawn[batch], **options)
+        seconds = round((time.perf_counter() - started) / len(result.images), 1)
+        for index, target in enumerate(targets[batch]):
+            used = result.settings_of(index)
+            save_png(result.images[index], target, used)
+            done.append({"path": str(target), "seconds": seconds, **used})
+            if show_progress:
+                size = " x ".join(map(str, result.images[index].size))
+                click.echo(f"{target}: {size} pixels, seed {used['seed']}, {seconds} s; {result.scores[index]}")
+        if sheets:
+            save_png(result.sheet(), sheets[number], {})
+    if as_json:
+        click.echo(json.dumps({"pictures": done}, indent=2))
+
+
+def _targets(out: Path, count: int, inputs: Sequence[str | Path]) -> list[Path]:
+    """The files to write: `out`, or out-1, out-2, ... beside it; none of them is an input. Raises: ImageError."""
+    names = [out] if count == 1 else [out.with_stem(f"{out.stem}-{index + 1}") for index in range(count)]
+    for target in names:
+        check_output(target, inputs)
+    return names

@@ -1,0 +1,72 @@
+"""The command that makes a picture again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sdinpaint.cli.common import check_output
+from sdinpaint.cli.painting import LOADING, model_options
+from sdinpaint.picture_io import check_output_path
+
+__all__ = ["replay"]
+
+DIFFERENT = 1
+
+
+@click.command()
+@click.argument("picture")
+@click.option("--image", metavar="PICTURE", help="What was repainted, if it is not at its stored path any more.")
+@click.option("--mask", "-m", metavar="PICTURE", help="The mask, if it is neither stored nor at its path.")
+@click.option("--model", metavar="PATH", help="The model, if it is not at its stored path any more.")
+@click.option("--controlnet", metavar="PATH", help="The ControlNet, if there was one.")
+@click.option("--control-image", metavar="PICTURE", help="What it was shown, if that was given.")
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="Also write the new picture.")
+@model_options
+@click.pass_context
+def replay(
+    ctx: click.Context,
+    /,
+    picture: str,
+    image: str | None,
+    mask: str | None,
+    model: str | None,
+    control_image: str | None,
+    out: Path | None,
+    quiet: bool,
+    as_json: bool,
+    **loading: Any,
+) -> None:
+    """Make PICTURE again from what is stored in it, and say whether it is the same.
+
+    Ends with exit code 0 where every pixel is the same, and 1 where it is not. Other weights are an error.
+
+    \b
+    Example:
+      sdinpaint replay out.png
+    """
+    from sdinpaint.loading import load
+    from sdinpaint.manifest import manifest_of
+    from sdinpaint.picture_io import read_settings
+    from sdinpaint.replaying import replay as make_again
+
+    if out is not None:
+        check_output(out, [one for one in (picture, image, mask, control_image) if one is not None])
+    manifest = manifest_of(read_settings(picture))
+    show_progress = not quiet and not as_json
+    stored = {"dtype": manifest["dtype"]} if loading["dtype"] == "auto" else {}
+    options = {name: loading[name] for name in LOADING if name in loading} | stored
+    pipe = load(model or manifest["model"], **options, progress=show_progress)
+    again = make_again(picture, pipe, image=image, mask=mask, control_image=control_image, progress=show_progress)
+    if out is not None:
+        again.result.save(check_output_path(out))
+    if as_json:
+        found = {"identical": again.identical, "changed": again.changed, "largest": again.largest}
+        click.echo(json.dumps({**found, "differences": again.differences}, indent=2))
+    elif not quiet:
+        pixels = f"{again.changed} pixels differ, by {again.largest} of 255 levels at most"
+        click.echo("\n".join([f"{picture}: {'identical' if again.identical else pixels}", *again.differences]))
+    ctx.exit(0 if again.identical else DIFFERENT)

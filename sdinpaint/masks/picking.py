@@ -1,0 +1,119 @@
+"""Masks picked out of pictures and label maps by what their pixels hold."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageColor
+
+from sdinpaint.errors import MaskError, SettingError
+from sdinpaint.images import Picture
+from sdinpaint.masks.checks import require_number
+from sdinpaint.masks.reading import Hole, Soft
+from sdinpaint.picture_io import decode, open_image
+
+__all__ = ["by_alpha", "by_color", "by_label", "by_luminance"]
+
+LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N")
+TABLES = (".txt", ".csv")
+LISTED = 20
+"""How many ids an error names."""
+
+
+def by_alpha(picture: Picture) -> Soft:
+    """How opaque each pixel is -> float32 (H, W). Raises: MaskError without an alpha channel."""
+    if picture.alpha is None:
+        found, hint = "every pixel is opaque", "save the picture as PNG with its alpha channel"
+        raise MaskError("MASK_NO_ALPHA", "Mask.from_alpha", found, expected="transparency", hint=hint)
+    return picture.alpha.astype(np.float32) / np.float32(255)
+
+
+def by_color(picture: Picture, color: str | Iterable[int], tolerance: float) -> Hole:
+    """Where red, green and blue each differ from the colour by at most `tolerance` of 255 -> bool (H, W).
+
+    Raises: SettingError.
+    """
+    limit = require_number("Mask.from_color", "tolerance", tolerance, 0, 255)
+    difference = np.abs(picture.opaque().astype(np.int16) - _rgb(color))
+    hole: Hole = difference.max(axis=2) <= limit
+    return hole
+
+
+def by_luminance(picture: Picture, low: float, high: float) -> Hole:
+    """Where the Rec. 601 luma is from `low` to `high` of white -> bool (H, W). Raises: SettingError."""
+    top = require_number("Mask.from_luminance", "high", high, 0, 1)
+    bottom = require_number("Mask.from_luminance", "low", low, 0, top)
+    luma = np.asarray(Image.fromarray(picture.opaque()).convert("L")) / 255
+    hole: Hole = (bottom <= luma) & (luma <= top)
+    return hole
+
+
+def by_label(labels: Any, ids: int | Iterable[int]) -> Hole:
+    """Where a label map holds one of the ids -> bool (H, W). Raises: MaskError; ImageError for an unreadable file.
+
+    labels: an array of whole numbers (H, W), a picture of mode P, L or I or the path of one, or rows of ids separated
+    by spaces or commas: the text itself, if it has several lines, or the path of a .txt or .csv file.
+    """
+    found = _label_map(labels)
+    wanted = list(ids) if isinstance(ids, Iterable) else [ids]
+    known = np.unique(found).tolist()
+    unknown = [label for label in wanted if label not in known]
+    if unknown or not wanted:
+        what = f"no pixel of {', '.join(repr(label) for label in unknown)}" if unknown else "no ids"
+        listed = ", ".join(map(str, known[:LISTED])) + ", ..." * (len(known) > LISTED)
+        hint = "choose among the ids that occur"
+        raise MaskError("MASK_UNKNOWN_LABEL", "Mask.from_labels", what, expected=f"some of {listed}", hint=hint)
+    return np.isin(found, wanted)
+
+
+def _rgb(color: Any) -> NDArray[np.int16]:
+    try:
+        levels = ImageColor.getrgb(color)[:3] if isinstance(color, str) else tuple(color)
+    except (TypeError, ValueError):
+        levels = ()
+    if len(levels) != 3 or not all(isinstance(level, int | np.integer) and 0 <= level <= 255 for level in levels):
+        expected = "(red, green, blue) from 0 to 255, or a name such as 'magenta' or '#ff00ff'"
+        raise SettingError("SETTING_COLOR", "Mask.from_color: color", f"{color!r}", expected=expected)
+    return np.array(levels, dtype=np.int16)
+
+
+def _label_map(labels: Any) -> NDArray[np.integer[Any]]:
+    if isinstance(labels, str) and "\n" in labels:
+        return _table(labels)
+    if isinstance(labels, str | Path) and Path(labels).suffix.lower() in TABLES:
+        return _table(_read_text(Path(labels)))
+    if isinstance(labels, str | Path):
+        labels = open_image(labels, "labels")
+    elif isinstance(labels, Image.Image):
+        labels = decode(labels, "labels")
+    if isinstance(labels, Image.Image) and labels.mode not in LABEL_MODES:
+        hint = "colours are not ids: use Mask.from_color, or save the map with a palette"
+        raise _no_map(f"a picture of mode {labels.mode}", hint)
+    array = np.asarray(labels)
+    if array.ndim != 2 or not array.size or array.dtype.kind not in "iub":
+        raise _no_map(f"an array {array.shape} of {array.dtype}", "labels.astype(int), one id per pixel")
+    return array
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _no_map(f"{str(path)!r} cannot be read: {error}", "give the path of a text file") from error
+
+
+def _table(text: str) -> NDArray[np.integer[Any]]:
+    lines = io.StringIO(text.replace(",", " "))
+    try:
+        return np.loadtxt(lines, dtype=np.int64, ndmin=2)
+    except ValueError as error:
+        raise _no_map(f"no table: {error}", "give every row the same count of whole numbers") from error
+
+
+def _no_map(found: str, hint: str) -> MaskError:
+    return MaskError("MASK_LABELS", "Mask.from_labels", found, expected="one whole number per pixel", hint=hint)

@@ -1,0 +1,185 @@
+"""What a mask would do, told before the run: its extent, what the latent lattice makes of it, likely mistakes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from sdinpaint.boxes import Box
+from sdinpaint.errors import MaskError, SettingError
+from sdinpaint.extras import need
+from sdinpaint.images import pad_to_multiple
+from sdinpaint.masks.reading import CELL, Hole, binarize, looks_inverted, to_latent
+
+__all__ = ["Cover", "MaskReport", "report"]
+
+Cover = Literal["nearest", "max"]
+
+SPECK = CELL * CELL
+"""Connected pixels fewer than these, a latent cell, are a speck; `Mask.drop_specks` drops as many."""
+STRAY_SHARE = 0.05
+"""Specks that are less of the repainted pixels are slips of the brush; more of them are drawn on purpose."""
+MOSTLY = 0.5
+"""A mask that is thin in more than this part will come out blurred; the rounded ends of a thick brush are less."""
+LOST_SHARE = 0.4
+"""Boxes and brushes lose less along their edges; thin strokes and small squares more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskReport:
+    """Shares are in 0..1: `share` and `faint` of all pixels, the others of the repainted ones (0 if there are none).
+
+    `regions`, `specks` and `speck_pixels` are None where scipy, which counts them, is not installed.
+    """
+
+    size: tuple[int, int]
+    """Height and width in pixels."""
+    cover: Cover
+    """How the run makes latent cells of pixels."""
+    share: float
+    """Repainted pixels: those of at least 0.5."""
+    bounds: Box | None
+    """The smallest box that holds all repainted pixels."""
+    regions: int | None
+    """Repainted areas that do not touch each other, not even by a corner."""
+    specks: int | None
+    """Those of them with fewer than 64 pixels, a latent cell."""
+    speck_pixels: int | None
+    thin_share: float
+    """Pixels in strokes thinner than a latent cell: those that no square of 8 x 8 repainted pixels holds."""
+    lost_share: float
+    """Pixels whose latent cell is not repainted: the model takes the grey there for a part of the picture."""
+    lost_share_nearest: float
+    """What is or would be lost with cover="nearest"."""
+    grown_share_max: float
+    """What cover="max" repaints or would repaint beyond the mask: the other pixels of all touched cells."""
+    faint: float
+    """Pixels above 0 and below 0.5: they are kept, and serve for soft edges alone."""
+    inverted: bool
+    """Whether white, which is repainted, was probably meant to be kept."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing would be repainted."""
+        return self.share == 0
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing would be kept."""
+        return self.share == 1
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """One line for each likely mistake, with its remedy."""
+        if self.empty:
+            seen = f"{self.faint:.1%} of the pixels are grey, but none is 0.5 or more" if self.faint else "it is black"
+            return (f"nothing is repainted: {seen}; paint what is to change in white, or invert the mask: ~mask",)
+        found = []
+        if self.inverted:
+            found.append(f"{self.share:.0%} is repainted, up to all borders; if it is to be kept: ~mask")
+        if self.lost_share > LOST_SHARE:
+            found.append(f'{self.lost_share:.0%} of the mask is lost between latent cells; take cover="max"')
+        if self.thin_share > MOSTLY:
+            found.append(f"{self.thin_share:.0%} of the mask is thinner than {CELL} pixels; widen it: Mask.grow(4)")
+        if self.specks and 0 < self._strays < STRAY_SHARE:
+            found.append(f"{self.specks} of {self.regions} regions are specks; remove them: Mask.drop_specks()")
+        return tuple(found)
+
+    def table(self) -> str:
+        """The figures, a line each."""
+        rows = {
+            "size": f"{self.size[0]} rows, {self.size[1]} columns",
+            "repainted": f"{self.share:.2%} of the picture" + (f", within {self.bounds}" if self.bounds else ""),
+            "regions": "not counted: needs scipy (pip install 'sdinpaint[mask]')"
+            if self.regions is None
+            else f"{self.regions}, of which {self.specks} below {SPECK} pixels ({self.speck_pixels} pixels in all)",
+            "thin": f"{self.thin_share:.1%} of the repainted pixels are in strokes thinner than {CELL} pixels",
+            "lattice": f'cover="nearest" loses {self.lost_share_nearest:.1%} of them, '
+            f'cover="max" adds {self.grown_share_max:.1%}; this run takes "{self.cover}"',
+            "faint": f"{self.faint:.1%} of the picture is above 0 and below 0.5: kept",
+        }
+        return "\n".join(f"{name:<10}{text}" for name, text in rows.items())
+
+    def __str__(self) -> str:
+        return "\n".join([self.table(), *(f"warning: {text}" for text in self.warnings)])
+
+    def to_json(self) -> dict[str, Any]:
+        """Every value by name, as JSON takes it."""
+        more = {"empty": self.empty, "full": self.full, "warnings": list(self.warnings)}
+        return asdict(self) | {"size": list(self.size), "bounds": self.bounds and list(self.bounds)} | more
+
+    @property
+    def _strays(self) -> float:
+        """The share of the repainted pixels that is in specks."""
+        return (self.speck_pixels or 0) / (self.share * self.size[0] * self.size[1])
+
+
+def report(mask: ArrayLike, cover: Cover = "max") -> MaskReport:
+    """What a run with `mask` (H, W) in [0, 1] would do to it, and what looks like a mistake.
+
+    The latent cells are those of the run: 8 x 8 pixels of the mask padded by reflection at the right and bottom.
+    Raises: MaskError for another shape, SettingError for an unknown cover.
+    """
+    soft = np.asarray(mask, dtype=np.float32)
+    if soft.ndim != 2 or not soft.size:
+        raise MaskError("MASK_BAD_SHAPE", "mask", f"shape {soft.shape}", expected="(height, width)")
+    if cover not in ("nearest", "max"):
+        raise SettingError("SETTING_COVER", "cover", f"{cover!r}", expected="'nearest' or 'max'")
+    hole = binarize(soft)
+    padded, crop = pad_to_multiple(torch.from_numpy(hole.astype(np.float32))[None, None], CELL)
+    cells: dict[Cover, Hole] = {"nearest": _covered(padded, "nearest", crop), "max": _covered(padded, "max", crop)}
+    regions, specks, speck_pixels = _counted(hole)
+    repainted = max(int(hole.sum()), 1)
+    return MaskReport(
+        size=(soft.shape[0], soft.shape[1]),
+        cover=cover,
+        share=float(hole.mean()),
+        bounds=Box(*corners) if (corners := Image.fromarray(hole).getbbox()) else None,
+        regions=regions,
+        specks=specks,
+        speck_pixels=speck_pixels,
+        thin_share=float((hole & ~_opened(padded, crop)).sum() / repainted),
+        lost_share=float((hole & ~cells[cover]).sum() / repainted),
+        lost_share_nearest=float((hole & ~cells["nearest"]).sum() / repainted),
+        grown_share_max=float((cells["max"] & ~hole).sum() / repainted),
+        faint=float(((soft > 0) & ~hole).mean()),
+        inverted=looks_inverted(hole),
+    )
+
+
+def _covered(padded: Tensor, cover: Cover, crop: tuple[slice, slice]) -> Hole:
+    """The pixels (H, W) of all latent cells that are repainted."""
+    cells = to_latent(padded, cover)
+    pixels = F.interpolate(cells, scale_factor=CELL)[0, 0]
+    return pixels[crop].numpy() > 0
+
+
+def _opened(padded: Tensor, crop: tuple[slice, slice]) -> Hole:
+    """The pixels (H, W) that some square of CELL x CELL repainted pixels holds: the mask's morphological opening."""
+    corners = -_largest(-padded)
+    around = CELL - 1
+    return _largest(F.pad(corners, (around, around, around, around)))[0, 0][crop].numpy() > 0
+
+
+def _largest(values: Tensor) -> Tensor:
+    """The largest of each CELL x CELL window, by rows and then by columns, which is much faster than at once."""
+    return F.max_pool2d(F.max_pool2d(values, (CELL, 1), stride=1), (1, CELL), stride=1)
+
+
+def _counted(hole: Hole) -> tuple[int, int, int] | tuple[None, None, None]:
+    """Regions, specks and the pixels in specks; None without scipy."""
+    try:
+        ndimage = need("scipy.ndimage", extra="mask", what="the regions of a mask")
+    except SettingError:
+        return None, None, None
+    labels, regions = ndimage.label(hole, structure=np.ones((3, 3)))
+    pixels = np.bincount(labels.ravel())[1:]
+    specks = pixels[pixels < SPECK]
+    return int(regions), len(specks), int(specks.sum())

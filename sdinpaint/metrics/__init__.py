@@ -1,0 +1,23 @@
+"""Scores of pictures: how like a reference they are, and how well what was repainted sits in its surroundings."""
+
+from __future__ import annotations
+
+from sdinpaint.metrics.colour import delta_e, to_lab
+from sdinpaint.metrics.likeness import psnr, ssim
+from sdinpaint.metrics.perceptual import fid, lpips
+from sdinpaint.metrics.repainting import Scores, changed, known_error, ring_delta_e, scores, seam
+
+__all__ = [
+    "Scores",
+    "changed",
+    "delta_e",
+    "fid",
+    "known_error",
+    "lpips",
+    "psnr",
+    "ring_delta_e",
+    "scores",
+    "seam",
+    "ssim",
+    "to_lab",
+]
