@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,13 +18,12 @@ import time
 from pathlib import Path
 
 import torch
+from recording import RESULTS, append
 
 from sdinpaint.configs import diffusers_configs
 from sdinpaint.families import SD15_INPAINT
 from sdinpaint.models import VAE, CLIPText, UNet
 from sdinpaint.sampling import Conditioning, Denoiser, schedules
-
-RESULTS = Path(__file__).parent / "results" / "side_by_side.jsonl"
 
 IMPORTS = {
     "sdinpaint": "from sdinpaint import load",
@@ -74,30 +71,9 @@ def end(*models):
 """
 
 
-def environment() -> dict[str, object]:
-    """Where the figures come from."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    import diffusers
-    import transformers
-
-    return {
-        "commit": commit.stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def report(row: dict[str, object]) -> None:
     """Append a row, and show it."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**row, "environment": environment()}) + "\n")
+    append(RESULTS / "side_by_side.jsonl", row)
     print(json.dumps(row), flush=True)
 
 
