@@ -171,7 +171,8 @@ def record(pipe: Pipeline, kind: str, also: Sequence[str], painting: Painting) -
     if kind == "inpaint":
         inputs["mask"] = mask_record(job.mask.array, job.mask_path)
     size = "x".join(map(str, painting.image.size))
-    made = {"kind": kind, **inputs, "also": list(also), "scores": painting.scores.to_json(), "size": size}
+    made = {"kind": kind, **inputs, "also": list(also), "size": size}
+    made |= {"crops": [list(box) for box in painting.boxes], "scores": painting.scores.to_json()}
     return {**environment(pipe), **made}
 
 
