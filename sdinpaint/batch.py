@@ -132,7 +132,8 @@ class Batch:
         """The ControlNet bound to these pictures and this run."""
         hints = [inpaint_hint(view.image, view.amount) if view.hint is None else view.hint for view in self.views]
         scale, start, end = self.settings.control_scale, self.settings.control_start, self.settings.control_end
-        return Control(net, torch.cat(hints), sigmas, scale=scale, start=start, end=end)
+        recorded = self.pipe.control_graphs
+        return Control(net, torch.cat(hints), sigmas, scale=scale, start=start, end=end, graphs=recorded)
 
     def _keeping(self, x: Tensor, denoiser: Denoiser, sigmas: Tensor) -> tuple[Tensor, Denoise, Known | None]:
         """A run's start and denoiser with what is known kept in them, and what to restore at its end."""

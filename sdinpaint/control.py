@@ -15,6 +15,7 @@ from sdinpaint.errors import CheckpointError
 from sdinpaint.families import UNetConfig
 from sdinpaint.models import ControlNet, ControlNetConfig
 from sdinpaint.sampling import schedules
+from sdinpaint.sampling.graphs import Graphs, Tensors, shapes
 
 __all__ = ["Control", "controlnet_config", "controlnet_json", "inpaint_hint"]
 
@@ -41,7 +42,7 @@ class Control:
     """control(x, t, context, vector, sigma) -> what a `Denoiser` takes: residuals, or None where it is off.
 
     hint (B, 3, 8H, 8W): see `inpaint_hint`; sigmas (n + 1,): those of the run. Step i of n is on if i / n >= start and
-    (i + 1) / n <= end. scale: factor of every residual.
+    (i + 1) / n <= end. scale: factor of every residual. With `graphs`, it is recorded on a GPU and replayed.
     """
 
     def __init__(
@@ -53,7 +54,11 @@ class Control:
         scale: float = 1.0,
         start: float = 0.0,
         end: float = 1.0,
+        graphs: Graphs | None = None,
     ) -> None:
+        self._graphs = Graphs(False) if graphs is None else graphs
+        self._constant: tuple[Tensor, ...] = ()
+        self._key = f"{scale} {[weight.data_ptr() for weight in net.parameters()]}"
         self._net, self._scale, self._start, self._end = net, scale, start, end
         self._sigmas = sigmas
         self._features = net.hint_features(hint.to(next(net.parameters())))
@@ -64,8 +69,15 @@ class Control:
         """x (m B, 4, H, W) as the UNet sees it: m halves of guidance, one after the other."""
         if self._scale == 0 or not self._is_on(sigma):
             return None
-        features = self._features.repeat(len(x) // len(self._features), 1, 1, 1)
-        return [self._scale * residual for residual in self._net(x, features, t, context, vector)]
+        if not self._constant or self._constant[1] is not context:
+            features = self._features.repeat(len(x) // len(self._features), 1, 1, 1)
+            self._constant = (features, context) if vector is None else (features, context, vector)
+        return self._graphs(f"{shapes(self._constant)} {self._key}", self._residuals, [x, t], self._constant)
+
+    def _residuals(self, varying: Tensors, constant: Tensors) -> list[Tensor]:
+        """varying: x and t; constant: features, context and, for XL, vector."""
+        (x, t), (features, context, *vector) = varying, constant
+        return [self._scale * residual for residual in self._net(x, features, t, context, *vector)]
 
     def _is_on(self, sigma: float) -> bool:
         """Whether the step that starts at `sigma`, or passes it, is one of those that were asked for."""

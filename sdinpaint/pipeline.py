@@ -56,7 +56,7 @@ class Pipeline:
             family, [encoder.eval().requires_grad_(False) for encoder in encoders], tokenizer
         )
         self.source = source
-        self.graphs = Graphs()
+        self.graphs, self.control_graphs = Graphs(), Graphs()
 
     @property
     def text(self) -> nn.Module:

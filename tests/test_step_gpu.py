@@ -14,9 +14,10 @@ from builders import fill
 from sdinpaint_kernels import backend
 from torch import nn
 
+from sdinpaint.control import Control
 from sdinpaint.errors import SdInpaintWarning
 from sdinpaint.families import SD15_INPAINT
-from sdinpaint.models import VAE, UNet
+from sdinpaint.models import VAE, ControlNet, ControlNetConfig, UNet
 from sdinpaint.models.layers import joined
 from sdinpaint.models.unet import PreparedUNet, SelfAttention
 from sdinpaint.sampling import Conditioning, Denoiser, schedules
@@ -279,3 +280,21 @@ def test_the_autoencoder_is_as_exact_as_plain_torch(dtype, monkeypatch):
         monkeypatch.setattr(backend, "SETTING", "auto")
         assert relative(getattr(half, what)(x.to(dtype)), expected) <= 2 * plain
         assert memory_formats(half, lambda x=x, what=what: getattr(half, what)(x.to(dtype))) == {True}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
+def test_a_recorded_controlnet_is_the_one_launched_piece_by_piece(config):
+    net = ControlNet(ControlNetConfig(unet=replace(config, in_channels=4), hint_widths=(8, 8, 16, 16)))
+    net = fill(net, 5).eval().requires_grad_(False).half().cuda()
+    sigmas, found = torch.linspace(9, 0, 4, dtype=torch.float64), Graphs(True)
+    vector = None if config.vector_dim is None else draw(3, 2, config.vector_dim).half()
+    inputs = draw(1, 2, 4, 16, 16).half(), torch.full((2,), 500.0).cuda(), draw(2, 2, 77, 48).half(), vector
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in (10, 20):
+            hint = draw(seed, 1, 3, 128, 128)
+            recorded, eager = (Control(net, hint, sigmas, scale=0.7, graphs=graphs) for graphs in (found, None))
+            for sigma in (9.0, 6.0):
+                both = zip(recorded(*inputs, sigma), eager(*inputs, sigma), strict=True)
+                assert all(relative(one, other.double()) < 5e-3 for one, other in both)
+    assert len(found._recordings) == 1

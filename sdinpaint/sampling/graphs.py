@@ -6,7 +6,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from torch import Tensor
 from sdinpaint.errors import SettingError, warn
 
 Tensors = Sequence[Tensor]
-Function = Callable[[Tensors, Tensors], Tensor]
+Out = TypeVar("Out", Tensor, list[Tensor])
+Function = Callable[[Tensors, Tensors], Out]
 """function(varying, constant): `varying` are others at every call, `constant` is one tuple for many calls."""
 
 SWITCH = "SDINPAINT_GRAPH"
@@ -31,13 +32,13 @@ class Graphs:
 
     def __init__(self, enabled: bool | None = None) -> None:
         self.enabled = _switched_on() if enabled is None else enabled
-        self._recordings: dict[Hashable, Recording] = {}
+        self._recordings: dict[Hashable, Recording[Any]] = {}
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[Graphs], tuple[bool]]:
         return Graphs, (self.enabled,)
 
-    def __call__(self, key: str, function: Function, varying: Tensors, constant: tuple[Tensor, ...]) -> Tensor:
+    def __call__(self, key: str, function: Function[Out], varying: Tensors, constant: tuple[Tensor, ...]) -> Out:
         """function(varying, constant), replayed if it was recorded with this key for tensors of these shapes.
 
         `key`: which function it is, and the `shapes` of its constants. Nothing is recorded without CUDA, or where
@@ -53,7 +54,7 @@ class Graphs:
                     return recording(varying, constant)
         return function(varying, constant)
 
-    def _record(self, function: Function, varying: Tensors, constant: tuple[Tensor, ...]) -> Recording | None:
+    def _record(self, function: Function[Out], varying: Tensors, constant: tuple[Tensor, ...]) -> Recording[Out] | None:
         memory = next((one.graph.pool() for one in self._recordings.values()), None)
         while len(self._recordings) >= KEPT:
             del self._recordings[next(iter(self._recordings))]
@@ -67,10 +68,10 @@ class Graphs:
             return None
 
 
-class Recording:
+class Recording(Generic[Out]):
     """A function, recorded with tensors of its own, into which those of every call are copied."""
 
-    def __init__(self, function: Function, varying: Tensors, constant: tuple[Tensor, ...], memory: Any) -> None:
+    def __init__(self, function: Function[Out], varying: Tensors, constant: tuple[Tensor, ...], memory: Any) -> None:
         self.graph = torch.cuda.CUDAGraph()
         self._varying = [one.clone() for one in varying]
         self._constant = [one.clone() for one in constant]
@@ -92,9 +93,9 @@ class Recording:
         before.wait_stream(stream)
         self._done = before.record_event()
 
-    def __call__(self, varying: Tensors, constant: tuple[Tensor, ...]) -> Tensor:
+    def __call__(self, varying: Tensors, constant: tuple[Tensor, ...]) -> Out:
         """The function's value for these tensors, which have the shapes of the first ones."""
-        with torch.cuda.device(self._out.device):
+        with torch.cuda.device(self._varying[0].device):
             stream = torch.cuda.current_stream()
             stream.wait_event(self._done)  # perhaps of another thread, on another stream
             if constant is not self._loaded:
@@ -102,9 +103,14 @@ class Recording:
                 self._loaded = constant
             _copy(varying, self._varying)
             self.graph.replay()
-            out = self._out.clone()
+            out = cloned(self._out)
             self._done = stream.record_event()
         return out
+
+
+def cloned(out: Out) -> Out:
+    """A tensor, or each of several, as new ones: the next replay overwrites those of the recording."""
+    return out.clone() if isinstance(out, Tensor) else [one.clone() for one in out]
 
 
 def shapes(tensors: Tensors) -> str:
