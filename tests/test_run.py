@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from builders import for_text_to_image, random_pipeline, small
+from builders import as_sd2, as_sdxl, for_text_to_image, random_pipeline, small
 
 from sdinpaint import Mask, SdInpaintWarning, batch
 from sdinpaint.boxes import Box
@@ -179,6 +179,22 @@ def test_what_was_in_the_hole_has_no_influence_once_it_is_filled(pipe):
         assert (first == second).all()
     first, second = (pixels(inpaint(pipe, ONE, image, strength=0.5)) for image in (IMAGE, other))
     assert (first != second).any()
+
+
+@pytest.mark.parametrize("kind", [as_sd2, as_sdxl], ids=["sd2", "sdxl"])
+@pytest.mark.parametrize("sampler", ["ddim", "euler"])
+def test_at_strength_1_all_steps_run_and_nothing_of_the_hole_is_left(kind, sampler, tiny, vocabulary):
+    """No strength of 0.9999 behind it, which would skip the first step and let the old colours through."""
+    pipe = random_pipeline(small(kind(tiny)), vocabulary)
+    other = IMAGE.copy()
+    other[ONE.hole] = 255 - other[ONE.hole]
+    steps = []
+    for strength, run in {1.0: 6, 0.9999: 5}.items():
+        steps.clear()
+        options = {"strength": strength, "steps": 6, "sampler": sampler, "on_step": lambda *_: steps.append(1)}
+        first, second = (pixels(inpaint(pipe, ONE, image, **options)) for image in (IMAGE, other))
+        assert len(steps) == 2 * run
+        assert (first[ONE.hole] == second[ONE.hole]).all() == (strength == 1)
 
 
 # Joining
