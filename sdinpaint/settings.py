@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sdinpaint.blending import BLENDS
 from sdinpaint.crops import AUTO
 from sdinpaint.errors import SettingError, warn
 from sdinpaint.fills import FILLS
@@ -39,7 +40,6 @@ HIGH_GUIDANCE = 30.0
 
 COVERS = ("max", "nearest")
 REGIONS = ("together", "each")
-BLENDS = ("none", "feather", "poisson")
 WORDS = {"cover": COVERS, "fill": FILLS, "regions": REGIONS, "blend": BLENDS}
 """Settings that are one of some words."""
 SWITCHES = ("soft", "match_color", "paste_back")
