@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import for_text_to_image, random_pipeline, small
 from hub_server import serve
 from huggingface_hub import constants
 from sdinpaint_weights.weights import Entry, Weights
@@ -66,6 +67,24 @@ def tiny(vocabulary):
         SD15_INPAINT.text, vocab_size=vocabulary.vocab_size, width=28, mlp_width=44, num_layers=3, num_heads=7
     )
     return replace(SD15_INPAINT, unet=unet, vae=vae, text=text, size=64)
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny, vocabulary):
+    """A small random pipeline of 9 channels."""
+    return random_pipeline(small(tiny), vocabulary)
+
+
+@pytest.fixture(scope="module")
+def four_channels(tiny, vocabulary):
+    """One of 4, which is not shown the mask."""
+    return random_pipeline(for_text_to_image(small(tiny)), vocabulary)
+
+
+@pytest.fixture(params=["nine channels", "four channels"])
+def either(request, pipe, four_channels):
+    """Both kinds, one after the other."""
+    return pipe if request.param == "nine channels" else four_channels
 
 
 @pytest.fixture

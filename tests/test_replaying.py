@@ -25,11 +25,6 @@ MADE = {
 }
 
 
-@pytest.fixture(scope="module")
-def pipe(tiny, vocabulary):
-    return random_pipeline(small(tiny), vocabulary)
-
-
 @pytest.fixture
 def files(tmp_path):
     Image.fromarray(IMAGE).save(tmp_path / "photo.png")

@@ -7,7 +7,6 @@ import json
 
 import numpy as np
 import pytest
-from builders import random_pipeline, small
 from PIL import Image
 
 from sdinpaint import Mask, metrics
@@ -19,11 +18,6 @@ RNG = np.random.default_rng(9)
 IMAGE, SECOND = RNG.integers(0, 256, (2, *SIZE, 3), dtype=np.uint8)
 MASK = Mask.ellipse(SIZE, (20, 12, 60, 50))
 OTHER = Mask.box(SIZE, (8, 30, 40, 56))
-
-
-@pytest.fixture(scope="module")
-def pipe(tiny, vocabulary):
-    return random_pipeline(small(tiny), vocabulary)
 
 
 def inpaint(pipe, image=IMAGE, mask=MASK, prompt="a red fox", **options):

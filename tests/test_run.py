@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from builders import as_sd2, as_sdxl, for_text_to_image, random_pipeline, small
+from builders import as_sd2, as_sdxl, random_pipeline, small
 
 from sdinpaint import Mask, SdInpaintWarning, batch
 from sdinpaint.boxes import Box
@@ -19,21 +19,6 @@ RNG = np.random.default_rng(7)
 IMAGE = RNG.integers(0, 256, (*SIZE, 3), dtype=np.uint8)
 ONE, OTHER = Mask.box(SIZE, (20, 24, 44, 50)), Mask.box(SIZE, (120, 70, 150, 100))
 BOTH = ONE | OTHER
-
-
-@pytest.fixture(scope="module")
-def pipe(tiny, vocabulary):
-    return random_pipeline(small(tiny), vocabulary)
-
-
-@pytest.fixture(scope="module")
-def four(tiny, vocabulary):
-    return random_pipeline(for_text_to_image(small(tiny)), vocabulary)
-
-
-@pytest.fixture(params=["nine", "four"])
-def either(request, pipe, four):
-    return pipe if request.param == "nine" else four
 
 
 @pytest.fixture

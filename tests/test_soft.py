@@ -7,7 +7,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from builders import for_text_to_image, random_pipeline, small
 
 from sdinpaint import batch
 from sdinpaint.images import to_tensor
@@ -19,21 +18,6 @@ STEPS = 8
 IMAGE = np.random.default_rng(3).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
 RAMP = np.tile(np.linspace(0, 1, SIZE[1], dtype=np.float32), (SIZE[0], 1))
 STEEP = np.concatenate([np.zeros((64, 24)), np.tile(np.linspace(0, 1, 24), (64, 1)), np.ones((64, 24))], 1)
-
-
-@pytest.fixture(scope="module")
-def nine(tiny, vocabulary):
-    return random_pipeline(small(tiny), vocabulary)
-
-
-@pytest.fixture(scope="module")
-def four(tiny, vocabulary):
-    return random_pipeline(for_text_to_image(small(tiny)), vocabulary)
-
-
-@pytest.fixture(params=["nine", "four"])
-def either(request):
-    return request.getfixturevalue(request.param)
 
 
 def inpaint(pipe, mask, **options):
@@ -103,22 +87,22 @@ def test_it_is_differential_diffusion():
 
 @pytest.mark.parametrize("name", ["ddim", "euler"])
 @pytest.mark.parametrize("amount", [0.25, 0.5, 0.75])
-def test_a_mask_of_one_grey_is_a_strength(four, name, amount):
+def test_a_mask_of_one_grey_is_a_strength(four_channels, name, amount):
     options = {"sampler": name, "steps": STEPS, "seed": 5, "progress": False}
-    even = inpaint(four, np.full(SIZE, amount, np.float32), soft=True, **options)
-    varied = four.vary(IMAGE, "a red fox", amount, **options)
+    even = inpaint(four_channels, np.full(SIZE, amount, np.float32), soft=True, **options)
+    varied = four_channels.vary(IMAGE, "a red fox", amount, **options)
     # the draw of the masked picture, which `vary` needs none of, comes after the noise and changes nothing
     assert np.abs(pixels(even) - pixels(varied)).max() <= 1
-    other = four.vary(IMAGE, "a red fox", amount + 0.25, **options)
+    other = four_channels.vary(IMAGE, "a red fox", amount + 0.25, **options)
     assert np.abs(pixels(even) - pixels(other)).max() > 20
 
 
 # What the model is shown
 
 
-def test_a_nine_channel_model_sees_binary_masks_and_the_picture_without_each(nine, monkeypatch):
+def test_a_nine_channel_model_sees_binary_masks_and_the_picture_without_each(pipe, monkeypatch):
     fed = []
-    forward = type(nine.unet).prepare
+    forward = type(pipe.unet).prepare
 
     def prepare(self, context, vector):
         prepared = forward(self, context, vector)
@@ -129,29 +113,29 @@ def test_a_nine_channel_model_sees_binary_masks_and_the_picture_without_each(nin
             return call(one, x, *rest)
 
         monkeypatch.setattr(type(prepared), "__call__", watched)
-        monkeypatch.setattr(type(nine.unet), "prepare", forward)
+        monkeypatch.setattr(type(pipe.unet), "prepare", forward)
         return prepared
 
-    monkeypatch.setattr(type(nine.unet), "prepare", prepare)
+    monkeypatch.setattr(type(pipe.unet), "prepare", prepare)
     posterior = torch.zeros(1)
     monkeypatch.setattr(batch.Draws, "__call__", lambda self, like: torch.zeros_like(like) + posterior)
-    inpaint(nine, STEEP, soft=True)
+    inpaint(pipe, STEEP, soft=True)
     assert len(fed) == STEPS
     holes = soft_masks(torch.tensor(Mask(STEEP).array)[None, None], STEPS)
     assert len({hole.sum().item() for hole in holes}) == STEPS
     for x, hole in zip(fed, holes, strict=True):
         mask, masked_latents = x[:, 4:5], x[:, 5:]
         torch.testing.assert_close(mask, to_latent(hole, "max"), rtol=0, atol=0)
-        expected = nine.sample_latents(masked_image(to_tensor(IMAGE), hole))
+        expected = pipe.sample_latents(masked_image(to_tensor(IMAGE), hole))
         torch.testing.assert_close(masked_latents, expected, rtol=0, atol=1e-6)
 
 
-def test_a_model_is_prepared_once(nine, monkeypatch):
+def test_a_model_is_prepared_once(pipe, monkeypatch):
     """The text does not change with the mask, so what follows from it is computed but once."""
     calls = []
-    forward = type(nine.unet).prepare
-    monkeypatch.setattr(type(nine.unet), "prepare", lambda *given: calls.append(1) or forward(*given))
-    inpaint(nine, STEEP, soft=True)
+    forward = type(pipe.unet).prepare
+    monkeypatch.setattr(type(pipe.unet), "prepare", lambda *given: calls.append(1) or forward(*given))
+    inpaint(pipe, STEEP, soft=True)
     assert len(calls) == 1
 
 
@@ -174,9 +158,9 @@ def test_what_no_step_changes_is_not_passed_through_the_autoencoder(either):
     assert (pixels(inpaint(either, enough, soft=True))[RAMP < 0.3] != IMAGE[RAMP < 0.3]).any()
 
 
-def test_a_white_mask_is_a_hard_one(nine):
+def test_a_white_mask_is_a_hard_one(pipe):
     white = np.ones(SIZE, np.float32)
-    assert (pixels(inpaint(nine, white, soft=True)) == pixels(inpaint(nine, white))).all()
+    assert (pixels(inpaint(pipe, white, soft=True)) == pixels(inpaint(pipe, white))).all()
 
 
 def test_a_soft_mask_does_something_else_than_a_hard_one(either):

@@ -8,7 +8,6 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
-from builders import for_text_to_image, random_pipeline, small
 from click.testing import CliRunner
 from PIL import Image
 
@@ -24,21 +23,6 @@ PROMPTS = ["a red fox", "a blue cube on the a"]
 
 def picture(height=64, width=72, channels=3, seed=0):
     return np.random.default_rng([seed, height, width]).integers(0, 256, (height, width, channels), dtype=np.uint8)
-
-
-@pytest.fixture(scope="module")
-def pipe(tiny, vocabulary):
-    return random_pipeline(small(tiny), vocabulary)
-
-
-@pytest.fixture(scope="module")
-def four_channels(tiny, vocabulary):
-    return random_pipeline(for_text_to_image(small(tiny)), vocabulary)
-
-
-@pytest.fixture(params=["nine channels", "four channels"])
-def either(request, pipe, four_channels):
-    return pipe if request.param == "nine channels" else four_channels
 
 
 def vary(pipe, image=None, prompt="a red fox", *strength, **options):
