@@ -88,6 +88,15 @@ def either(request, pipe, four_channels):
 
 
 @pytest.fixture
+def unet_batches(pipe):
+    """A list that takes the size of what every call of the UNet puts out."""
+    sizes = []
+    hook = pipe.unet.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+    yield sizes
+    hook.remove()
+
+
+@pytest.fixture
 def own_cache(monkeypatch, tmp_path):
     """An empty cache of the hub, nobody logged in, and no way off this machine."""
     abroad, resolve = [], socket.getaddrinfo

@@ -116,15 +116,6 @@ def test_a_batch_in_one_tensor_is_a_list(pipe):
     assert all(np.array_equal(one, other) for one, other in zip(listed, stacked, strict=True))
 
 
-@pytest.fixture
-def unet_batches(pipe):
-    """A list that takes the size of what every call of the UNet puts out."""
-    sizes = []
-    hook = pipe.unet.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
-    yield sizes
-    hook.remove()
-
-
 def test_batch_size_is_how_many_the_models_see(pipe, unet_batches):
     for batch_size, expected in {None: [6, 6], 3: [6, 6], 2: [4, 4, 2, 2], 1: [2] * 6}.items():
         inpaint(pipe, [IMAGE] * 3, batch_size=batch_size, steps=2)

@@ -161,15 +161,6 @@ def test_given_noise_replaces_the_drawn_one(pipe):
 # Steps
 
 
-@pytest.fixture
-def unet_batches(pipe):
-    """A list that takes the size of what every call of the UNet puts out."""
-    sizes = []
-    hook = pipe.unet.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
-    yield sizes
-    hook.remove()
-
-
 def test_guidance_runs_one_batch_of_two_halves_and_without_it_one(pipe, unet_batches):
     inpaint(pipe, [IMAGE] * 3, guidance_scale=7.5)
     inpaint(pipe, [IMAGE] * 3, guidance_scale=1)
