@@ -1,4 +1,4 @@
-"""Running an autoencoder over a batch: in float32 where its own dtype overflows, and never on to NaN."""
+"""Running an autoencoder over a batch: large pictures in bands, in float32 on overflow, and never on to NaN."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ import torch
 from torch import Tensor
 
 from sdinpaint.errors import NumericError, warn
-from sdinpaint.models import VAE
+from sdinpaint.models import VAE, tiling
 
-__all__ = ["Autoencoding"]
+__all__ = ["TILE", "WHOLE_PIXELS", "Autoencoding"]
+
+WHOLE_PIXELS = 1024 * 1024
+"""What runs at once; larger pictures run in bands, which takes less memory and more time."""
+TILE = 256
+"""Height and width of a square of as many pixels as a band has."""
 
 _WIDENING = threading.Lock()
 
@@ -22,6 +27,8 @@ class Autoencoding:
 
     SDXL's official autoencoder overflows in float16. Why float32 and not bfloat16, which has the same range: its 8 bits
     would show as steps in a sky, CPUs and older GPUs are slow at it, and an autoencoder runs but two or three times.
+
+    `tile`: in bands of tile * tile pixels, see `models.tiling`; 0 at once; None at once up to WHOLE_PIXELS.
     """
 
     def __init__(self, vae: VAE) -> None:
@@ -30,22 +37,30 @@ class Autoencoding:
         # of each direction by itself, so that the other one's results stay the same bit for bit
         self._overflowed: set[tuple[str, torch.dtype, torch.device]] = set()
 
-    def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, image: Tensor, *, tile: int | None = None) -> tuple[Tensor, Tensor]:
         """image (B, 3, 8H, 8W) -> float32 mean and standard deviation of the latents. Raises: NumericError."""
-        mean, std = self._run("encode", lambda vae, one: vae.posterior(one), image)
+        size = _tile(tile, image.shape[-2:].numel())
+        mean, std = self._run(
+            "encode", lambda vae, one: tiling.posterior(vae, one, size) if size else vae.posterior(one), image
+        )
         return mean, std
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, *, tile: int | None = None) -> Tensor:
         """Latents (B, 4, H, W) -> image float32 (B, 3, 8H, 8W). Raises: NumericError."""
-        return self._run("decode", lambda vae, one: (vae.decode(one),), latents)[0]
+        size = _tile(tile, 64 * latents.shape[-2:].numel())
+        return self._run(
+            "decode", lambda vae, one: (tiling.decode(vae, one, size) if size else vae.decode(one),), latents
+        )[0]
 
     def _run(self, what: str, run: Callable[[VAE, Tensor], tuple[Tensor, ...]], given: Tensor) -> list[Tensor]:
         weight = next(self.vae.parameters())
         case = what, weight.dtype, weight.device
         outputs = _one_by_one(run, self._widened(*case) if case in self._overflowed else self.vae, given)
-        if not _is_finite(outputs) and weight.dtype != torch.float32 and _is_finite([given]):
+        finite = _is_finite(outputs)
+        if not finite and weight.dtype != torch.float32 and _is_finite([given]):
             outputs = _one_by_one(run, self._widened(*case), given)
-        if not _is_finite(outputs):
+            finite = _is_finite(outputs)
+        if not finite:
             bad = sum(int((~output.isfinite()).sum()) for output in outputs)
             found = f"{bad} of {sum(output.numel() for output in outputs)} {what}d values are NaN or infinite"
             code, hint = f"NUMERIC_{what.upper()}", "load with dtype='float32', or with another autoencoder: vae=..."
@@ -63,6 +78,11 @@ class Autoencoding:
                 # a copy: another thread may be using the autoencoder
                 self._wide = copy.deepcopy(self.vae).float()
             return self._wide
+
+
+def _tile(asked: int | None, pixels: int) -> int:
+    """The tile for a picture of that many pixels; 0 for none."""
+    return (TILE if pixels > WHOLE_PIXELS else 0) if asked is None else asked
 
 
 def _is_finite(tensors: Iterable[Tensor]) -> bool:

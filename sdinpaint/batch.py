@@ -82,11 +82,11 @@ class Batch:
         latents = pipe.sample_latents(start, draws) if first else None
         given = [view.job.noise for view in views if view.job.noise is not None]
         self._noise = self._stacked(given) if given else draws(like)
-        # a 4-channel model is not shown the masked picture, so where all of it is to change nothing is drawn for it
-        shows = masked or pipe.takes_mask
-        self._posterior = draws(like) if shows else like
+        # a 4-channel model is not shown the masked picture; diffusers draws for it nevertheless, where there is a mask
+        self._posterior = draws(like) if masked or pipe.takes_mask else like
         # of a soft mask every step has its own
-        masked_latents = self._masked_latents(hole) if shows and not settings.soft else torch.zeros_like(self._noise)
+        shown = pipe.takes_mask and not settings.soft
+        masked_latents = self._masked_latents(hole) if shown else torch.zeros_like(self._noise)
         if settings.soft and latents is None:
             latents = pipe.sample_latents(start, draws)
         if self._from_picture and settings.fill == "noise":

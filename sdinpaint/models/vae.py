@@ -184,8 +184,11 @@ class VAE(Model):
 
     def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image (B, 3, 8H, 8W) in [-1, 1] -> mean and standard deviation of the scaled latents, (B, 4, H, W) each."""
-        image = image.contiguous(memory_format=torch.channels_last)
-        mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
+        return self.scaled(self.encoder(image.contiguous(memory_format=torch.channels_last)))
+
+    def scaled(self, moments: Tensor) -> tuple[Tensor, Tensor]:
+        """What the encoder makes (B, 8, H, W) -> mean and standard deviation of the scaled latents."""
+        mean, logvar = self.quant_conv(moments).chunk(2, dim=1)
         std = (0.5 * logvar.clamp(-30.0, 20.0)).exp()
         return mean * self.config.scaling_factor, std * self.config.scaling_factor
 
@@ -202,5 +205,9 @@ class VAE(Model):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, 4, H, W) -> image (B, 3, 8H, 8W), about [-1, 1]."""
+        return self.decoder(self.unscaled(latents))
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, 4, H, W) -> what the decoder takes."""
         latents = latents.contiguous(memory_format=torch.channels_last) / self.config.scaling_factor
-        return self.decoder(self.post_quant_conv(latents))
+        return self.post_quant_conv(latents)

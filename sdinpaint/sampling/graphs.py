@@ -14,7 +14,7 @@ from torch import Tensor
 from sdinpaint.errors import SettingError, warn
 
 Tensors = Sequence[Tensor]
-Out = TypeVar("Out", Tensor, list[Tensor])
+Out = TypeVar("Out", bound=Tensor | list[Tensor])
 Function = Callable[[Tensors, Tensors], Out]
 """function(varying, constant): `varying` are others at every call, `constant` is one tuple for many calls."""
 
@@ -110,7 +110,8 @@ class Recording(Generic[Out]):
 
 def cloned(out: Out) -> Out:
     """A tensor, or each of several, as new ones: the next replay overwrites those of the recording."""
-    return out.clone() if isinstance(out, Tensor) else [one.clone() for one in out]
+    new: Any = out.clone() if isinstance(out, Tensor) else [one.clone() for one in out]
+    return new
 
 
 def shapes(tensors: Tensors) -> str:
