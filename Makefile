@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format train clean
+.PHONY: help demo test bench lint format train clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ demo: $(VENV)/core.stamp ## Repaint some drawn scenes with the included checkpoi
 # Two workers of one thread each: more of either would compete for memory, which the tests at full width need.
 test: lint ## Run the linters and all tests; CPU only, no network
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+bench: $(VENV)/dev.stamp ## Measure beside diffusers, on an idle machine: rows and a table in benchmarks/results
+	$(BIN)/sdinpaint bench all --peers diffusers,diffusers-channels-last
 
 lint: $(VENV)/dev.stamp ## Check style, types, and which package may import which
 	$(BIN)/ruff check

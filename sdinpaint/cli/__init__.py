@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from sdinpaint import __version__
+from sdinpaint.cli.benching import bench
 from sdinpaint.cli.checkpoints import convert, inspect, merge
 from sdinpaint.cli.common import Commands
 from sdinpaint.cli.machine import demo, doctor
@@ -27,10 +28,10 @@ def main() -> None:
     sdinpaint replay out.png             make it again, and see whether it is the same
 
     \b
-    Exit codes: 0 done, 1 a replay that differs, 2 wrong usage, 3 unusable input (nothing was written),
-    5 environment (memory, disk, device), 130 interrupted.
+    Exit codes: 0 done, 1 a replay or a check of a benchmark that differs, 2 wrong usage,
+    3 unusable input (nothing was written), 5 environment (memory, disk, device), 130 interrupted.
     """
 
 
-for command in (inpaint, vary, outpaint, replay, mask, inspect, convert, merge, demo, doctor):
+for command in (inpaint, vary, outpaint, replay, mask, inspect, convert, merge, bench, demo, doctor):
     main.add_command(command)

@@ -1,0 +1,94 @@
+"""What is measured: one checkpoint at one size and dtype, and the inputs that every system is given for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sdinpaint.families import Family
+from sdinpaint.loading import DTYPES
+
+__all__ = ["GUIDANCE", "PROMPT", "SEED", "SIGMA", "Case", "StepInputs", "picture_and_mask"]
+
+PROMPT = "a red fox"
+GUIDANCE = 7.5
+SEED = 7
+SIGMA = 2.0
+"""The noise level of the step that is measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One checkpoint, and how it is run."""
+
+    family: str
+    """Its name in the table."""
+    checkpoint: str
+    dtype: str
+    stored: str | None
+    """The dtype of a random checkpoint's files; None for one that was there."""
+    device: str
+    size: int
+    """Height and width in pixels."""
+    steps: int
+    """Of a whole picture."""
+    rounds: int
+    quick: bool
+    peers: tuple[str, ...] = ()
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """What the models compute in."""
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What one guided step of one picture is given, the same for every system; float32."""
+
+    x: Tensor
+    """Noisy latents (1, 4, H, W) at SIGMA."""
+    mask: Tensor
+    masked_latents: Tensor
+    contexts: Tensor
+    """(2, 77, D): of the negative and of the positive prompt."""
+    pooled: Tensor | None
+    """(2, P) for SDXL, which is also told the sizes."""
+    sizes: Tensor
+
+    @classmethod
+    def draw(cls, family: Family, case: Case) -> StepInputs:
+        """Unit-variance numbers in the shapes of the family, drawn on the CPU so that no device changes them."""
+        generator = torch.Generator().manual_seed(SEED)
+        side = case.size // 8
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(case.device)
+
+        shape = (1, family.vae.latent_channels, side, side)
+        mask = torch.zeros(1, 1, side, side, device=case.device)
+        mask[..., side // 4 : side // 2, side // 4 : side // 2] = 1
+        pooled = family.texts[-1].projection_dim
+        return cls(
+            x=normal(*shape) * (1 + SIGMA**2) ** 0.5,
+            mask=mask,
+            masked_latents=normal(*shape),
+            contexts=normal(2, family.text.context_length, family.unet.context_dim),
+            pooled=None if family.unet.vector_dim is None or pooled is None else normal(2, pooled),
+            sizes=torch.tensor([case.size, case.size, 0, 0, case.size, case.size], device=case.device),
+        )
+
+
+def picture_and_mask(size: int) -> tuple[Image.Image, Image.Image]:
+    """A smooth picture with some grain, and a square hole of a quarter of it."""
+    rows, columns = np.mgrid[:size, :size] / size
+    waves = [0.5 + 0.4 * np.sin(7 * rows + 5 * columns * shift + shift) for shift in range(3)]
+    grain = np.random.default_rng(SEED).normal(0, 0.05, (size, size, 3))
+    hole = np.zeros((size, size), np.uint8)
+    hole[size // 4 : 3 * size // 4, size // 4 : 3 * size // 4] = 255
+    pixels = (255 * (np.stack(waves, -1) + grain).clip(0, 1)).astype(np.uint8)
+    return Image.fromarray(pixels), Image.fromarray(hole)

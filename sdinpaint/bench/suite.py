@@ -1,0 +1,143 @@
+"""The whole run: every part over every checkpoint, rows kept as they come, and the table of them all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import groupby, product
+from pathlib import Path
+
+from tqdm import tqdm
+
+from sdinpaint.bench.cases import Case
+from sdinpaint.bench.checkpoints import DEMO_FAMILY, FULL_SIZE, checkpoint_of
+from sdinpaint.bench.commands import Command
+from sdinpaint.bench.parts import PARTS
+from sdinpaint.bench.rows import append, latest, table
+from sdinpaint.bench.systems import check_peers
+from sdinpaint.errors import SdInpaintError, SettingError
+from sdinpaint.loading import DTYPES, open_checkpoint
+from sdinpaint.sampling.presets import check_name
+
+__all__ = ["ALL", "DTYPE_NAMES", "Options", "Outcome", "run", "write_table"]
+
+ALL, QUALITY = "all", "quality"
+TABLE = "bench.md"
+DTYPE_NAMES = ("float32", "float16", "bfloat16")
+STEPS, ROUNDS = 20, 5
+QUICK_SIZE, QUICK_STEPS, QUICK_ROUNDS = 256, 2, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is measured, and beside what. Raises: SettingError naming what is not known or not installed."""
+
+    part: str = ALL
+    families: tuple[str, ...] = ("sd15",)
+    checkpoint: str | None = None
+    """A model to measure in place of random ones."""
+    peers: tuple[str, ...] = ()
+    commands: tuple[Command, ...] = ()
+    dtypes: tuple[str, ...] = ("float32",)
+    stored: str | None = None
+    """Dtype of the random checkpoints; None: the one that they are run in."""
+    device: str = "cpu"
+    steps: int | None = None
+    rounds: int | None = None
+    """None: STEPS and ROUNDS, or for a quick run QUICK_STEPS and QUICK_ROUNDS."""
+    quick: bool = False
+    out: Path
+
+    def __post_init__(self) -> None:
+        check_name("BENCH_PART", "part", self.part, [*PARTS, ALL])
+        for family in self.families:
+            check_name("BENCH_FAMILY", "family", family, [*FULL_SIZE, DEMO_FAMILY])
+        for dtype in (*self.dtypes, *filter(None, [self.stored])):
+            check_name("SETTING_DTYPE", "dtype", dtype, DTYPE_NAMES)
+        for name in ("steps", "rounds"):
+            if (given := getattr(self, name)) is not None and given < 1:
+                raise SettingError("BENCH_COUNT", name, f"{given}", expected="1 or more")
+        check_peers(self.peers)
+
+    @property
+    def parts(self) -> list[str]:
+        """The names of those that run."""
+        return list(PARTS) if self.part == ALL else [self.part]
+
+
+@dataclass
+class Outcome:
+    """What came of a run, also of one that was interrupted."""
+
+    rows: list[dict[str, object]] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    """Why something was not measured: it failed, or its check did."""
+
+
+def run(options: Options, outcome: Outcome, *, progress: bool = True) -> None:
+    """Measure everything, appending rows to OUT/PART.jsonl and to `outcome`, which holds what was refused too.
+
+    Raises: SettingError, for a command that tells no seconds.
+    """
+    plan = list(_plan(options))
+    with tqdm(total=len(plan), desc="bench", unit=" parts", disable=None if progress else True) as bar:
+        for (family, dtype, given), group in groupby(plan, key=lambda one: one[:3]):
+            with _source(options, family, dtype, given) as source:
+                for *_, part in group:
+                    bar.set_postfix_str(f"{part}, {family} in {dtype}")
+                    _measure(part, _case(options, family, dtype, source), options, outcome)
+                    bar.update()
+
+
+def write_table(options: Options, outcome: Outcome) -> str:
+    """Write OUT/bench.md, a line for the latest row of everything that was ever measured -> the lines of this run."""
+    files = [options.out / f"{part}.jsonl" for part in PARTS]
+    refused = "".join(f"\nRefused: {reason}\n" for reason in outcome.refused)
+    if any(file.is_file() for file in files):
+        everything = table(latest(file for file in files if file.is_file()))
+        (options.out / TABLE).write_text(f"# Benchmarks\n\n{everything}{refused}", encoding="utf-8")
+    return table(outcome.rows) + refused
+
+
+def _plan(options: Options) -> Iterator[tuple[str, str, str | None, str]]:
+    """(family, dtype, given checkpoint, part), those of one checkpoint one after the other."""
+    given = options.checkpoint
+    families = options.families if given is None else (Path(given).name,)
+    yield from product(families, options.dtypes, [given], [part for part in options.parts if part != QUALITY])
+    if QUALITY in options.parts:  # only the included checkpoint has learned what it is asked for
+        yield from product([DEMO_FAMILY], options.dtypes, [None], [QUALITY])
+
+
+def _source(options: Options, family: str, dtype: str, given: str | None) -> AbstractContextManager[str]:
+    return checkpoint_of(family, DTYPES[options.stored or dtype]) if given is None else nullcontext(given)
+
+
+def _case(options: Options, family: str, dtype: str, source: str) -> Case:
+    """The case at the size that the model was trained at."""
+    size = open_checkpoint(source, progress=False).family.size
+    return Case(
+        family=family,
+        checkpoint=source,
+        dtype=dtype,
+        stored=(options.stored or dtype) if family in FULL_SIZE and options.checkpoint is None else None,
+        device=options.device,
+        size=min(size, QUICK_SIZE) if options.quick else size,
+        steps=options.steps or (QUICK_STEPS if options.quick else STEPS),
+        rounds=options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS),
+        quick=options.quick,
+        peers=options.peers,
+    )
+
+
+def _measure(part: str, case: Case, options: Options, outcome: Outcome) -> None:
+    try:
+        rows = PARTS[part](case, options.commands)
+    except SettingError:  # nothing that is asked for in this way will ever run
+        raise
+    except SdInpaintError as error:
+        outcome.refused.append(str(error))
+        return
+    for row in rows:
+        append(options.out / f"{part}.jsonl", row)
+        outcome.rows.append(row)
