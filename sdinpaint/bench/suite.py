@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import groupby, product
 from pathlib import Path
 
+from sdinpaint_weights.atomic import atomic_write
 from tqdm import tqdm
 
 from sdinpaint.bench.cases import Case
@@ -96,7 +97,8 @@ def write_table(options: Options, outcome: Outcome) -> str:
     refused = "".join(f"\nRefused: {reason}\n" for reason in outcome.refused)
     if any(file.is_file() for file in files):
         everything = table(latest(file for file in files if file.is_file()))
-        (options.out / TABLE).write_text(f"# Benchmarks\n\n{everything}{refused}", encoding="utf-8")
+        with atomic_write(options.out / TABLE) as temporary:
+            temporary.write_text(f"# Benchmarks\n\n{everything}{refused}", encoding="utf-8")
     return table(outcome.rows) + refused
 
 
