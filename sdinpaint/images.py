@@ -207,7 +207,7 @@ def _from_tensor(tensor: Tensor, argument: str) -> Bytes:
         hint = "give a list for several pictures; latents are not pictures"
         raise ImageError("IMAGE_BAD_SHAPE", argument, f"a tensor {tuple(tensor.shape)}", expected=expected, hint=hint)
     if not bool(image.isfinite().all()):
-        found = f"{int((~image.isfinite()).sum())} of {image.numel()} values are NaN or infinite"
+        found = f"{int((~image.isfinite()).sum())} of {image.numel()} values are nan or inf"
         raise ImageError("IMAGE_BAD_VALUES", argument, found, expected="finite values", hint="mend it at its source")
     low, high = float(image.min()), float(image.max())
     if not -1 <= low <= high <= 1:

@@ -148,7 +148,7 @@ def _scaled(values: NDArray[np.generic], argument: str) -> Soft:
     low, high = float(values.min()), float(values.max())
     expected = f"0 (keep) to {white:g} (repaint)"
     if math.isnan(low):
-        found, hint = f"{np.isnan(values).sum()} of {values.size} values are NaN", "np.nan_to_num(mask) keeps them"
+        found, hint = f"{np.isnan(values).sum()} of {values.size} values are nan", "np.nan_to_num(mask) keeps them"
         raise MaskError("MASK_BAD_VALUES", argument, found, expected=expected, hint=hint)
     if not 0 <= low <= high <= white or 0 < high <= MISTAKEN.get(white, 0):
         found = f"{values.dtype} values from {low:g} to {high:g}"
