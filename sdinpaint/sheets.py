@@ -15,7 +15,7 @@ from sdinpaint.boxes import Box
 from sdinpaint.crops import pooled
 from sdinpaint.errors import ImageError
 
-__all__ = ["Cell", "Row", "contact_sheet", "heat_map", "review_row", "review_sheet", "tinted"]
+__all__ = ["Cell", "Row", "contact_sheet", "heat_map", "review_row", "tinted"]
 
 Bytes = NDArray[np.uint8]
 Hole = NDArray[np.bool_]
@@ -88,19 +88,6 @@ def review_row(original: Bytes, hole: Hole, picture: Bytes, *, boxes: Sequence[B
         (heat_map(original, picture, size), f"the difference\nknown pixels changed: {known}\n{HEAT_KEY}"),
         *crops,
     ]
-
-
-def review_sheet(
-    original: Bytes,
-    hole: Hole,
-    picture: Bytes,
-    *,
-    boxes: Sequence[Box] = (),
-    caption: str = "",
-    title: str = "",
-) -> Image.Image:
-    """The sheet of one `review_row`; `contact_sheet(rows, scale=1)` makes one of several."""
-    return contact_sheet([review_row(original, hole, picture, boxes=boxes, caption=caption)], title=title, scale=1)
 
 
 def contact_sheet(rows: Sequence[Row], *, title: str = "", scale: int = 2) -> Image.Image:

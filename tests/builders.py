@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from sdinpaint_weights.export import ldm_state
 from torch import Tensor, nn
 
+from sdinpaint.bench.checkpoints import fill
 from sdinpaint.families import SD2_INPAINT, SDXL_INPAINT, Family, Prediction
 from sdinpaint.models import VAE, CLIPText, UNet
 from sdinpaint.pipeline import Pipeline
@@ -79,20 +80,6 @@ def as_sdxl(tiny: Family) -> Family:
         vector_dim=26 + 6 * 14,
     )
     return replace(SDXL_INPAINT, unet=unet, vae=tiny.vae, text=text, text_2=text_2, size=tiny.size)
-
-
-@torch.no_grad()
-def fill(model: nn.Module, seed: int) -> nn.Module:
-    """Random weights that keep the size of activations; no norm is left at 1 and 0."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        for name, weight in module.named_parameters(recurse=False):
-            if isinstance(module, nn.GroupNorm | nn.LayerNorm) and name == "weight":
-                weight.uniform_(0.7, 1.3, generator=generator)
-            else:
-                bound = math.sqrt(3 / weight[0].numel()) if weight.ndim > 1 else 0.1
-                weight.uniform_(-bound, bound, generator=generator)
-    return model
 
 
 def random_pipeline(family: Family, tokenizer: Tokenizer, seed: int = 0) -> Pipeline:

@@ -13,9 +13,11 @@ import torch
 from builders import for_text_to_image, random_pipeline, small
 from hub_server import serve
 from huggingface_hub import constants
+from recordings import Replay
 from sdinpaint_weights.weights import Entry, Weights
 
 from sdinpaint.families import SD15_INPAINT
+from sdinpaint.sampling import graphs
 from sdinpaint.text.tokenizer import train_tokenizer
 
 DATA = Path(__file__).parent / "data"
@@ -94,6 +96,15 @@ def unet_batches(pipe):
     hook = pipe.unet.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
     yield sizes
     hook.remove()
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """Graphs as on a GPU -> the class that counts what was recorded."""
+    monkeypatch.setattr(Replay, "made", 0)
+    monkeypatch.setattr(graphs, "Recording", Replay)
+    monkeypatch.setattr(graphs, "_recordable", lambda tensors: True)
+    return Replay
 
 
 @pytest.fixture

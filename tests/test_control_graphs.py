@@ -8,27 +8,17 @@ import numpy as np
 import pytest
 import torch
 from builders import fill, random_pipeline, small
-from test_graphs import Replay, draw
+from recordings import draw
 
 from sdinpaint.control import Control
 from sdinpaint.models import ControlNet, ControlNetConfig
 from sdinpaint.pipeline import Pipeline
-from sdinpaint.sampling import graphs
 from sdinpaint.sampling.graphs import Graphs
 
 SIGMAS = torch.linspace(9, 0, 5, dtype=torch.float64)
 IMAGE = np.random.default_rng(1).integers(0, 256, (64, 72, 3), dtype=np.uint8)
 MASK = np.zeros((64, 72), bool)
 MASK[13:45, 22:57] = True
-
-
-@pytest.fixture
-def replays(monkeypatch):
-    """Graphs as on a GPU -> the class that counts what was recorded."""
-    monkeypatch.setattr(Replay, "made", 0)
-    monkeypatch.setattr(graphs, "Recording", Replay)
-    monkeypatch.setattr(graphs, "_recordable", lambda tensors: True)
-    return Replay
 
 
 @pytest.fixture(scope="module")

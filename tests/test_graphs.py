@@ -10,43 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 from builders import fill, small
+from recordings import draw
 
 from sdinpaint.errors import SdInpaintWarning, SettingError
 from sdinpaint.families import SD15_INPAINT
 from sdinpaint.models import UNet
 from sdinpaint.sampling import Conditioning, Denoiser, graphs, schedules
 from sdinpaint.sampling.graphs import KEPT, Graphs
-
-
-class Replay:
-    """Keeps tensors of its own as a recording does, and computes from nothing else."""
-
-    made = 0
-
-    def __init__(self, function, varying, constant, memory):
-        type(self).made += 1
-        self.graph, self.function = self, function
-        self.varying = [one.clone() for one in varying]
-        self.constant, self.loaded = [one.clone() for one in constant], constant
-
-    def pool(self):
-        return None
-
-    def __call__(self, varying, constant):
-        if constant is not self.loaded:
-            graphs._copy(constant, self.constant)
-            self.loaded = constant
-        graphs._copy(varying, self.varying)
-        return self.function(self.varying, self.constant)
-
-
-@pytest.fixture
-def replays(monkeypatch):
-    """Graphs as on a GPU -> the class that counts what was recorded."""
-    monkeypatch.setattr(Replay, "made", 0)
-    monkeypatch.setattr(graphs, "Recording", Replay)
-    monkeypatch.setattr(graphs, "_recordable", lambda tensors: True)
-    return Replay
 
 
 def product(varying, constant):
@@ -157,10 +127,6 @@ def test_a_copy_is_empty(replays, duplicate):
 
 
 TRAINED = schedules.train_sigmas(SD15_INPAINT.schedule)
-
-
-def draw(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ from sdinpaint.sheets import (
     contact_sheet,
     heat_map,
     review_row,
-    review_sheet,
     tinted,
 )
 
@@ -172,7 +171,7 @@ def test_every_box_is_outlined_and_some_are_enlarged():
 
 def test_a_sheet_holds_its_row():
     original, hole = grey(64, 64), hole_at((64, 64), Box(8, 8, 24, 24))
-    sheet = review_sheet(original, hole, original, boxes=[Box(0, 0, 32, 32)], title="A title")
+    sheet = contact_sheet([review_row(original, hole, original, boxes=[Box(0, 0, 32, 32)])], title="A title", scale=1)
     assert sheet.width == 2 * MARGIN + 5 * CELL_SIDE + 4 * GAP
     assert (np.asarray(sheet)[: MARGIN // 2] == PAPER).all()
 
@@ -204,6 +203,6 @@ def test_pictures_of_other_sizes_are_refused():
         lambda: heat_map(np.repeat(original, 2, axis=2)[..., :4], np.repeat(original, 2, axis=2)[..., :4]),
         lambda: review_row(original, hole, grey(80, 100)),
         lambda: review_row(original, hole[1:], original),
-        lambda: review_sheet(original, hole[:, 1:], original),
+        lambda: contact_sheet([review_row(original, hole[:, 1:], original)]),
     ):
         refused(ImageError, "IMAGE_BAD_SHAPE", call, "original (40, 50")

@@ -17,7 +17,7 @@ from sdinpaint.loading import DEMO, MODELS, save_diffusers
 from sdinpaint.pipeline import Pipeline
 from sdinpaint.text.tokenizer import Tokenizer, train_tokenizer
 
-__all__ = ["DEMO_FAMILY", "FULL_SIZE", "checkpoint_of", "random_pipeline"]
+__all__ = ["DEMO_FAMILY", "FULL_SIZE", "checkpoint_of", "fill", "random_pipeline"]
 
 FULL_SIZE = {"sd15": SD15_INPAINT, "sd2": SD2_INPAINT, "sdxl": SDXL_INPAINT}
 DEMO_FAMILY = "demo"
@@ -27,7 +27,7 @@ CORPUS = ["a red fox on a red fox"]
 
 @torch.no_grad()
 def fill(model: nn.Module, seed: int) -> nn.Module:
-    """Random weights under which activations keep their size; the same for the same seed."""
+    """Random weights under which activations keep their size, no norm left at 1 and 0; the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):

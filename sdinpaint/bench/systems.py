@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdinpaint.bench.cases import GUIDANCE, PROMPT, SEED, SIGMA, Case, StepInputs, picture_and_mask
 from sdinpaint.errors import SettingError
-from sdinpaint.extras import need
+from sdinpaint.extras import need, quietly
 from sdinpaint.loading import load, open_checkpoint
 from sdinpaint.models.unet import timestep_embedding
 from sdinpaint.sampling import Conditioning, Denoiser, Known, schedules
@@ -103,12 +103,9 @@ class Diffusers:
         xl = self.family.text_2 is not None
         kind = diffusers.StableDiffusionXLInpaintPipeline if xl else diffusers.StableDiffusionInpaintPipeline
         beside = {"add_watermarker": False} if xl else {"safety_checker": None}
-        for library in (diffusers, need("transformers", extra="dev", what="the peer diffusers")):
-            library.utils.logging.set_verbosity_error()
-            library.utils.logging.disable_progress_bar()
-        pipe = kind.from_pretrained(
-            self.case.checkpoint, dtype=self.case.torch_dtype, local_files_only=True, **beside
-        ).to(self.case.device)
+        options = {"dtype": self.case.torch_dtype, "local_files_only": True, **beside}
+        with quietly(diffusers, need("transformers", extra="dev", what="the peer diffusers")):
+            pipe = kind.from_pretrained(self.case.checkpoint, **options).to(self.case.device)
         pipe.set_progress_bar_config(disable=True)
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
         return pipe

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdinpaint.errors import MaskError, NumericError, SettingError
-from sdinpaint.extras import need
+from sdinpaint.extras import need, quietly
 from sdinpaint.hub import is_hub_id
 from sdinpaint.masks.checks import require_number
 from sdinpaint.masks.reading import Hole
@@ -202,18 +202,11 @@ def _processor(transformers: Any, source: Path | str) -> Mapping[str, Any]:
 @contextmanager
 def _reading(transformers: Any, subject: str, classes: Mapping[str, str]) -> Iterator[None]:
     """Let transformers print nothing meanwhile, and say what it refuses in our words."""
-    log = transformers.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity(log.CRITICAL)
-    log.disable_progress_bar()
     try:
-        yield
+        with quietly(transformers):
+            yield
     except FAILURES as error:
         raise _refusal(subject, textwrap.shorten(str(error), 200), classes) from error
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
 
 
 def _refusal(subject: str, found: str, classes: Mapping[str, str]) -> SettingError:
