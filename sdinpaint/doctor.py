@@ -33,6 +33,7 @@ def examine() -> dict[str, str]:
         "python": f"{platform.python_version()} on {platform.platform()}",
         **{name: _version(name) for name in PACKAGES},
         "CUDA": torch.version.cuda or "this torch is built for CPUs",
+        "CPU": backend.cpu_report(),
         "GPU": _gpu(),
         "kernels": _kernels(),
         "driver": DRIVER.read_text().splitlines()[0] if DRIVER.is_file() else "no NVIDIA driver found",

@@ -3,7 +3,9 @@
 from sdinpaint_kernels.add_bias import add_bias
 from sdinpaint_kernels.add_layer_norm import add_layer_norm
 from sdinpaint_kernels.attention import attention
+from sdinpaint_kernels.conv3 import conv3, forget
 from sdinpaint_kernels.geglu import geglu
 from sdinpaint_kernels.group_norm import group_norm
+from sdinpaint_kernels.linear import linear
 
-__all__ = ["add_bias", "add_layer_norm", "attention", "geglu", "group_norm"]
+__all__ = ["add_bias", "add_layer_norm", "attention", "conv3", "forget", "geglu", "group_norm", "linear"]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdinpaint_kernels import backend
+from sdinpaint_kernels.attention_blocks import by_blocks, is_supported
 
 DTYPES = (torch.float16, torch.bfloat16)
 ALIGNED = 8  # elements in the 16 bytes of the largest load
@@ -107,6 +108,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, kernels:
         return _operation(q, k, v)
     if q.is_cuda and q.shape[2] == 1 and q.shape[3] > WIDE_HEAD_DIM and not causal and not _differentiable(q, k, v):
         return _by_rows(q, k, v)
+    if kernels != "torch" and is_supported(q, k, v, causal):
+        made = by_blocks(q, k, v)
+        if made is not None:
+            return made
     return _reference(q, k, v, causal)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ SETTINGS = ("auto", "torch", "triton")
 SETTING = os.environ.get("SDINPAINT_KERNELS", "auto")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton's interpreter runs kernels on the CPU, very slowly: for tests."""
+CPU_DTYPES = (torch.float32, torch.bfloat16)
 OLDEST_GPU = (8, 0)  # Ampere: the first with bfloat16 and asynchronous copies
 
 _library = torch.library.Library("sdinpaint", "FRAGMENT")
@@ -62,6 +64,40 @@ def choose(
         _warned.add((operation, why))
         warnings.warn(f"{operation} runs in torch although Triton was asked for: {why}", stacklevel=3)
     return Choice("torch", why)
+
+
+def on_cpu(*tensors: Tensor | None) -> bool:
+    """Whether a call over these may take what is written for inference on the CPU, and was measured on x86."""
+    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+    return (
+        SETTING != "torch"
+        and not INTERPRETED
+        and not torch.compiler.is_compiling()
+        and all(tensor is None or tensor.is_cpu for tensor in tensors)
+        and len(dtypes) == 1
+        and _cpu_supports(*dtypes)
+        and bool(torch.backends.mkldnn.enabled)
+        and not torch.is_autocast_enabled("cpu")
+        and not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))
+    )
+
+
+def cpu_report() -> str:
+    """The dtypes in which `on_cpu` is true of this machine, and else why not."""
+    if SETTING == "torch" or INTERPRETED:
+        return "torch alone: asked for"
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in CPU_DTYPES if _cpu_supports(dtype)]
+    if not dtypes:
+        return "torch alone: it has no oneDNN here, or this is no x86"
+    return f"Winograd convolutions and oneDNN's products in {' and '.join(dtypes)}"
+
+
+@functools.cache
+def _cpu_supports(dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes with this dtype on this processor."""
+    if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    return dtype == torch.float32 or (dtype in CPU_DTYPES and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
 def define(

@@ -12,7 +12,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from sdinpaint.families import UNetConfig
-from sdinpaint.models.layers import Model, conv3
+from sdinpaint.models.layers import Conv3, Linear, Model
 from sdinpaint.models.unet import input_blocks, middle_block, time_embed, timestep_embedding
 
 
@@ -28,10 +28,10 @@ class ControlNetConfig:
 
 def hint_block(widths: tuple[int, ...], channels: int) -> nn.Sequential:
     """Convolutions from RGB to `channels`; each width but the first begins with halving height and width."""
-    layers: list[nn.Module] = [conv3(3, widths[0])]
+    layers: list[nn.Module] = [Conv3(3, widths[0])]
     for wide, wider in pairwise(widths):
-        layers += [nn.SiLU(), conv3(wide, wide), nn.SiLU(), nn.Conv2d(wide, wider, 3, stride=2, padding=1)]
-    return nn.Sequential(*layers, nn.SiLU(), conv3(widths[-1], channels))
+        layers += [nn.SiLU(), Conv3(wide, wide), nn.SiLU(), nn.Conv2d(wide, wider, 3, stride=2, padding=1)]
+    return nn.Sequential(*layers, nn.SiLU(), Conv3(widths[-1], channels))
 
 
 def zero_conv(channels: int) -> nn.Sequential:
@@ -49,7 +49,7 @@ class ControlNet(Model):
         self.time_embed = time_embed(config.unet)
         if config.unet.vector_dim is not None:
             self.label_emb = nn.Sequential(
-                nn.Sequential(nn.Linear(config.unet.vector_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+                nn.Sequential(Linear(config.unet.vector_dim, emb_dim), nn.SiLU(), Linear(emb_dim, emb_dim))
             )
         self.input_blocks, widths = input_blocks(config.unet)
         self.input_hint_block = hint_block(config.hint_widths, config.unet.model_channels)

@@ -7,9 +7,8 @@ from itertools import pairwise
 from typing import Protocol, Self, cast, runtime_checkable
 
 import torch
-from sdinpaint_kernels import add_bias, add_layer_norm, group_norm
+from sdinpaint_kernels import add_bias, add_layer_norm, conv3, forget, group_norm, linear
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class Model(nn.Module):
@@ -42,6 +41,13 @@ def lay_out(model: nn.Module) -> None:
             block = torch.cat([weight.data for weight in weights])
             for weight, part in zip(weights, block.split([len(weight) for weight in weights]), strict=True):
                 weight.data = part
+
+
+def rest(model: nn.Module) -> None:
+    """Drop what a model's layers keep beside their weights, until it is used again."""
+    for module in model.modules():
+        if isinstance(module, Conv3):
+            forget(module.weight)
 
 
 def joined(parts: tuple[Tensor, ...]) -> Tensor:
@@ -91,9 +97,27 @@ class LayerNorm(nn.LayerNorm):
         return add_layer_norm(h, x, self.weight, self.bias, self.eps)
 
 
-def conv3(channels_in: int, channels_out: int) -> nn.Conv2d:
-    """A 3 x 3 convolution that keeps height and width."""
-    return nn.Conv2d(channels_in, channels_out, 3, padding=1)
+class Linear(nn.Linear):
+    """A linear layer, through the one implementation in `sdinpaint_kernels`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., C) -> (..., O)."""
+        return linear(x, self.weight, self.bias)
+
+
+class Conv3(nn.Conv2d):
+    """A 3 x 3 convolution that keeps height and width, through the one implementation in `sdinpaint_kernels`."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, O, H, W)."""
+        return self.unbiased(x, self.bias)
+
+    def unbiased(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Without its bias."""
+        return conv3(x, self.weight, bias)
 
 
 def adds_bias_apart(x: Tensor) -> bool:
@@ -102,9 +126,8 @@ def adds_bias_apart(x: Tensor) -> bool:
 
 
 def unbiased(conv: nn.Module, x: Tensor) -> Tensor:
-    """A convolution without its bias."""
-    conv = cast(nn.Conv2d, conv)
-    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+    """A `Conv3` without its bias."""
+    return cast(Conv3, conv).unbiased(x)
 
 
 def bias(conv: nn.Module) -> Tensor:
@@ -123,10 +146,10 @@ def add_conv(x: Tensor, conv: nn.Module, h: Tensor) -> Tensor:
 
 
 def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
-    """A 1 x 1 convolution (or nothing), as a matrix product where that adds the bias at no cost."""
-    if not isinstance(conv, nn.Conv2d) or not adds_bias_apart(x):
+    """A 1 x 1 convolution (or nothing), as a matrix product, which adds the bias at no cost."""
+    if not isinstance(conv, nn.Conv2d):
         return conv(x)
-    return to_map(F.linear(to_tokens(x), conv.weight.flatten(1), conv.bias), x)
+    return to_map(linear(to_tokens(x), conv.weight.flatten(1), conv.bias), x)
 
 
 def to_tokens(x: Tensor) -> Tensor:

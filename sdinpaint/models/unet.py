@@ -11,18 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from sdinpaint_kernels import attention, geglu
+from sdinpaint_kernels import attention, geglu, linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdinpaint.families import UNetConfig
 from sdinpaint.models.layers import (
+    Conv3,
     GroupNorm,
     LayerNorm,
+    Linear,
     Model,
     add_conv,
     bias,
-    conv3,
     joined,
     pointwise,
     repeated,
@@ -50,14 +51,14 @@ class ResBlock(nn.Module):
         super().__init__()
         # Identity keeps the official indices: SiLU is part of the norm, dropout is not needed.
         self.in_layers = nn.Sequential(
-            GroupNorm(groups, channels_in, eps=1e-5, silu=True), nn.Identity(), conv3(channels_in, channels_out)
+            GroupNorm(groups, channels_in, eps=1e-5, silu=True), nn.Identity(), Conv3(channels_in, channels_out)
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, channels_out))
+        self.emb_layers = nn.Sequential(nn.SiLU(), Linear(emb_dim, channels_out))
         self.out_layers = nn.Sequential(
             GroupNorm(groups, channels_out, eps=1e-5, silu=True),
             nn.Identity(),
             nn.Identity(),
-            conv3(channels_out, channels_out),
+            Conv3(channels_out, channels_out),
         )
         same = channels_in == channels_out
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
@@ -84,10 +85,10 @@ class Attention(nn.Module):
     def __init__(self, width: int, context_dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(context_dim, width, bias=False)
-        self.to_v = nn.Linear(context_dim, width, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(width, width))
+        self.to_q = Linear(width, width, bias=False)
+        self.to_k = Linear(context_dim, width, bias=False)
+        self.to_v = Linear(context_dim, width, bias=False)
+        self.to_out = nn.Sequential(Linear(width, width))
 
 
 class SelfAttention(Attention):
@@ -99,7 +100,7 @@ class SelfAttention(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, C) -> (B, N, C)."""
-        q, k, v = F.linear(x, joined(self.packed())).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        q, k, v = linear(x, joined(self.packed())).unflatten(-1, (3, self.heads, -1)).unbind(2)
         return self.to_out(attention(q, k, v).flatten(2))
 
 
@@ -122,7 +123,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(width, 2 * inner)
+        self.proj = Linear(width, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, C) -> (B, N, inner)."""
@@ -134,7 +135,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, C) -> (B, N, C)."""
@@ -168,20 +169,20 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         heads = config.num_heads or channels // (config.head_dim or channels)
         self.norm = GroupNorm(config.norm_groups, channels, eps=1e-6)  # as trained: not the ResBlocks' 1e-5
-        linear = config.linear_projection
-        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        as_linear = config.linear_projection
+        self.proj_in = Linear(channels, channels) if as_linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, config.context_dim, heads) for _ in range(depth)
         )
-        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_out = Linear(channels, channels) if as_linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor | Made) -> Tensor:
         """x (B, C, H, W), context (B, L, D) -> (B, C, H, W)."""
         # A 1 x 1 convolution is a linear layer over tokens: both kinds of projection take one path.
-        tokens = F.linear(to_tokens(self.norm(x)), self.proj_in.weight.flatten(1), self.proj_in.bias)
+        tokens = linear(to_tokens(self.norm(x)), self.proj_in.weight.flatten(1), self.proj_in.bias)
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
-        h = to_map(F.linear(tokens, self.proj_out.weight.flatten(1), self.proj_out.bias), x)
+        h = to_map(linear(tokens, self.proj_out.weight.flatten(1), self.proj_out.bias), x)
         return repeated(x, len(h)) + h
 
 
@@ -202,7 +203,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = conv3(channels, channels)
+        self.conv = Conv3(channels, channels)
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:
         """x (B, C, H, W) -> (B, C, *size); `size` is the next skip's, which is 2H - 1 where halving rounded up."""
@@ -230,7 +231,7 @@ class Stage(nn.ModuleList):
 def time_embed(config: UNetConfig) -> nn.Sequential:
     """The two linear layers that turn a timestep's sines into `emb`."""
     width = config.model_channels
-    return nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width))
+    return nn.Sequential(Linear(width, 4 * width), nn.SiLU(), Linear(4 * width, 4 * width))
 
 
 def block(config: UNetConfig, channels_in: int, channels_out: int, depth: int) -> list[nn.Module]:
@@ -242,7 +243,7 @@ def block(config: UNetConfig, channels_in: int, channels_out: int, depth: int) -
 def input_blocks(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
     """The way down, and the width of what each of its entries puts out; a ControlNet has the same."""
     channels = config.model_channels
-    stages, widths = [Stage([conv3(config.in_channels, channels)])], [channels]
+    stages, widths = [Stage([Conv3(config.in_channels, channels)])], [channels]
     levels = list(zip(config.channel_mult, config.transformer_depth, strict=True))
     for level, (mult, depth) in enumerate(levels):
         for _ in range(config.num_res_blocks):
@@ -275,7 +276,7 @@ class UNet(Model):
         self.time_embed = time_embed(config)
         if config.vector_dim is not None:
             self.label_emb = nn.Sequential(
-                nn.Sequential(nn.Linear(config.vector_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+                nn.Sequential(Linear(config.vector_dim, emb_dim), nn.SiLU(), Linear(emb_dim, emb_dim))
             )
         self.input_blocks, skips = input_blocks(config)
         self.middle_block = middle_block(config)
@@ -293,7 +294,7 @@ class UNet(Model):
         self.output_blocks = nn.ModuleList(up)
 
         self.out = nn.Sequential(
-            GroupNorm(config.norm_groups, width, eps=1e-5, silu=True), nn.Identity(), conv3(width, config.out_channels)
+            GroupNorm(config.norm_groups, width, eps=1e-5, silu=True), nn.Identity(), Conv3(width, config.out_channels)
         )
 
     def embed(self, t: Tensor, vector: Tensor | None = None) -> Tensor:

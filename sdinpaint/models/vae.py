@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from sdinpaint.families import VAEConfig
 from sdinpaint.models.layers import (
+    Conv3,
     GroupNorm,
     Model,
     add_conv,
-    conv3,
     norm_conv,
     pointwise,
     to_map,
@@ -34,9 +34,9 @@ class ResBlock(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, groups: int) -> None:
         super().__init__()
         self.norm1 = GroupNorm(groups, channels_in, eps=EPS, silu=True)
-        self.conv1 = conv3(channels_in, channels_out)
+        self.conv1 = Conv3(channels_in, channels_out)
         self.norm2 = GroupNorm(groups, channels_out, eps=EPS, silu=True)
-        self.conv2 = conv3(channels_out, channels_out)
+        self.conv2 = Conv3(channels_out, channels_out)
         if channels_in != channels_out:
             self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
         self.has_shortcut = channels_in != channels_out
@@ -82,7 +82,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = conv3(channels, channels)
+        self.conv = Conv3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, 2H, 2W)."""
@@ -127,7 +127,7 @@ class Encoder(nn.Module):
         super().__init__()
         groups, blocks = config.norm_groups, config.num_res_blocks
         widths = [config.channels * mult for mult in config.channel_mult]
-        self.conv_in = conv3(config.in_channels, config.channels)
+        self.conv_in = Conv3(config.in_channels, config.channels)
         self.down = nn.ModuleList(
             Level([before, *[wide] * blocks], groups) for before, wide in pairwise([config.channels, *widths])
         )
@@ -135,7 +135,7 @@ class Encoder(nn.Module):
             level.downsample = Downsample(wide)
         self.mid = Middle(widths[-1], groups)
         self.norm_out = GroupNorm(groups, widths[-1], eps=EPS, silu=True)
-        self.conv_out = conv3(widths[-1], 2 * config.latent_channels)
+        self.conv_out = Conv3(widths[-1], 2 * config.latent_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, 3, 8H, 8W) -> (B, 8, H, W)."""
@@ -152,7 +152,7 @@ class Decoder(nn.Module):
         super().__init__()
         groups, blocks = config.norm_groups, config.num_res_blocks + 1
         widths = [config.channels * mult for mult in config.channel_mult]
-        self.conv_in = conv3(config.latent_channels, widths[-1])
+        self.conv_in = Conv3(config.latent_channels, widths[-1])
         self.mid = Middle(widths[-1], groups)
         # `up` is indexed from the finest level to the coarsest, and run the other way round.
         self.up = nn.ModuleList(
@@ -161,7 +161,7 @@ class Decoder(nn.Module):
         for level, wide in list(zip(self.up, widths, strict=True))[1:]:
             level.upsample = Upsample(wide)
         self.norm_out = GroupNorm(groups, config.channels, eps=EPS, silu=True)
-        self.conv_out = conv3(config.channels, config.in_channels)
+        self.conv_out = Conv3(config.channels, config.in_channels)
 
     def forward(self, z: Tensor) -> Tensor:
         """z (B, 4, H, W) -> (B, 3, 8H, 8W)."""

@@ -1,0 +1,146 @@
+"""A 3 x 3 convolution that keeps height and width; on the CPU by Winograd's F(2 x 2, 3 x 3), or as a matrix product.
+
+Each 2 x 2 of the output comes from a 4 x 4 of the input by 16 products where the sum over 3 x 3 takes 36: the input
+tiles are transformed, multiplied by transformed weights, and transformed back. The transforms only add and subtract:
+float32 keeps the precision of torch's convolution, in bfloat16 each of them rounds, to about four times torch's error.
+The transformed weights are kept beside the weights, 16 numbers for each 9, as long as those live and do not change.
+
+Small maps have many weights for few pixels. There torch's convolution spends half of its time on bringing the weights
+into its own order; the product of what lies under the window reads them as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from sdinpaint_kernels import backend
+from sdinpaint_kernels.linear import linear, products
+
+LEAST_CHANNELS = 128
+"""With fewer on either side the transforms take more time than they save."""
+LEAST_TILES = 64
+"""Of 2 x 2 pixels in a picture: with fewer, torch's order of the weights costs more than the products."""
+TILES = 512
+"""How many are in hand at a time: what they are transformed to stays in the processor's cache."""
+SAMPLES = 8
+"""Along each of the two sides of the weights, of those that are looked at for changes."""
+
+# Rows: what the four numbers of each transformed weight are of its three. Source: https://arxiv.org/abs/1509.09308,
+# section 4.1, G. The transforms of input and output, B and A there, are written out below.
+G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+
+
+class Transformed(NamedTuple):
+    """Weights (16, O, C), and by what it is seen that those they were made from have not changed."""
+
+    weights: Tensor
+    version: tuple[int, int]
+    sample: Tensor
+
+
+_transformed = WeakTensorKeyDictionary()
+
+
+def conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernels: str | None = None) -> Tensor:
+    """Convolve with stride 1 and one row and column of zeros around.
+
+    x (B, C, H, W), weight (O, C, 3, 3), bias (O,) -> (B, O, H, W). `kernels`: "torch" for torch's own, see `backend`.
+    Source: https://arxiv.org/abs/1509.09308, algorithm 1.
+    """
+    wide = min(weight.shape[:2]) >= LEAST_CHANNELS
+    if kernels == "torch" or not wide or x.numel() == 0 or not backend.on_cpu(x, weight, bias):
+        return F.conv2d(x, weight, bias, padding=1)
+    height, width = x.shape[2:]
+    if height * width < 4 * LEAST_TILES:
+        return _by_product(x, weight, bias)
+    if height % 2 or width % 2:
+        return F.conv2d(x, weight, bias, padding=1)
+    return _by_tiles(x, _weights(weight), bias)
+
+
+def forget(weight: Tensor) -> None:
+    """Give up what is kept beside these weights; it is made again when it is needed."""
+    _transformed.pop(weight, None)
+
+
+def _by_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    windows = F.unfold(x, 3, padding=1).transpose(1, 2)
+    return linear(windows, weight.flatten(1), bias).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+def _weights(weight: Tensor) -> Tensor:
+    """The transformed weights, made at the first call and after a change."""
+    version = weight.data_ptr(), 0 if weight.is_inference() else weight._version
+    # a change through `weight.data` leaves the version as it is; of a merge of weights the sample tells
+    steps = [max(1, size // SAMPLES) for size in weight.shape[:2]]
+    sample = weight.detach()[:: steps[0], :: steps[1], 1, 1]
+    kept = _transformed.get(weight)
+    if kept is None or kept.version != version or not torch.equal(kept.sample, sample):
+        kept = _transformed[weight] = Transformed(_transform(weight.detach()), version, sample.clone())
+    return kept.weights
+
+
+def _transform(weight: Tensor) -> Tensor:
+    """(O, C, 3, 3) -> (16, O, C), in float32 or better until the end."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    once = torch.tensor(G, dtype=wide)
+    outputs, inputs = weight.shape[:2]
+    out = weight.new_empty(16, outputs, inputs)
+    for part, into in zip(weight.split(64), out.split(64, dim=1), strict=True):
+        into.copy_((part.to(wide).flatten(0, 1).flatten(1) @ torch.kron(once, once).T).T.unflatten(1, (-1, inputs)))
+    return out
+
+
+def _by_tiles(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+    batch, _, height, width = x.shape
+    pixels = x.permute(0, 2, 3, 1)
+    out = x.new_empty(batch, height // 2, 2, width // 2, 2, weights.shape[1])
+    for images, top, bottom in _chunks(batch, height // 2, width // 2):
+        into = out[images, top:bottom]
+        made = products(_tiles(pixels[images], top, bottom).flatten(1, 3), weights)
+        _assemble([one.view(*into.shape[:2], *into.shape[3::2]) for one in made], bias, into)
+    return out.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _chunks(batch: int, rows: int, columns: int) -> Iterator[tuple[slice, int, int]]:
+    """Some images and some rows of tiles of theirs at a time."""
+    images, band = max(1, TILES // (rows * columns)), max(1, TILES // columns)
+    for first in range(0, batch, images):
+        for top in range(0, rows, band):
+            yield slice(first, first + images), top, min(top + band, rows)
+
+
+def _tiles(pixels: Tensor, top: int, bottom: int) -> Tensor:
+    """Pixels (B, H, W, C), rows of tiles `top` to `bottom` -> their 4 x 4 transformed (16, B, rows, W / 2, C)."""
+    batch, height, width, channels = pixels.shape
+    first, last = 2 * top - 1, 2 * bottom + 1
+    band = pixels[:, max(first, 0) : min(last, height)]
+    band = F.pad(band, (0, 0, 1, 1, max(-first, 0), max(last - height, 0)))
+    rows, columns = bottom - top, width // 2
+    out = pixels.new_empty(4, 4, batch, rows, columns, channels)
+    a, b, c, d = (band[:, start : start + 2 * rows - 1 : 2] for start in range(4))
+    for line, into in zip((a - c, b + c, c - b, b - d), out, strict=True):
+        a, b, c, d = (line[:, :, start : start + 2 * columns - 1 : 2] for start in range(4))
+        torch.sub(a, c, out=into[0])
+        torch.add(b, c, out=into[1])
+        torch.sub(c, b, out=into[2])
+        torch.sub(b, d, out=into[3])
+    return out.flatten(0, 1)
+
+
+def _assemble(products: Sequence[Tensor], bias: Tensor | None, out: Tensor) -> None:
+    """16 products (B, rows, columns, O), transformed back and with the bias -> out (B, rows, 2, columns, 2, O)."""
+    a, b, c, d = (products[start : start + 4] for start in range(0, 16, 4))
+    upper = [(one + two).add_(three) for one, two, three in zip(a, b, c, strict=True)]
+    lower = [(two - three).sub_(four) for two, three, four in zip(b, c, d, strict=True)]
+    for row, (first, second, third, fourth) in enumerate((upper, lower)):
+        if bias is not None:  # the second has a part in both columns, and with the same sign
+            second.add_(bias)
+        torch.add(first.add_(second), third, out=out[:, :, row, :, 0])
+        torch.sub(second.sub_(third), fourth, out=out[:, :, row, :, 1])

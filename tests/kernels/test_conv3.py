@@ -1,0 +1,189 @@
+"""The convolution of the CPU against float64: by tiles, as a product, and where it leaves the work to torch."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib
+import weakref
+
+import interpreter
+import pytest
+import torch
+from sdinpaint_kernels import backend, conv3
+from torch import nn
+from torch.nn import functional as F
+
+own = importlib.import_module("sdinpaint_kernels.conv3")
+
+BY_TILES = [(1, 128, 160, 16, 16), (2, 160, 128, 18, 20), (3, 136, 128, 16, 34), (2, 128, 128, 64, 16)]
+BY_PRODUCT = [(1, 128, 160, 8, 8), (2, 160, 128, 7, 5), (3, 128, 136, 1, 1)]
+PLAIN = {
+    "odd": (1, 128, 128, 17, 33),
+    "few channels in": (1, 96, 128, 16, 16),
+    "few channels out": (1, 128, 4, 16, 16),
+    "nothing": (0, 128, 128, 16, 16),
+}
+EXTRA = {torch.float32: 3.0, torch.bfloat16: 4.5}
+"""How many times torch's own error is allowed: in bfloat16 every sum of the transforms is rounded."""
+
+
+def draw(batch, inputs, outputs, height, width, dtype=torch.float32):
+    """x, weight and bias."""
+    generator = torch.Generator().manual_seed(inputs + 7 * outputs + height)
+    shapes = (batch, inputs, height, width), (outputs, inputs, 3, 3), (outputs,)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in shapes)
+    return x.to(dtype), (weight / 3 / inputs**0.5).to(dtype), bias.to(dtype)
+
+
+def plain(x, weight, bias=None):
+    return F.conv2d(x, weight, bias, padding=1)
+
+
+def check(x, weight, bias):
+    """As exact as torch, up to EXTRA; torch's error is the larger one of its two memory formats."""
+    exact = plain(*(one if one is None else one.double() for one in (x, weight, bias)))
+    formats = torch.contiguous_format, torch.channels_last
+    torchs = max(interpreter.relative(plain(x.contiguous(memory_format=one), weight, bias), exact) for one in formats)
+    ours = conv3(x, weight, bias)
+    assert (ours.shape, ours.dtype) == (exact.shape, x.dtype)
+    assert interpreter.relative(ours, exact) <= EXTRA[x.dtype] * torchs
+
+
+@pytest.fixture
+def transforms(monkeypatch):
+    """The weights that are transformed, in turn."""
+    seen, real = [], own._transform
+    monkeypatch.setattr(own, "_transform", lambda weight: (seen.append(weight.shape), real(weight))[1])
+    return seen
+
+
+@pytest.mark.parametrize("dtype", EXTRA)
+@pytest.mark.parametrize("shape", BY_TILES + BY_PRODUCT)
+def test_it_is_as_exact_as_torch(shape, dtype, transforms):
+    x, weight, bias = draw(*shape, dtype)
+    check(x, weight, bias)
+    check(x.contiguous(memory_format=torch.channels_last), weight, None)
+    assert len(transforms) == (shape in BY_TILES)
+
+
+@pytest.mark.parametrize("tiles", [1, 20, 70, 10**6])
+def test_it_is_the_same_for_any_number_of_tiles_at_a_time(tiles, monkeypatch):
+    monkeypatch.setattr(own, "TILES", tiles)
+    check(*draw(3, 128, 128, 16, 20))
+
+
+def test_it_takes_a_view_of_any_strides():
+    x, weight, bias = draw(2, 128, 128, 20, 40)
+    check(x[:, :, 2:-2, ::2].flip(3), weight, bias)
+
+
+def test_an_item_of_a_batch_is_what_it_is_alone():
+    x, weight, bias = draw(3, 128, 128, 16, 32)
+    torch.testing.assert_close(conv3(x, weight, bias)[1:2], conv3(x[1:2], weight, bias), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_torch_does_what_would_not_gain(name, transforms):
+    given = draw(*PLAIN[name])
+    assert torch.equal(conv3(*given), plain(*given))
+    assert not transforms
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_torch_does_other_dtypes(dtype, transforms):
+    given = draw(1, 128, 128, 16, 16, dtype)
+    assert torch.equal(conv3(*given), plain(*given))
+    assert not transforms
+
+
+def test_torch_does_what_is_asked_of_it(monkeypatch, transforms):
+    given = draw(1, 128, 128, 16, 16)
+    assert torch.equal(conv3(*given, kernels="torch"), plain(*given))
+    monkeypatch.setattr(backend, "SETTING", "torch")
+    assert torch.equal(conv3(*given), plain(*given))
+    assert not transforms
+
+
+@pytest.mark.parametrize("learning", range(3))
+def test_gradients_flow(learning, transforms):
+    given = draw(1, 128, 128, 16, 16)
+    given[learning].requires_grad_()
+    conv3(*given).sum().backward()
+    assert given[learning].grad is not None
+    assert not transforms
+    with torch.no_grad():
+        check(*given)
+    assert transforms
+
+
+def test_it_can_be_compiled_around():
+    layer = torch.compile(lambda *given: conv3(*given) + 1, backend="eager", fullgraph=True)
+    given = draw(1, 128, 128, 16, 16)
+    assert torch.equal(layer(*given), plain(*given) + 1)
+
+
+def test_weights_are_transformed_once(transforms):
+    given = draw(1, 128, 128, 16, 16)
+    first = conv3(*given)
+    assert torch.equal(conv3(*given), first)
+    assert len(transforms) == 1
+
+
+CHANGES = {
+    "in place": lambda weight: weight.mul_(2),
+    "through data": lambda weight: weight.data.mul_(2),
+    "replaced": lambda weight: setattr(weight, "data", 2 * weight.data),
+    "loaded": lambda weight: weight.copy_(2 * weight),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@torch.no_grad()
+def test_changed_weights_are_transformed_anew(name):
+    x, weight, _ = draw(1, 128, 128, 16, 16)
+    weight = nn.Parameter(weight, requires_grad=False)
+    before = conv3(x, weight)
+    CHANGES[name](weight)
+    torch.testing.assert_close(conv3(x, weight), 2 * before)
+
+
+def test_without_the_sample_a_change_through_data_goes_unseen(monkeypatch):
+    """So the test above sees what it is there for."""
+    x, weight, _ = draw(1, 128, 128, 16, 16)
+    before = conv3(x, weight)
+    monkeypatch.setattr(torch, "equal", lambda *_: True)
+    weight.data.mul_(2)
+    torch.testing.assert_close(conv3(x, weight), before, rtol=0, atol=0)
+
+
+def test_weights_of_inference_mode_are_taken(transforms):
+    with torch.inference_mode():
+        given = draw(1, 128, 128, 16, 16)
+        check(*given)
+        given[1].mul_(2)
+        check(*given)
+    assert len(transforms) == 2
+
+
+def test_what_is_kept_goes_with_the_weights():
+    x, weight, bias = draw(1, 128, 128, 16, 16)
+    conv3(x, weight, bias)
+    kept = weakref.ref(own._transformed[weight].weights)
+    other = copy.deepcopy(weight)
+    conv3(x, other, bias)
+    del weight
+    gc.collect()
+    assert kept() is None
+    assert len([one for one in own._transformed if one is other]) == 1
+    own.forget(other)
+    assert other not in own._transformed
+
+
+@pytest.mark.parametrize("row", range(4))
+def test_a_wrong_transform_is_seen(row, monkeypatch):
+    wrong = [list(numbers) for numbers in own.G]
+    wrong[row][row % 3] += 0.01
+    monkeypatch.setattr(own, "G", wrong)
+    with pytest.raises(AssertionError):
+        check(*draw(1, 128, 128, 16, 16))
