@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
@@ -17,6 +18,7 @@ from sdinpaint.images import to_uint8
 from sdinpaint.masks import Cover, masked_image, to_latent
 from sdinpaint.models import ControlNet
 from sdinpaint.sampling import (
+    Conditioning,
     Denoiser,
     Known,
     blend_known,
@@ -104,26 +106,35 @@ class Batch:
         else:
             spacing = find_spacing(settings.sampler, settings.spacing)
             x = schedules.start(self._noise, sigmas, unit_variance=spacing.unit_variance)
-        x, denoise, kept = self._keeping(x, self._denoiser(sigmas), sigmas)
+        return to_uint8(self.pipe.decode(self._sampled(x, sigmas, progress, on_step)))
+
+    def _sampled(self, x: Tensor, sigmas: Tensor, progress: bool, on_step: OnStep | None) -> Tensor:
+        """A run's start x -> its finished latents."""
+        jobs = [view.job for view in self.views]
+        height, width = self._image.shape[-2:]
+        texts: list[list[str | None]] = [[job.prompt for job in jobs], [job.negative_prompt for job in jobs]]
+        cond, uncond = self.pipe.encode_prompts(texts, (height, width))
         title, silent = "inpaint" if self.masked else "vary", None if progress else True
         # disable=None: silent where the output is no terminal
-        with tqdm(total=len(sigmas) - 1, desc=title, disable=silent) as bar:
+        with self._models_of_steps(), tqdm(total=len(sigmas) - 1, desc=title, disable=silent) as bar:
 
             def advance(step: int, x: Tensor, x0: Tensor) -> None:
                 bar.update()
                 if on_step is not None:
                     on_step(step, x, x0)
 
-            sampler = find_sampler(settings.sampler)
-            x = sampler.run(denoise, x, sigmas, eta=cast(float, settings.eta), noise=self.draws, on_step=advance)
+            x, denoise, kept = self._keeping(x, self._denoiser(cond, uncond, sigmas), sigmas)
+            sampler, eta = find_sampler(self.settings.sampler), cast(float, self.settings.eta)
+            x = sampler.run(denoise, x, sigmas, eta=eta, noise=self.draws, on_step=advance)
         latents = schedules.finish(x, sigmas)
-        return to_uint8(self.pipe.decode(latents if kept is None else restore_known(latents, kept)))
+        return latents if kept is None else restore_known(latents, kept)
 
-    def _denoiser(self, sigmas: Tensor) -> Denoiser:
-        jobs = [view.job for view in self.views]
-        height, width = self._image.shape[-2:]
-        texts: list[list[str | None]] = [[job.prompt for job in jobs], [job.negative_prompt for job in jobs]]
-        cond, uncond = self.pipe.encode_prompts(texts, (height, width))
+    def _models_of_steps(self) -> AbstractContextManager[None]:
+        """What stays ready through all steps; those of a soft mask encode pictures, too."""
+        control = [self.pipe.controlnet] if self.masked and self.pipe.controlnet else []
+        return self.pipe.using(self.pipe.unet, *control, *[self.pipe.vae] * self.settings.soft)
+
+    def _denoiser(self, cond: Conditioning, uncond: Conditioning, sigmas: Tensor) -> Denoiser:
         control = self._control(self.pipe.controlnet, sigmas) if self.masked and self.pipe.controlnet else None
         scale = self.settings.guidance_scale
         return self.pipe.denoiser(self.known, cond, uncond, guidance_scale=scale, control=control, sigmas=sigmas)

@@ -112,7 +112,8 @@ def _check(original: Bytes, generated: Generated, hole: Hole) -> None:
 
 
 def _to_bytes(levels: Generated) -> Bytes:
-    return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+    whole = levels if levels.dtype == np.uint8 else np.clip(np.rint(levels), 0, 255)
+    return whole.astype(np.uint8, copy=False)
 
 
 def _reach(where: Hole, distance: int) -> Hole:

@@ -141,7 +141,7 @@ def pooled(values: NDArray[Any], size: Size) -> Soft:
 
 def _scaled(rgb: Bytes, size: Size) -> Bytes:
     """rgb at another size (h, w); Pillow copies it bit for bit where that is its own."""
-    return np.array(Image.fromarray(rgb).resize(size[::-1], Image.Resampling.LANCZOS))
+    return np.asarray(Image.fromarray(rgb).resize(size[::-1], Image.Resampling.LANCZOS))
 
 
 def _is_whole(value: object) -> bool:
@@ -164,8 +164,8 @@ def _context(context: Any, extent: int, shape: tuple[int, ...], size: int) -> in
 
 def _span(hole: Hole, axis: int) -> tuple[int, int]:
     """Where the hole starts and stops along an axis; it is not empty."""
-    where = hole.nonzero()[axis]
-    return int(where.min()), int(where.max()) + 1
+    where = np.flatnonzero(hole.any(axis=1 - axis))
+    return int(where[0]), int(where[-1]) + 1
 
 
 def _multiple_from(length: int, multiple: int) -> int:

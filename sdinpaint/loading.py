@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from sdinpaint_weights.export import write_diffusers
 from sdinpaint_weights.layout import Layout
-from sdinpaint_weights.native import NativeState, check_complete, load_tensors, outside_keys
+from sdinpaint_weights.native import NativeState, check_complete, check_range, load_tensors, outside_keys
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
@@ -29,8 +29,11 @@ from sdinpaint.control import controlnet_config
 from sdinpaint.errors import CheckpointError, SettingError, warn
 from sdinpaint.families import FAMILIES, TEXT_ENCODERS, TOKENIZERS, Family, Prediction
 from sdinpaint.models import VAE, CLIPText, ControlNet, ControlNetConfig, UNet
+from sdinpaint.offloading import Offloading
 from sdinpaint.pipeline import Pipeline
 from sdinpaint.prediction import MARKERS, Evidence, find_prediction
+from sdinpaint.settings import switch
+from sdinpaint.settings import whole_number as whole_setting
 from sdinpaint.sources import COMPONENTS, Json, Part, open_parts, read_json
 from sdinpaint.text.tokenizer import Tokenizer, find_tokenizer
 
@@ -38,6 +41,7 @@ __all__ = ["Checkpoint", "build_models", "load", "open_checkpoint", "save_diffus
 
 DEMO = Path(__file__).parent / "demo"
 CONTROLNET = "controlnet"
+MAX_TILE = 2**16
 MODELS: dict[str, Callable[[Any], nn.Module]] = dict(
     zip((*COMPONENTS, CONTROLNET), (UNet, VAE, CLIPText, CLIPText, ControlNet), strict=True)
 )
@@ -130,6 +134,8 @@ def load(
     tokenizer: Tokenizer | str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    offload: bool = False,
+    tile: int | None = None,
     prediction: Prediction | None = None,
     ema: bool = False,
     variant: str | None = None,
@@ -147,11 +153,15 @@ def load(
     the GPU where there is one. dtype: float32 on a CPU, float16 on a GPU. ema: the averaged weights of the UNet.
     variant: "fp16" for files such as diffusion_pytorch_model.fp16.safetensors. revision: a branch, tag or commit of
     `source` on the hub. local_files_only: nothing is fetched; what the hub's cache holds is used.
+    offload: keep each model as its file holds it, and bring it to `device` and `dtype` while it is used. The pictures
+    are the same; it takes less memory and more time. tile: the autoencoder works in bands of tile * tile pixels, and
+    differs by rounding; 0: all at once; by default bands from 1024 * 1024 pixels on.
     Weights that are stored in `dtype` stay mapped to their file, which must not change while they are in use.
     Raises: CheckpointError, TokenizerError, SettingError.
     """
     device = _device(device)
-    dtype = _dtype(dtype, device)
+    dtype, offload = _dtype(dtype, device), switch("offload", offload)
+    tile = None if tile is None else whole_setting("tile", tile, 0, MAX_TILE)
     checkpoint = open_checkpoint(
         source,
         config=config,
@@ -170,19 +180,36 @@ def load(
     models = checkpoint.build()
     home, rows = checkpoint.parts["text_encoder"].model, checkpoint.family.text.vocab_size
     tokenizer = find_tokenizer(tokenizer, home, rows, offline=local_files_only or None)
-    total = sum(len(state.sources) for state in checkpoint.states.values())
+    states = checkpoint.states
+    release = _releasing(states)
+    total = sum(len(state.sources) for state in states.values())
     # disable=None: silent where the output is no terminal
     with tqdm(
         total=total, desc=f"load {checkpoint.path.name}", unit=" tensors", disable=None if progress else True
     ) as bar:
         for name, model in models.items():
-            tensors = load_tensors(checkpoint.states[name], dtype, lambda _: bar.update())
+            tensors = load_tensors(states[name], None if offload else dtype, lambda _: bar.update())
             model.load_state_dict(tensors, strict=True, assign=True)
-            if device.type != "cpu":  # there they are already
+            if offload:
+                check_range(states[name], tensors, dtype)
+                for weight in tensors.values():
+                    release(weight)
+            elif device.type != "cpu":  # there they are already
                 model.to(device)
+    offloading = Offloading(device, dtype, models.values(), release) if offload else None
     control = models.pop(CONTROLNET, None)
     unet, autoencoder, *texts = models.values()
-    return Pipeline(checkpoint.family, unet, autoencoder, texts, tokenizer, controlnet=control, source=str(source))
+    return Pipeline(
+        checkpoint.family,
+        unet,
+        autoencoder,
+        texts,
+        tokenizer,
+        controlnet=control,
+        source=str(source),
+        offloading=offloading,
+        tile=tile,
+    )
 
 
 def open_checkpoint(
@@ -239,10 +266,22 @@ def save_diffusers(folder: str | Path, pipe: Pipeline, dtype: torch.dtype | None
     """
     folder, condition = Path(folder), pipe.condition
     models = dict(zip(pipe.family.components, (pipe.unet, pipe.vae, *condition.encoders), strict=True))
-    states = {name: model.state_dict() for name, model in models.items()}
-    write_diffusers(folder, states, diffusers_configs(pipe.family), dtype)
+    with pipe.using(*models.values()):
+        states = {name: model.state_dict() for name, model in models.items()}
+        write_diffusers(folder, states, diffusers_configs(pipe.family), dtype)
     for name, tokenizer in zip(TOKENIZERS, condition.tokenizers, strict=False):
         tokenizer.save(folder / name)
+
+
+def _releasing(states: Mapping[str, NativeState]) -> Callable[[torch.Tensor], None]:
+    """What gives back the pages of a weight that is mapped from one of the files."""
+    files = set().union(*(state.weights.files for state in states.values()))
+
+    def release(weight: torch.Tensor) -> None:
+        for file in files:
+            file.release_view(weight)
+
+    return release
 
 
 def _released(layout: Layout, prediction: Prediction | None) -> Family:

@@ -104,7 +104,12 @@ def weights_of(pipe: Pipeline) -> dict[str, str]:
     modules: dict[str, nn.Module] = dict(zip(COMPONENTS, (pipe.unet, pipe.vae, *pipe.condition.encoders), strict=False))
     if pipe.controlnet is not None:
         modules["controlnet"] = pipe.controlnet
-    found = {name: _remembered(module, _state_of(module), fingerprint) for name, module in modules.items()}
+
+    def of_what_computes(module: nn.Module) -> str:
+        with pipe.using(module):
+            return fingerprint(module)
+
+    found = {name: _remembered(module, _state_of(module), of_what_computes) for name, module in modules.items()}
     return found | {"tokenizer": _remembered(pipe.tokenizer, None, _vocabulary_sha256)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Any, cast
@@ -21,6 +22,7 @@ from sdinpaint.jobs import Job, read_jobs, unbatched
 from sdinpaint.manifest import ALSO, NOT_STORED, Manifest, check_again, record
 from sdinpaint.masks import Cover, masked_image, to_latent
 from sdinpaint.models import VAE, CLIPText, ControlNet, UNet
+from sdinpaint.offloading import Offloading
 from sdinpaint.results import Painting, Recipe, Result
 from sdinpaint.run import Run
 from sdinpaint.sampling import Conditioning, Denoiser, Known, schedules
@@ -45,6 +47,8 @@ class Pipeline:
         *,
         controlnet: ControlNet | None = None,
         source: str = "",
+        offloading: Offloading | None = None,
+        tile: int | None = None,
     ) -> None:
         self.family = family
         self.unet = unet.eval().requires_grad_(False)
@@ -56,7 +60,10 @@ class Pipeline:
             family, [encoder.eval().requires_grad_(False) for encoder in encoders], tokenizer
         )
         self.source = source
-        self.graphs, self.control_graphs = Graphs(), Graphs()
+        self.offloading, self.tile = offloading, tile
+        # recordings hold the addresses of weights, which are others whenever a model comes back
+        recorded = None if offloading is None else False
+        self.graphs, self.control_graphs = Graphs(recorded), Graphs(recorded)
 
     @property
     def text(self) -> nn.Module:
@@ -71,13 +78,13 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the models are."""
-        return next(self.unet.parameters()).device
+        """Where the models compute."""
+        return next(self.unet.parameters()).device if self.offloading is None else self.offloading.device
 
     @property
     def dtype(self) -> torch.dtype:
         """What the UNet computes in."""
-        return next(self.unet.parameters()).dtype
+        return next(self.unet.parameters()).dtype if self.offloading is None else self.offloading.dtype
 
     @property
     def train_sigmas(self) -> Tensor:
@@ -91,6 +98,13 @@ class Pipeline:
 
     def __repr__(self) -> str:
         return f"Pipeline({self.family.name!r}, source={self.source!r}, device={self.device}, dtype={self.dtype})"
+
+    def using(self, *models: nn.Module) -> AbstractContextManager[None]:
+        """Keep models of an offloaded pipeline on the device until the end, for calls of their own or for many steps.
+
+        All methods of the pipeline bring what they need; without offloading, everything is there already.
+        """
+        return nullcontext() if self.offloading is None else self.offloading.using(*models)
 
     @torch.inference_mode()
     def inpaint(
@@ -262,7 +276,8 @@ class Pipeline:
         if size is None:
             size = (self.family.size, self.family.size)
         told = size if isinstance(size, PictureSize) else PictureSize(size)
-        return [self.condition(as_list(entry), told) for entry in prompts]
+        with self.using(*self.condition.encoders):
+            return [self.condition(as_list(entry), told) for entry in prompts]
 
     @torch.inference_mode()
     def encode_image(
@@ -307,6 +322,7 @@ class Pipeline:
             dtype=self.dtype,
             sigmas=ahead,
             graphs=self.graphs,
+            using=partial(self.using, self.unet),
         )
 
     @torch.inference_mode()
@@ -315,11 +331,13 @@ class Pipeline:
 
         An autoencoder that overflows its dtype is run again in float32, with a warning. Raises: NumericError.
         """
-        return self._through_vae().decode(latents)
+        with self.using(self.vae):
+            return self._through_vae().decode(latents, tile=self.tile)
 
     def sample_latents(self, image: Tensor, draw: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """image (B, 3, 8H, 8W) -> latents float32: the posterior's mean, or its sample with draw(mean) as noise."""
-        mean, std = self._through_vae().encode(image)
+        with self.using(self.vae):
+            mean, std = self._through_vae().encode(image, tile=self.tile)
         return mean if draw is None else mean + std * draw(mean)
 
     def _through_vae(self) -> Autoencoding:

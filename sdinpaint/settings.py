@@ -29,6 +29,7 @@ __all__ = [
     "check_seed",
     "common_length",
     "require_no_control",
+    "switch",
     "whole_number",
 ]
 
@@ -104,7 +105,7 @@ class Settings:
         for name, words in WORDS.items():
             check_name(f"SETTING_{name.upper()}", name, getattr(self, name), words)
         for name in SWITCHES:
-            put(self, name, _switch(name, getattr(self, name)))
+            put(self, name, switch(name, getattr(self, name)))
         put(self, "crop", _crop(self.crop))
         if self.batch_size is not None:
             put(self, "batch_size", whole_number("batch_size", self.batch_size, 1, MAX_BATCH))
@@ -181,7 +182,8 @@ def whole_number(name: str, value: Any, low: int, high: int) -> int:
     return int(value)
 
 
-def _switch(name: str, value: Any) -> bool:
+def switch(name: str, value: Any) -> bool:
+    """True or False, also of numpy. Raises: SettingError that names it."""
     if not isinstance(value, bool | np.bool_):
         raise SettingError(f"SETTING_{name.upper()}", name, f"{value!r}", expected="True or False")
     return bool(value)

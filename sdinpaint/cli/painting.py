@@ -28,7 +28,7 @@ BLENDS = ("none", "feather", "poisson")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 LOADING = (
     *("config", "vae", "controlnet", "base", "tokenizer", "prediction", "variant", "revision"),
-    *("local_files_only", "ema", "device", "dtype"),
+    *("local_files_only", "ema", "device", "dtype", "offload"),
 )
 """Options that `sdinpaint.load` takes; the others are those of `Pipeline.inpaint` and `Pipeline.vary`."""
 
@@ -110,6 +110,9 @@ model_options = together(
     click.option("--device", metavar="NAME", help="cpu, cuda or cuda:1. Default: the GPU where there is one."),
     click.option(
         "--dtype", type=click.Choice(DTYPES), default="auto", help="Default: float32 on a CPU, float16 on a GPU."
+    ),
+    click.option(
+        "--offload", is_flag=True, help="Keep models out of memory while they are not used: less memory, more time."
     ),
     click.option("--vae", metavar="PATH", help="Another autoencoder."),
     click.option(

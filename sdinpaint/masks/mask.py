@@ -42,7 +42,8 @@ class Mask:
     def __init__(self, values: Source, argument: str = "mask") -> None:
         # rounded down, so that nothing reaches 0.5 that was below
         steps = (read_own_size(values, argument) * STEPS).astype(np.uint32)
-        soft = steps.astype(np.float32) / np.float32(STEPS)
+        soft = steps.astype(np.float32)
+        soft /= np.float32(STEPS)
         # an array over bytes is one that nobody can make writable
         self._array: Soft = np.frombuffer(soft.tobytes(), np.float32).reshape(soft.shape)
 

@@ -153,7 +153,9 @@ def _scaled(values: NDArray[np.generic], argument: str) -> Soft:
     if not 0 <= low <= high <= white or 0 < high <= MISTAKEN.get(white, 0):
         found = f"{values.dtype} values from {low:g} to {high:g}"
         raise MaskError("MASK_BAD_VALUES", argument, found, expected=expected, hint="mask > 0 is a mask of type bool")
-    return values.astype(np.float32) / np.float32(white)
+    soft = values.astype(np.float32)
+    soft /= np.float32(white)
+    return soft
 
 
 def _without_noise(mask: Soft) -> Soft:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
@@ -98,7 +99,7 @@ class Denoiser:
     residuals. x keeps its own dtype; the UNet runs in `dtype`. A batch is B, not 2 B, where guidance_scale is 1 or
     `uncond` is None. Conditions of batch 1 serve every item of x.
     `sigmas` are those of the run, where they are known: what follows from them is computed at once. With `graphs`,
-    steps on a GPU are recorded and replayed, those of a UNet that is `Preparable`.
+    steps on a GPU are recorded and replayed, those of a UNet that is `Preparable`. Within `using()` the UNet is ready.
 
     Raises: SettingError where the two conditions differ in shape or guidance_scale is not finite.
     """
@@ -117,6 +118,7 @@ class Denoiser:
         dtype: torch.dtype = torch.float32,
         sigmas: Tensor | None = None,
         graphs: Graphs | None = None,
+        using: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         if not math.isfinite(guidance_scale):
             raise SettingError("SETTING_GUIDANCE", "guidance_scale", f"{guidance_scale!r}", expected="a finite number")
@@ -132,6 +134,7 @@ class Denoiser:
         self._dtype = dtype
         self._sigmas = [] if sigmas is None else sigmas.tolist()
         self._graphs = graphs
+        self._using = using
         self._context = _stacked("context", [one.context for one in conditions]).to(dtype)
         vectors = [one.vector for one in conditions if one.vector is not None]
         if len(vectors) not in (0, len(conditions)):
@@ -144,6 +147,10 @@ class Denoiser:
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """x (B, 4, H, W) at `sigma` -> x0 (B, 4, H, W), in x's dtype."""
+        with self._using():
+            return self._denoised(x, sigma)
+
+    def _denoised(self, x: Tensor, sigma: float) -> Tensor:
         batch = self._batches.get((len(x), x.dtype)) or self._begin(x)
         if sigma not in batch.levels:
             sigmas = self._sigmas if sigma in self._sigmas else [sigma]

@@ -19,6 +19,13 @@ def is_finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or math.isfinite(tensor.sum()) or all(map(math.isfinite, torch.aminmax(tensor)))
 
 
+def stays_finite(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether no value of a finite tensor is too large for a dtype: its extremes are not; nothing is cast but these."""
+    if tensor.numel() == 0 or torch.finfo(tensor.dtype).max <= torch.finfo(dtype).max:
+        return True
+    return is_finite(torch.stack(torch.aminmax(tensor)).to(dtype))
+
+
 def nonfinite_error(subject: object, name: str, tensor: Tensor, stored: Tensor) -> CheckpointError:
     """The error for a tensor that is not finite; it tells whether it was so as `stored`, or became so by the cast."""
     bad = int((~torch.isfinite(stored.to(torch.float64))).sum())

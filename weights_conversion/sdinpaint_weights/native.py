@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sdinpaint_weights.edits import apply, fits, shape_after
 from sdinpaint_weights.errors import CheckpointError
-from sdinpaint_weights.finite import is_finite, nonfinite_error
+from sdinpaint_weights.finite import is_finite, nonfinite_error, stays_finite
 from sdinpaint_weights.keymap import TABLES_FOR, Edit, renamed
 from sdinpaint_weights.layout import EMA_UNET, Layout
 from sdinpaint_weights.openclip import openclip_table_for
@@ -193,6 +193,13 @@ def load_tensors(
                 if on_tensor is not None:
                     on_tensor(name)
     return tensors
+
+
+def check_range(state: NativeState, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Refuse finite native tensors of a component that another dtype cannot hold. Raises: CheckpointError."""
+    for name, tensor in tensors.items():
+        if not stays_finite(tensor, dtype):
+            raise nonfinite_error(state.weights.path, state.sources[name].key, tensor.to(dtype), tensor)
 
 
 def _is_dropped(key: str, name: str) -> bool:

@@ -118,6 +118,11 @@ class Weights(Mapping[str, Tensor]):
     notes: tuple[str, ...] = ()
     """What was chosen on the caller's behalf, as sentences."""
 
+    @property
+    def files(self) -> set[SourceFile]:
+        """Where the bytes are."""
+        return {entry.storage.file for entry in self.entries.values()}
+
     def __getitem__(self, key: str) -> Tensor:
         return self.tensor(key)
 
