@@ -1,9 +1,11 @@
 # `make help` lists the targets. Everything is installed into .venv; nothing else is touched.
 #
 #   make PYTHON=python3.12 demo   another interpreter (3.11 to 3.13)
+#   make BENCH="--steps 20 --rounds 5 --peers diffusers,diffusers-channels-last,openvino" bench   more, in some hours
 
 PYTHON ?= python3
 VENV ?= .venv
+BENCH ?= --dtype float32,bfloat16 --steps 2 --rounds 2 --peers diffusers,openvino
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -21,8 +23,8 @@ demo: $(VENV)/core.stamp ## Repaint some drawn scenes with the included checkpoi
 test: lint ## Run the linters and all tests; CPU only, no network
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-bench: $(VENV)/dev.stamp ## Measure beside diffusers, on an idle machine: rows and a table in benchmarks/results
-	$(BIN)/sdinpaint bench all --peers diffusers,diffusers-channels-last
+bench: $(VENV)/dev.stamp ## Measure beside diffusers and OpenVINO: about an hour of an idle machine; see BENCH
+	$(BIN)/sdinpaint bench all $(BENCH)
 
 lint: $(VENV)/dev.stamp ## Check style, types, and which package may import which
 	$(BIN)/ruff check

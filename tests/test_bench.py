@@ -6,6 +6,8 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from itertools import product
+from math import nan
 
 import pytest
 import torch
@@ -13,14 +15,15 @@ from builders import as_sdxl
 from click.testing import CliRunner
 
 from sdinpaint import cli
-from sdinpaint.bench import child, suite
+from sdinpaint.bench import child, parts, suite
 from sdinpaint.bench.cases import Case, StepInputs
 from sdinpaint.bench.checkpoints import random_pipeline
 from sdinpaint.bench.commands import Command
-from sdinpaint.bench.rows import COLUMNS, spread, table
-from sdinpaint.bench.suite import Options, Outcome, run, write_table
-from sdinpaint.bench.systems import OURS, PEERS, SdInpaint
-from sdinpaint.errors import SettingError
+from sdinpaint.bench.pages import Places, write_pages
+from sdinpaint.bench.rows import spread
+from sdinpaint.bench.suite import Options, Outcome, run
+from sdinpaint.bench.systems import OURS, PEERS, Peer, SdInpaint
+from sdinpaint.errors import NumericError, SettingError
 from sdinpaint.loading import DEMO, save_diffusers
 
 TOLD = "print('took 1.25 s')"
@@ -28,7 +31,7 @@ FIELDS = {"part", "what", "family", "dtype", "device", "size", "steps", "system"
 
 
 def options(out, part="step", **changes):
-    given = {"families": ("demo",), "quick": True, "rounds": 1, "steps": 1, "out": out}
+    given = {"families": ("demo",), "quick": True, "rounds": 1, "steps": 1, "places": Places(out, out)}
     return Options(part=part, **{**given, **changes})
 
 
@@ -58,39 +61,40 @@ class Another(SdInpaint):
 @pytest.fixture
 def peer(monkeypatch):
     """The name of a peer that computes as ours does."""
-    monkeypatch.setitem(PEERS, "another", Another)
-    monkeypatch.setattr("sdinpaint.bench.systems.NEEDED", {"another": "json"})
+    monkeypatch.setitem(PEERS, "another", Peer(Another, lambda: None, "import json"))
     return "another"
+
+
+@pytest.fixture(autouse=True)
+def no_new_processes(monkeypatch):
+    """For pictures and imports, which would take most of the time of these tests; not for `in_child`."""
+    monkeypatch.setattr(parts, "first_picture", lambda name, case: 3.0)
+    monkeypatch.setattr(parts, "import_seconds", lambda statement: 1.0)
 
 
 # What is written
 
 
-def test_rows_hold_their_fields_and_the_table_every_row(tmp_path, peer):
-    chosen = options(tmp_path, "step", peers=(peer,), dtypes=("float32", "bfloat16"))
-    outcome = measure(chosen)
-    shown = write_table(chosen, outcome)
+def test_rows_hold_their_fields(tmp_path, peer):
+    measure(options(tmp_path, "step", peers=(peer,), dtypes=("float32", "bfloat16")))
     rows = rows_in(tmp_path, "step")
     assert [(row["dtype"], row["system"]) for row in rows] == [
-        (dtype, system) for dtype in ("float32", "bfloat16") for system in (OURS, peer)
+        (dtype, system) for dtype in ("float32", "bfloat16") for _ in parts.RUNS for system in (OURS, peer)
     ]
     for row in rows:
         assert row.keys() >= FIELDS
         assert row["p20"] <= row["p50"] <= row["p80"]
         assert row["environment"]["torch"] == torch.__version__
         assert (row["ratio"] is None) == (row["system"] == OURS)
-    assert shown == table(outcome.rows)
-    assert len(shown.splitlines()) == 2 + len(rows)
-    assert all(len(line.split(" | ")) == len(COLUMNS) for line in shown.splitlines())
-    assert (tmp_path / "bench.md").read_text().endswith(shown)
 
 
 def test_the_table_shows_the_latest_rows_and_passes_over_those_of_other_benchmarks(tmp_path):
     (tmp_path / "step.jsonl").write_text('{"what": "step", "family": "sd15", "milliseconds": 5.7}\n')
     chosen = options(tmp_path)
     for _ in range(2):
-        write_table(chosen, measure(chosen))
-    assert len(rows_in(tmp_path, "step")) == 3
+        measure(chosen)
+        write_pages(chosen.places)
+    assert len(rows_in(tmp_path, "step")) == 1 + 2 * len(parts.RUNS)
     assert (tmp_path / "bench.md").read_text().count("guided step") == 1
 
 
@@ -130,10 +134,11 @@ def test_diffusers_makes_the_same_of_a_random_sdxl(tiny, tmp_path):
 
 @pytest.mark.peer
 def test_diffusers_makes_the_same_step_and_picture(tmp_path):
-    for part in ("step", "picture"):
+    for part, whats in (("step", [*parts.RUNS]), ("picture", ["picture", "first picture, new process"])):
         outcome = measure(options(tmp_path, part, peers=("diffusers",)))
         assert outcome.refused == []
-        assert [row["system"] for row in outcome.rows if row["unit"] == "s"] == [OURS, "diffusers"]
+        rows = [row for row in outcome.rows if row["unit"] == "s"]
+        assert [(row["what"], row["system"]) for row in rows] == [*product(whats, (OURS, "diffusers"))]
 
 
 # What is refused
@@ -144,8 +149,8 @@ def test_a_peer_that_differs_is_refused_and_the_command_says_so(tmp_path, peer, 
     flags = ["bench", "step", "--families", "demo", "--quick", "--peers", peer, "--out", str(tmp_path)]
     result = CliRunner().invoke(cli.main, flags)
     assert result.exit_code == 1
-    assert "Refused: step, demo in float32 with another: it differs from ours by 0.001" in result.output
-    assert not (tmp_path / "step.jsonl").exists()
+    assert "Refused: step, demo in float32 with another: guided step differs from ours by 0.001" in result.output
+    assert "guided step" not in {row["what"] for row in rows_in(tmp_path, "step")}
 
 
 def test_a_step_that_is_not_finite_is_refused_without_any_peer(tmp_path, monkeypatch):
@@ -160,7 +165,7 @@ def test_what_fails_in_a_process_of_its_own_is_refused_and_the_rest_goes_on(tmp_
     monkeypatch.setattr(suite, "PARTS", {name: suite.PARTS[name] for name in ("load", "step")})
     outcome = measure(options(tmp_path, "all"))
     assert "ended with code 1" in outcome.refused[0]
-    assert [row["part"] for row in outcome.rows] == ["step"]
+    assert {row["part"] for row in outcome.rows} == {"load", "step"}
 
 
 def test_another_picture_and_other_weights_are_refused(tmp_path, peer, monkeypatch):
@@ -183,8 +188,49 @@ def test_an_interrupted_run_keeps_the_rows_that_are_done(tmp_path, monkeypatch):
     flags = ["bench", "all", "--families", "demo", "--quick", "--rounds", "1", "--out", str(tmp_path)]
     result = CliRunner().invoke(cli.main, flags)
     assert result.exit_code == cli.common.INTERRUPTED
-    assert len(rows_in(tmp_path, "step")) == 1
+    assert len(rows_in(tmp_path, "step")) == len(parts.RUNS)
     assert "guided step" in (tmp_path / "bench.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "rows", "pages"),
+    [
+        ([], "benchmarks/results", "docs/benchmarks"),
+        (["--quick"], "bench-results", "bench-results"),
+        (["--out", "mine"], "mine", "mine"),
+    ],
+)
+def test_a_checkout_keeps_all_but_quick_rows_apart_from_what_shows_them(tmp_path, monkeypatch, flags, rows, pages):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs" / "benchmarks").mkdir(parents=True)
+    (tmp_path / "docs" / "benchmarks" / "leads.toml").touch()
+    (tmp_path / "README.md").write_text("# A library\n")
+    monkeypatch.setattr(SdInpaint, "step", lambda self: torch.ones(1, 4, 8, 8))
+    result = CliRunner().invoke(cli.main, ["bench", "step", "--families", "demo", "--rounds", "1", *flags])
+    assert result.exit_code == 0, result.output
+    assert "| guided step |" in result.output
+    assert [str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("step.jsonl")] == [rows]
+    assert [str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("bench.md")] == [pages]
+    assert (tmp_path / pages / "step-demo-cpu.png").is_file()
+
+
+def test_growth_runs_only_by_its_name_and_keeps_every_curve(tmp_path, monkeypatch):
+    assert not {"growth", "modes"} & set(options(tmp_path, "all").parts)
+
+    def curves(case, most_seconds, most_bytes, progress):
+        yield {"case": case.family, "limits": [most_seconds, most_bytes]}
+        raise NumericError("NUMERIC", "a step", "NaN")
+
+    monkeypatch.setattr(suite, "growth_rows", curves)
+    outcome = measure(options(tmp_path, "growth", most_seconds=7.0))
+    assert [(row["case"], row["limits"]) for row in rows_in(tmp_path, "growth")] == [("demo", [7.0, None])]
+    assert "NaN" in outcome.refused[0]
+
+
+@pytest.mark.parametrize("changes", [{"most_seconds": 0.0}, {"most_bytes": -1.0}, {"steps": 0}, {"most_seconds": nan}])
+def test_numbers_that_end_everything_are_refused(tmp_path, changes):
+    with pytest.raises(SettingError, match=next(iter(changes))):
+        options(tmp_path, **changes)
 
 
 @pytest.mark.parametrize(

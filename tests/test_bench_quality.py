@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +11,14 @@ import torch
 from PIL import Image, ImageColor
 
 import sdinpaint
-from sdinpaint.bench import growth
-from sdinpaint.bench.growth import GrowthOptions, exponent, measure_growth, peak_bytes
-from sdinpaint.bench.plots import COLORS, draw_growth, draw_quality
+from sdinpaint.bench import growth, plots
+from sdinpaint.bench.cases import Case
+from sdinpaint.bench.figures import COLORS
+from sdinpaint.bench.growth import GrowthOptions, exponent, growth_rows, measure_growth, peak_bytes
+from sdinpaint.bench.plots import draw_growth, draw_quality
 from sdinpaint.bench.quality import QualityOptions, measure_quality
+from sdinpaint.bench.rows import WHAT_IT_IS
+from sdinpaint.loading import DEMO
 
 MIB = 2**20
 
@@ -29,12 +34,17 @@ def quality(pipe):
     return measure_quality(pipe, options, progress=False)
 
 
+def of_float32(rows):
+    """Rows of the suite, as far as a picture shows them."""
+    return [{**row, "dtype": "float32"} for row in rows]
+
+
 @pytest.fixture(scope="module")
 def grown(pipe):
     options = GrowthOptions(
         start=growth.Work(size=64, steps=2), sizes=(64, 96, 128), pictures=(1, 4), steps=(2, 8), rounds=1
     )
-    return measure_growth(pipe, options, progress=False)
+    return list(measure_growth(pipe, options, progress=False))
 
 
 def shown(path):
@@ -120,13 +130,15 @@ def test_there_is_a_curve_for_all_that_grows(grown):
 @pytest.mark.parametrize(
     ("limits", "law", "ended_by", "amounts"),
     [
-        ({}, (1e-6, 100), None, 4),
-        ({"most_seconds": 0.07}, (1e-6, 100), "seconds", 2),
+        ({"most_bytes": 2**29}, (1e-6, 100), None, 4),
+        ({"most_seconds": 0.07, "most_bytes": 2**29}, (1e-6, 100), "seconds", 2),
         ({"most_bytes": 7 * MIB}, (1e-6, 100), "bytes", 2),
         ({"most_bytes": 7 * MIB}, (1e-6, None), None, 4),
     ],
 )
-def test_a_curve_ends_before_a_limit(pipe, monkeypatch, limits, law, ended_by, amounts):
+def test_a_curve_ends_before_a_limit_and_tells_where_it_would_meet_each(
+    pipe, monkeypatch, limits, law, ended_by, amounts
+):
     ran = []
 
     def cost(_, work, rounds):
@@ -136,25 +148,89 @@ def test_a_curve_ends_before_a_limit(pipe, monkeypatch, limits, law, ended_by, a
         return growth.Cost(seconds=taken, cpu_seconds=taken, bytes=memory and memory * work.pixels)
 
     monkeypatch.setattr(growth, "_cost", cost)
-    options = GrowthOptions(sizes=(128, 256, 512, 1024), pictures=(1,), steps=(1,), **limits)
-    row = measure_growth(pipe, options, progress=False)[0]
+    options = GrowthOptions(**{"sizes": (128, 256, 512, 1024), "most_seconds": 6.0, **limits})
+    row = next(iter(measure_growth(pipe, options, progress=False)))
     assert row["ended_by"] == ended_by
+    assert row["limits"]["seconds"] == options.most_seconds
+    assert row["reaches"]["seconds"] == pytest.approx(options.most_seconds / law[0])
+    assert row["reaches"]["bytes"] == (law[1] and pytest.approx(options.most_bytes / law[1]))
     assert len(row["amount"]) == amounts
     assert max(work.size for work in ran) == 128 * 2 ** (amounts - 1)
 
 
 @pytest.mark.parametrize(
-    ("rows", "draw", "clock"), [("quality", draw_quality, "seconds"), ("grown", draw_growth, "cpu_seconds")]
+    ("seconds", "power", "met"), [(1.0, 1, 300), (0.07, 1, 300 / 0.07), (0.05, 1, None), (0.03, 2, 100)]
 )
-def test_the_picture_is_drawn(rows, draw, clock, request, tmp_path):
+def test_where_a_limit_is_met_is_told_unless_that_is_far(pipe, monkeypatch, seconds, power, met):
+    def cost(_, work, rounds):
+        return growth.Cost(seconds=seconds * work.steps**power, cpu_seconds=1.0, bytes=100 * MIB + work.steps)
+
+    monkeypatch.setattr(growth, "_cost", cost)
+    *_, row = measure_growth(pipe, GrowthOptions(most_bytes=2**30), progress=False)
+    assert row["grows"] == "steps"
+    assert row["reaches"] == {"seconds": met and pytest.approx(met), "bytes": None}
+
+
+def test_by_default_a_run_may_take_most_of_the_memory_that_is_free(pipe, monkeypatch, tmp_path):
+    (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:    1000 kB\n")
+    monkeypatch.setattr(growth, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(growth, "_cost", lambda *_, **__: growth.Cost(seconds=1.0, cpu_seconds=1.0, bytes=1.0))
+    row = next(iter(measure_growth(pipe, GrowthOptions(), progress=False)))
+    assert row["limits"]["bytes"] == pytest.approx(800 * 1024)
+
+
+def test_a_run_that_takes_long_is_not_repeated(pipe, monkeypatch):
+    ran = []
+    monkeypatch.setattr(type(pipe), "inpaint", lambda self, *_, **__: ran.append(1))
+    growth._cost(pipe, growth.Work(), rounds=3)
+    assert len(ran) == 1 + 3
+    ran.clear()
+    monkeypatch.setattr(growth, "LONG", 0.0)
+    growth._cost(pipe, growth.Work(), rounds=3)
+    assert len(ran) == 1
+
+
+def test_the_suite_has_a_row_for_every_curve(monkeypatch):
+    monkeypatch.setattr(growth, "_cost", lambda *_, **__: growth.Cost(seconds=1.0, cpu_seconds=1.0, bytes=1.0))
+    case = Case(
+        family="demo",
+        checkpoint=str(DEMO),
+        dtype="float32",
+        stored=None,
+        device="cpu",
+        size=128,
+        steps=4,
+        rounds=1,
+        quick=True,
+    )
+    rows = list(growth_rows(case, most_seconds=7.0, most_bytes=5e9, progress=False))
+    assert len({tuple(row[name] for name in WHAT_IT_IS) for row in rows}) == 3
+    assert {tuple(row["limits"].values()) for row in rows} == {(7.0, 5e9)}
+    assert {(row["family"], row["dtype"], row["part"]) for row in rows} == {("demo", "float32", "growth")}
+    assert {(row["size"], row["steps"]) for row in rows} == {(64, 1)}
+
+
+@pytest.mark.parametrize(("worked", "clock"), [(0.9, "seconds"), (1.9, "seconds"), (0.4, "cpu_seconds")])
+def test_on_a_busy_machine_processor_time_is_shown(worked, clock):
+    rows = [{"seconds": [1.0, 2.0], "cpu_seconds": [worked, 2 * worked]}, {"seconds": 3.0, "cpu_seconds": 3 * worked}]
+    assert plots._clock(rows) == clock
+
+
+@pytest.mark.parametrize(("rows", "draw"), [("quality", draw_quality), ("grown", draw_growth)])
+def test_the_picture_is_drawn_with_a_colour_for_each_line(rows, draw, request, tmp_path):
     target = tmp_path / "curve.png"
     target.write_bytes(b"an older picture")
-    draw(request.getfixturevalue(rows), target, clock=clock)
+    found = of_float32(request.getfixturevalue(rows))
+    if draw is draw_growth:
+        found += [{**row, "dtype": "bfloat16", "seconds": [2 * taken for taken in row["seconds"]]} for row in found]
+    draw(found, target)
     pixels = shown(target)
     assert min(pixels.shape[:2]) >= 600
     assert (pixels == 255).all(-1).mean() > 0.5
     for color in COLORS[:2]:
         assert (pixels == ImageColor.getrgb(color)).all(-1).sum() > 500
+    assert (pixels == ImageColor.getrgb(COLORS[2])).all(-1).sum() == 0
+    assert target.stat().st_size < 150_000
     assert [path.name for path in tmp_path.iterdir()] == ["curve.png"]
 
 
@@ -163,18 +239,21 @@ def test_a_picture_that_cannot_be_drawn_leaves_the_old_one(quality, tmp_path, mo
     target.write_bytes(b"an older picture")
 
     def fails(self, path, **options):
-        path.write_bytes(b"half of it")
-        raise OSError("no space left on device")
+        if isinstance(path, Path):
+            path.write_bytes(b"half of it")
+            raise OSError("no space left on device")
+        save(self, path, **options)
 
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fails)
+    save = Image.Image.save
+    monkeypatch.setattr(Image.Image, "save", fails)
     with pytest.raises(OSError, match="no space"):
-        draw_quality(quality, target)
+        draw_quality(of_float32(quality), target)
     assert target.read_bytes() == b"an older picture"
     assert [path.name for path in tmp_path.iterdir()] == ["curve.png"]
 
 
 def test_what_the_system_does_not_tell_is_left_out_of_the_picture(grown, tmp_path):
-    draw_growth([{**row, "bytes": [None] * len(row["bytes"])} for row in grown], tmp_path / "g")
+    draw_growth([{**row, "bytes": [None] * len(row["bytes"])} for row in of_float32(grown)], tmp_path / "g")
     pixels = shown(tmp_path / "g")
     coloured = (pixels.max(-1) - pixels.min(-1)) > 60
     half = len(pixels) // 2

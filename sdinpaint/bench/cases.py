@@ -11,14 +11,15 @@ from torch import Tensor
 
 from sdinpaint.families import Family
 from sdinpaint.loading import DTYPES
+from sdinpaint.sampling.schedules import train_sigmas
 
-__all__ = ["GUIDANCE", "PROMPT", "SEED", "SIGMA", "Case", "StepInputs", "picture_and_mask"]
+__all__ = ["GUIDANCE", "PROMPT", "SEED", "TIMESTEP", "Case", "StepInputs", "picture_and_mask"]
 
 PROMPT = "a red fox"
 GUIDANCE = 7.5
 SEED = 7
-SIGMA = 2.0
-"""The noise level of the step that is measured."""
+TIMESTEP = 512.0
+"""Of the step that is measured: a number of every dtype, since OpenVINO rounds it to the one that it computes in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +49,12 @@ class Case:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What one guided step of one picture is given, the same for every system; float32."""
+    """What one guided step, and the networks before and after it, are given, the same for every system; float32."""
 
     x: Tensor
-    """Noisy latents (1, 4, H, W) at SIGMA."""
+    """Noisy latents (1, 4, H, W) at sigma."""
+    sigma: float
+    """The noise level that was trained as TIMESTEP."""
     mask: Tensor
     masked_latents: Tensor
     contexts: Tensor
@@ -59,12 +62,16 @@ class StepInputs:
     pooled: Tensor | None
     """(2, P) for SDXL, which is also told the sizes."""
     sizes: Tensor
+    latents: Tensor
+    """(1, 4, H, W), to decode."""
+    image: Tensor
+    """(1, 3, 8H, 8W) in [-1, 1], to encode."""
 
     @classmethod
     def draw(cls, family: Family, case: Case) -> StepInputs:
         """Unit-variance numbers in the shapes of the family, drawn on the CPU so that no device changes them."""
         generator = torch.Generator().manual_seed(SEED)
-        side = case.size // 8
+        side, sigma = case.size // 8, float(train_sigmas(family.schedule)[int(TIMESTEP)])
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator).to(case.device)
@@ -74,12 +81,15 @@ class StepInputs:
         mask[..., side // 4 : side // 2, side // 4 : side // 2] = 1
         pooled = family.texts[-1].projection_dim
         return cls(
-            x=normal(*shape) * (1 + SIGMA**2) ** 0.5,
+            x=normal(*shape) * (1 + sigma**2) ** 0.5,
+            sigma=sigma,
             mask=mask,
             masked_latents=normal(*shape),
             contexts=normal(2, family.text.context_length, family.unet.context_dim),
             pooled=None if family.unet.vector_dim is None or pooled is None else normal(2, pooled),
             sizes=torch.tensor([case.size, case.size, 0, 0, case.size, case.size], device=case.device),
+            latents=normal(*shape),
+            image=normal(1, family.vae.in_channels, case.size, case.size).clamp(-1, 1),
         )
 
 

@@ -16,27 +16,47 @@ from torch import Tensor
 
 from sdinpaint.bench.cases import Case
 from sdinpaint.bench.growth import peak_bytes
-from sdinpaint.bench.systems import NEEDED, open_system
+from sdinpaint.bench.paintings import paint
+from sdinpaint.bench.systems import PEERS, open_system
 from sdinpaint.errors import SdInpaintError
-from sdinpaint.extras import need
 
-__all__ = ["Figures", "in_child"]
+__all__ = ["Figures", "first_picture", "import_seconds", "in_child"]
 
 RESIDENT = Path("/proc/self/statm")
 TAIL = 600
+IMPORT = "import time; started = time.perf_counter(); {}; print(time.perf_counter() - started)"
+FIRST = "first"
 
 Figures = dict[str, float]
 
 
 def in_child(part: str, system: str, case: Case) -> Figures:
-    """The figures of "load" or "memory". Raises: SdInpaintError with the end of what the process said."""
-    asked = [sys.executable, "-m", __name__, part, system, json.dumps(asdict(case))]
-    done = subprocess.run(asked, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode:
-        what = f"{part} of {case.family} with {system}"
-        raise SdInpaintError("BENCH_CHILD", what, f"ended with code {done.returncode}: {done.stderr[-TAIL:].strip()}")
-    found: Figures = json.loads(done.stdout.splitlines()[-1])
+    """The figures of a part. Raises: SdInpaintError with the end of what the process said."""
+    what = f"{part} of {case.family} with {system}"
+    found: Figures = json.loads(_said(what, "-m", __name__, part, system, json.dumps(asdict(case))))
     return found
+
+
+def import_seconds(statement: str) -> float:
+    """Of this statement in a new process. Raises: SdInpaintError."""
+    return float(_said(statement, "-c", IMPORT.format(statement)))
+
+
+def first_picture(system: str, case: Case) -> float:
+    """Seconds from the start of a new process to its first picture. Raises: SdInpaintError.
+
+    Every system's process imports this library too: with torch there for all, a tenth of a second or two.
+    """
+    started = time.time()  # of the machine, not of a process
+    return in_child(FIRST, system, case)["done"] - started
+
+
+def _said(what: str, *arguments: str) -> str:
+    """The last line that Python writes, asked in this way."""
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        raise SdInpaintError("BENCH_CHILD", what, f"ended with code {done.returncode}: {done.stderr[-TAIL:].strip()}")
+    return done.stdout.splitlines()[-1]
 
 
 def load(name: str, case: Case) -> Figures:
@@ -50,6 +70,7 @@ def load(name: str, case: Case) -> Figures:
     def run() -> None:
         started = time.perf_counter()
         system = open_system(name, case)
+        system.ready()
         found["seconds"] = time.perf_counter() - started
         weights.extend(system.parameters())
         touch(weights)
@@ -68,6 +89,7 @@ def memory(name: str, case: Case) -> Figures:
     device = torch.device(case.device)
     before = resident(device)
     system = open_system(name, case)
+    system.ready()
     touch(system.parameters())
     found: Figures = {}
     runs: dict[str, Callable[[], object]] = {"step": system.step, "picture": system.picture}
@@ -78,6 +100,12 @@ def memory(name: str, case: Case) -> Figures:
             found[what] = kept + peak
     found["finite"] = bool(system.step().isfinite().all())
     return found
+
+
+def first(name: str, case: Case) -> Figures:
+    """`done`: the time at which there is a picture."""
+    open_system(name, case).picture()
+    return {"done": time.time()}
 
 
 def touch(weights: list[Tensor]) -> None:
@@ -93,13 +121,13 @@ def resident(device: torch.device) -> int:
     return int(RESIDENT.read_text().split()[1]) * mmap.PAGESIZE if RESIDENT.exists() else 0
 
 
-MEASURES = {"load": load, "memory": memory}
+MEASURES = {"load": load, "memory": memory, "modes": paint, FIRST: first}
 
 
 def main(part: str, system: str, case: str) -> None:
     """Measure, and write the figures as a line of JSON. What has to be imported is imported before."""
-    if system in NEEDED:
-        need(NEEDED[system], extra="dev", what=f"the peer {system}").StableDiffusionInpaintPipeline  # noqa: B018 - lazy
+    if system in PEERS:
+        PEERS[system].library()
     values = json.loads(case)
     sys.stdout.write(json.dumps(MEASURES[part](system, Case(**values | {"peers": tuple(values["peers"])}))) + "\n")
 

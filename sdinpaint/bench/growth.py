@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -12,16 +13,27 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from sdinpaint.bench.cases import Case
+from sdinpaint.bench.checkpoints import DEMO_FAMILY
+from sdinpaint.bench.systems import OURS
+from sdinpaint.loading import load
 from sdinpaint.pipeline import Pipeline
 from sdinpaint.training.scenes import captions, object_mask, random_scene, render
 
-__all__ = ["GrowthOptions", "Work", "exponent", "measure_growth", "peak_bytes"]
+__all__ = ["GrowthOptions", "Work", "exponent", "free_bytes", "growth_rows", "measure_growth", "peak_bytes"]
 
 Row = dict[str, object]
 COSTS = ("seconds", "cpu_seconds", "bytes")
 LIMITED = ("bytes", "seconds")
 """Those of them with a limit, `most_...` of the options."""
+LONG = 10.0
+"""Seconds of a run that is not repeated: what the first run of a kind adds is little beside them."""
+FAR = 100.0
+"""Times the last amount that was measured: beyond it no power is trusted to go on."""
+SHARE = 0.8
+"""Of the memory that is free, which a run may take."""
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+MEMORY = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +54,20 @@ class Work:
 class GrowthOptions:
     """What grows, from which work on, and where a curve ends because the next point would take too much."""
 
-    start: Work = Work()
-    sizes: tuple[int, ...] = (128, 192, 256, 384, 512, 768, 1024)
+    start: Work = Work(size=256, steps=2)
+    sizes: tuple[int, ...] = (256, 384, 512, 768, 1024, 1536, 2048)
     pictures: tuple[int, ...] = (1, 2, 4, 8, 16)
     steps: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
     rounds: int = 3
-    most_seconds: float = 60.0
+    most_seconds: float = 300.0
     """Of one run."""
-    most_bytes: int = 4 * 2**30
-    """Of one run, beyond what was there before it."""
+    most_bytes: float | None = None
+    """Of one run, beyond what was there before it; None: SHARE of what is free, where the system tells."""
+
+
+QUICK = GrowthOptions(start=Work(size=64, steps=1), sizes=(64, 128), pictures=(1, 2), steps=(1, 2), rounds=1)
+SMALL = GrowthOptions(start=Work(size=128, steps=10), sizes=(128, 192, 256, 384, 512, 768, 1024, 1536, 2048))
+"""Of the included checkpoint, whose pictures have 128 pixels a side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +81,24 @@ class Cost:
     """None where the system does not tell."""
 
 
-def measure_growth(pipe: Pipeline, options: GrowthOptions, *, progress: bool = True) -> list[Row]:
+def growth_rows(case: Case, most_seconds: float, most_bytes: float | None, *, progress: bool = True) -> Iterator[Row]:
+    """`measure_growth` of a case's checkpoint as rows of the suite, each as soon as its curve is done."""
+    options = QUICK if case.quick else SMALL if case.family == DEMO_FAMILY else GrowthOptions()
+    options = replace(options, most_seconds=most_seconds, most_bytes=most_bytes)
+    pipe = load(case.checkpoint, device=case.device, dtype=case.dtype, progress=False)
+    same = {name: getattr(case, name) for name in ("family", "dtype", "stored", "device", "quick")}
+    start = {"size": options.start.size, "steps": options.start.steps}
+    for row in measure_growth(pipe, options, progress=progress):
+        yield {"part": "growth", "what": row["grows"], **same, **start, "system": OURS, **row}
+
+
+def measure_growth(pipe: Pipeline, options: GrowthOptions, *, progress: bool = True) -> Iterator[Row]:
     """A row per curve: `amount` of what grows, and of each cost (as in `Cost`) its values and how it grows.
 
     seconds, cpu_seconds: of the fastest of the rounds. bytes: the peak beyond what was there before. Their exponents
     are 1 where twice the work costs twice as much: of all points, and of the last two. ended_by: "seconds" or "bytes"
-    where the next point, as the fitted power goes on, would have been beyond that limit.
+    where the next point, as the fitted power goes on, would have been beyond that limit. reaches: the amounts where
+    the fitted powers meet the limits; None where that is FAR, or nothing is known.
     """
     curves = {
         "pixels": [replace(options.start, size=size) for size in options.sizes],
@@ -77,7 +106,10 @@ def measure_growth(pipe: Pipeline, options: GrowthOptions, *, progress: bool = T
         "steps": [replace(options.start, steps=steps) for steps in options.steps],
     }
     _cost(pipe, options.start, rounds=1)  # the very first run loads code, which would count as its memory
-    return [_curve(pipe, grows, works, options, progress) for grows, works in curves.items()]
+    free = free_bytes(pipe.device)
+    limits = {"seconds": options.most_seconds, "bytes": options.most_bytes or (free and SHARE * free)}
+    for grows, works in curves.items():
+        yield _curve(pipe, grows, works, options, limits, progress)
 
 
 def exponent(amounts: Sequence[float], costs: Sequence[float | None]) -> float | None:
@@ -101,19 +133,26 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     # what earlier runs freed but the allocator kept would not be seen to be taken again
     ctypes.CDLL(None).malloc_trim(0)
     CLEAR_REFS.write_text("5", encoding="ascii")  # resets VmHWM. Source: proc_pid_clear_refs(5)
-    before = _status("VmRSS")
+    before = _field(STATUS, "VmRSS")
     run()
-    return _status("VmHWM") - before
+    return _field(STATUS, "VmHWM") - before
 
 
-def _curve(pipe: Pipeline, grows: str, works: Sequence[Work], options: GrowthOptions, progress: bool) -> Row:
+def _curve(
+    pipe: Pipeline,
+    grows: str,
+    works: Sequence[Work],
+    options: GrowthOptions,
+    limits: Mapping[str, float | None],
+    progress: bool,
+) -> Row:
     amounts: list[int] = []
     costs: list[Cost] = []
     ended_by = None
-    for work in tqdm(works, desc=grows, disable=None if progress else True):
+    for work in tqdm(works, desc=grows, leave=False, disable=None if progress else True):
         amount = getattr(work, grows)
         expected = _continued(amounts, costs, amount)
-        ended_by = next((name for name, cost in expected.items() if cost > getattr(options, f"most_{name}")), None)
+        ended_by = next((name for name, cost in expected.items() if cost > (limits[name] or math.inf)), None)
         if ended_by is not None:
             break
         amounts.append(amount)
@@ -127,14 +166,14 @@ def _curve(pipe: Pipeline, grows: str, works: Sequence[Work], options: GrowthOpt
         "exponent": {name: exponent(amounts, values) for name, values in found.items()},
         "last_exponent": {name: exponent(amounts[-2:], values[-2:]) for name, values in found.items()},
         "ended_by": ended_by,
-        "most_seconds": options.most_seconds,
-        "most_bytes": options.most_bytes,
+        "reaches": {name: _reached(amounts, found[name], limits[name]) for name in LIMITED},
+        "limits": dict(limits),
         "rounds": options.rounds,
     }
 
 
 def _cost(pipe: Pipeline, work: Work, rounds: int) -> Cost:
-    """The peak of a first run, which is slower than those that are timed."""
+    """The peak of a first run, which is slower than those that are timed, if it is not a long one."""
     rng = np.random.default_rng(0)
     scene = random_scene(rng)
     thing = scene.things[0]
@@ -147,8 +186,10 @@ def _cost(pipe: Pipeline, work: Work, rounds: int) -> Cost:
         pipe.inpaint(image, hole, prompts, steps=work.steps, seed=seeds, progress=False)
         return time.perf_counter() - started, time.process_time() - worked
 
-    peak = peak_bytes(run, pipe.device)
-    seconds, cpu_seconds = (min(values) for values in zip(*(run() for _ in range(rounds)), strict=True))
+    first: list[tuple[float, float]] = []
+    peak = peak_bytes(lambda: first.append(run()), pipe.device)
+    runs = first if first[0][0] > LONG else [run() for _ in range(rounds)]
+    seconds, cpu_seconds = (min(values) for values in zip(*runs, strict=True))
     return Cost(seconds=seconds, cpu_seconds=cpu_seconds, bytes=peak)
 
 
@@ -163,7 +204,24 @@ def _continued(amounts: Sequence[int], costs: Sequence[Cost], amount: int) -> di
     return expected
 
 
-def _status(field: str) -> int:
-    """Bytes of this process, e.g. "VmRSS"."""
-    lines = STATUS.read_text(encoding="ascii", errors="replace").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+def _reached(amounts: Sequence[int], costs: Sequence[float | None], limit: float | None) -> float | None:
+    """The amount that costs `limit`, as the fitted power goes on from the last point; None where that is FAR."""
+    power, last = exponent(amounts, costs), costs[-1]
+    if power is None or last is None or limit is None or not 0 < math.log(limit / last) < power * math.log(FAR):
+        return None
+    return float(amounts[-1] * (limit / last) ** (1 / power))
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Of the memory that is free now; None on a CPU without Linux' /proc."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if not MEMORY.exists():
+        return None
+    return _field(MEMORY, "MemAvailable")
+
+
+def _field(file: Path, name: str) -> int:
+    """Bytes in a file of /proc, e.g. "VmRSS"."""
+    lines = file.read_text(encoding="ascii", errors="replace").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

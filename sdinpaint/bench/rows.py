@@ -1,4 +1,4 @@
-"""What a benchmark found: rows of percentiles with the environment, kept as JSON lines, shown as a Markdown table."""
+"""What a benchmark found: rows of percentiles with the environment, kept as JSON lines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,15 @@ import torch
 
 from sdinpaint import __version__
 
-__all__ = ["COLUMNS", "append", "environment", "latest", "spread", "table"]
+__all__ = ["Row", "append", "environment", "grouped", "latest", "spread"]
 
 Row = Mapping[str, Any]
 
-PACKAGES = ("diffusers", "transformers", "triton")
+PACKAGES = ("diffusers", "openvino", "transformers", "triton")
 """Whose versions a row tells, where they are installed; none is imported for it."""
 CPU = Path("/proc/cpuinfo")
 WHAT_IT_IS = ("part", "what", "family", "dtype", "stored", "device", "size", "steps", "system")
 """Rows that agree in these are of the same thing, and the latest of them counts."""
-COLUMNS = (*WHAT_IT_IS, "p20", "p50", "p80", "unit", "sdinpaint / it", "check")
 
 
 @cache
@@ -80,23 +79,12 @@ def latest(paths: Iterable[Path]) -> list[Row]:
     return list(found.values())
 
 
-def table(rows: Iterable[Row]) -> str:
-    """A Markdown table with a line for every row."""
-    lines = [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
+def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    """The rows by their key, both in the order of their first appearance."""
+    found: dict[Any, list[Row]] = {}
     for row in rows:
-        cells = {**row, "sdinpaint / it": row["ratio"]}
-        lines.append(_line([_cell(cells[name]) for name in COLUMNS]))
-    return "\n".join(lines) + "\n"
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+        found.setdefault(key(row), []).append(row)
+    return found
 
 
 def _commit() -> str | None:

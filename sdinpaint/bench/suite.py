@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby, product
 from pathlib import Path
 
-from sdinpaint_weights.atomic import atomic_write
 from tqdm import tqdm
 
 from sdinpaint.bench.cases import Case
 from sdinpaint.bench.checkpoints import DEMO_FAMILY, FULL_SIZE, checkpoint_of
 from sdinpaint.bench.commands import Command
+from sdinpaint.bench.growth import growth_rows
+from sdinpaint.bench.pages import Places
 from sdinpaint.bench.parts import PARTS
-from sdinpaint.bench.rows import append, latest, table
+from sdinpaint.bench.rows import Row, append
 from sdinpaint.bench.systems import check_peers
 from sdinpaint.errors import SdInpaintError, SettingError
 from sdinpaint.loading import DTYPES, open_checkpoint
 from sdinpaint.sampling.presets import check_name
 
-__all__ = ["ALL", "DTYPE_NAMES", "Options", "Outcome", "run", "write_table"]
+__all__ = ["ALL", "DTYPE_NAMES", "GROWTH", "Options", "Outcome", "run"]
 
-ALL, QUALITY = "all", "quality"
-TABLE = "bench.md"
+ALL, QUALITY, GROWTH = "all", "quality", "growth"
+BY_NAME = (GROWTH, "modes")
+"""Parts that run only where they are asked for: of a full-size model, they take as long as all others."""
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
 STEPS, ROUNDS = 20, 5
 QUICK_SIZE, QUICK_STEPS, QUICK_ROUNDS = 256, 2, 2
@@ -48,10 +50,13 @@ class Options:
     rounds: int | None = None
     """None: STEPS and ROUNDS, or for a quick run QUICK_STEPS and QUICK_ROUNDS."""
     quick: bool = False
-    out: Path
+    most_seconds: float = 300.0
+    most_bytes: float | None = None
+    """Of one run of `growth`, as in `GrowthOptions`."""
+    places: Places
 
     def __post_init__(self) -> None:
-        check_name("BENCH_PART", "part", self.part, [*PARTS, ALL])
+        check_name("BENCH_PART", "part", self.part, [*PARTS, GROWTH, ALL])
         for family in self.families:
             check_name("BENCH_FAMILY", "family", family, [*FULL_SIZE, DEMO_FAMILY])
         for dtype in (*self.dtypes, *filter(None, [self.stored])):
@@ -59,25 +64,28 @@ class Options:
         for name in ("steps", "rounds"):
             if (given := getattr(self, name)) is not None and given < 1:
                 raise SettingError("BENCH_COUNT", name, f"{given}", expected="1 or more")
+        for name in ("most_seconds", "most_bytes"):
+            if (limit := getattr(self, name)) is not None and not limit > 0:
+                raise SettingError("BENCH_LIMIT", name, f"{limit:g}", expected="more than 0")
         check_peers(self.peers)
 
     @property
     def parts(self) -> list[str]:
         """The names of those that run."""
-        return list(PARTS) if self.part == ALL else [self.part]
+        return [part for part in PARTS if part not in BY_NAME] if self.part == ALL else [self.part]
 
 
 @dataclass
 class Outcome:
     """What came of a run, also of one that was interrupted."""
 
-    rows: list[dict[str, object]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     """Why something was not measured: it failed, or its check did."""
 
 
 def run(options: Options, outcome: Outcome, *, progress: bool = True) -> None:
-    """Measure everything, appending rows to OUT/PART.jsonl and to `outcome`, which holds what was refused too.
+    """Measure everything, appending rows to PART.jsonl and to `outcome`, which holds what was refused too.
 
     Raises: SettingError, for a command that tells no seconds.
     """
@@ -87,19 +95,8 @@ def run(options: Options, outcome: Outcome, *, progress: bool = True) -> None:
             with _source(options, family, dtype, given) as source:
                 for *_, part in group:
                     bar.set_postfix_str(f"{part}, {family} in {dtype}")
-                    _measure(part, _case(options, family, dtype, source), options, outcome)
+                    _measure(part, _case(options, family, dtype, source), options, outcome, progress)
                     bar.update()
-
-
-def write_table(options: Options, outcome: Outcome) -> str:
-    """Write OUT/bench.md, a line for the latest row of everything that was ever measured -> the lines of this run."""
-    files = [options.out / f"{part}.jsonl" for part in PARTS]
-    refused = "".join(f"\nRefused: {reason}\n" for reason in outcome.refused)
-    if any(file.is_file() for file in files):
-        everything = table(latest(file for file in files if file.is_file()))
-        with atomic_write(options.out / TABLE) as temporary:
-            temporary.write_text(f"# Benchmarks\n\n{everything}{refused}", encoding="utf-8")
-    return table(outcome.rows) + refused
 
 
 def _plan(options: Options) -> Iterator[tuple[str, str, str | None, str]]:
@@ -108,7 +105,8 @@ def _plan(options: Options) -> Iterator[tuple[str, str, str | None, str]]:
     families = options.families if given is None else (Path(given).name,)
     yield from product(families, options.dtypes, [given], [part for part in options.parts if part != QUALITY])
     if QUALITY in options.parts:  # only the included checkpoint has learned what it is asked for
-        yield from product([DEMO_FAMILY], options.dtypes, [None], [QUALITY])
+        dtypes = options.dtypes if options.part == QUALITY else options.dtypes[:1]
+        yield from product([DEMO_FAMILY], dtypes, [None], [QUALITY])
 
 
 def _source(options: Options, family: str, dtype: str, given: str | None) -> AbstractContextManager[str]:
@@ -132,14 +130,22 @@ def _case(options: Options, family: str, dtype: str, source: str) -> Case:
     )
 
 
-def _measure(part: str, case: Case, options: Options, outcome: Outcome) -> None:
+def _measure(part: str, case: Case, options: Options, outcome: Outcome, progress: bool) -> None:
+    """Append each row as soon as it is known, or say why there are none."""
     try:
-        rows = PARTS[part](case, options.commands)
+        for row in _rows(part, case, options, progress):
+            if isinstance(row, str):  # why a peer has none
+                outcome.refused.append(row)
+                continue
+            append(options.places.rows / f"{part}.jsonl", row)
+            outcome.rows.append(row)
     except SettingError:  # nothing that is asked for in this way will ever run
         raise
     except SdInpaintError as error:
         outcome.refused.append(str(error))
-        return
-    for row in rows:
-        append(options.out / f"{part}.jsonl", row)
-        outcome.rows.append(row)
+
+
+def _rows(part: str, case: Case, options: Options, progress: bool) -> Iterable[Row | str]:
+    if part == GROWTH:
+        return growth_rows(case, options.most_seconds, options.most_bytes, progress=progress)
+    return PARTS[part](case, options.commands)

@@ -34,8 +34,8 @@ def in_turns(calls: Mapping[str, Callable[[], float]], rounds: int) -> dict[str,
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The median over rounds of what ours takes for each one of theirs."""
-    return statistics.median(mine / other for mine, other in zip(ours, theirs, strict=True))
+    """The median, over the rounds that both had, of what ours takes for each one of theirs."""
+    return statistics.median(mine / other for mine, other in zip(ours, theirs, strict=False))
 
 
 def _wait(device: str) -> None:

@@ -13,7 +13,8 @@ from sdinpaint.cli.values import Value
 __all__ = ["bench"]
 
 REFUSED = 1
-IN_REPOSITORY, ELSEWHERE = Path("benchmarks/results"), Path("bench-results")
+ELSEWHERE = Path("bench-results")
+PEER_NAMES = "diffusers, diffusers-channels-last, diffusers-compiled, openvino."
 NAMES = Value("names with commas between", "sd15,sd2", lambda text: tuple(text.split(",")))
 
 
@@ -21,7 +22,7 @@ NAMES = Value("names with commas between", "sd15,sd2", lambda text: tuple(text.s
 @click.argument("part", default="all")
 @click.option("--families", type=NAMES, metavar="NAMES", help="sd15, sd2, sdxl, demo.  [sd15]")
 @click.option("--checkpoint", metavar="PATH", help="A model of yours instead of random weights of a family's size.")
-@click.option("--peers", default=(), type=NAMES, metavar="NAMES", help="diffusers, diffusers-channels-last.")
+@click.option("--peers", default=(), type=NAMES, metavar="NAMES", help=PEER_NAMES)
 @click.option("--peer-command", "lines", multiple=True, metavar="LINE", help="A program that paints, for `picture`.")
 @click.option("--peer-time", "times", multiple=True, metavar="REGEX", help="Its group finds the seconds it tells.")
 @click.option(
@@ -32,7 +33,9 @@ NAMES = Value("names with commas between", "sd15,sd2", lambda text: tuple(text.s
 @click.option("--steps", type=int, help="Of a picture.  [20; quick: 2]")
 @click.option("--rounds", type=int, help="How often each is timed, in turns.  [5; quick: 2]")
 @click.option("--quick", is_flag=True, help="Two rounds, two steps, at most 256 pixels.")
-@click.option("--out", "-o", type=click.Path(path_type=Path), metavar="FOLDER")
+@click.option("--most-seconds", default=300.0, show_default=True, help="Of a run: where a curve of `growth` ends.")
+@click.option("--most-gb", type=float, help="The same of its memory.  [four fifths of what is free]")
+@click.option("--out", "-o", type=click.Path(path_type=Path), metavar="FOLDER", help="For rows, table and pictures.")
 @quiet_option
 @click.pass_context
 def bench(
@@ -40,17 +43,21 @@ def bench(
     /,
     lines: tuple[str, ...],
     times: tuple[str, ...],
+    most_gb: float | None,
     out: Path | None,
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Measure load, memory, step, picture or quality, or all of them, beside the peers that are named.
+    """Measure load, memory, kernels, step, picture or quality, or all, beside the peers named; or modes, or growth.
 
     What is measured is checked first: finite, and like the peers. Rows are appended to FOLDER/PART.jsonl as they are
-    made, and FOLDER/bench.md shows the latest ones: 20th, 50th and 80th percentile, and what sdinpaint takes for each
-    one of the peer's. FOLDER is benchmarks/results where there is one, else bench-results. Weights are random and of
-    full size, so nothing is fetched; `quality` is of the included checkpoint. Ends with exit code 1 where a check
-    failed.
+    made, and FOLDER/bench.md and its pictures show the latest ones: 20th, 50th and 80th percentile, and what sdinpaint
+    takes for each one of the peer's. FOLDER is bench-results; in a checkout, all but quick rows go to
+    benchmarks/results, and what shows them to docs/benchmarks. Weights are random and of full size, so nothing is
+    fetched; `quality` is of the included checkpoint. Ends with exit code 1 where a check failed.
+
+    `modes` is the peak memory of pictures up to 4096 pixels a side, whole, in tiles and with models offloaded. `growth`
+    is of pictures from 256 to 2048 pixels a side, 1 to 16 at once, and 1 to 50 steps, each until a limit.
 
     In a --peer-command, {checkpoint} {image} {mask} {out} {prompt} {size} {steps} {seed} {guidance} are filled in.
 
@@ -63,7 +70,8 @@ def bench(
         --peer-time 'generate_image completed in ([\\d.]+)s'
     """
     from sdinpaint.bench.commands import Command
-    from sdinpaint.bench.suite import Options, Outcome, run, write_table
+    from sdinpaint.bench.pages import CHECKOUT, Places, tables, write_pages
+    from sdinpaint.bench.suite import Options, Outcome, run
 
     if len(lines) != len(times):
         raise click.UsageError(f"{len(lines)} --peer-command and {len(times)} --peer-time: each needs the other")
@@ -71,13 +79,15 @@ def bench(
         raise click.UsageError("--families are of random weights, --checkpoint is a model of yours: give one of them")
     options["families"] = options["families"] or ("sd15",)
     commands = tuple(Command(line, time) for line, time in zip(lines, times, strict=True))
-    folder = out or (IN_REPOSITORY if IN_REPOSITORY.is_dir() else ELSEWHERE)
-    chosen, outcome = Options(commands=commands, out=folder, **options), Outcome()
+    kept = out is None and not options["quick"] and CHECKOUT.reasons.is_file()
+    places = CHECKOUT if kept else Places(out or ELSEWHERE, out or ELSEWHERE)
+    most_bytes = None if most_gb is None else most_gb * 1e9
+    chosen, outcome = Options(commands=commands, places=places, most_bytes=most_bytes, **options), Outcome()
     try:
         run(chosen, outcome, progress=not quiet)
     finally:  # an interrupted run keeps what it has
-        shown = write_table(chosen, outcome)
+        write_pages(places, outcome.refused)
         if not quiet:
-            click.echo(shown, nl=False)
+            click.echo(tables(outcome.rows) + "".join(f"Refused: {reason}\n" for reason in outcome.refused), nl=False)
     if outcome.refused:
         ctx.exit(REFUSED)
