@@ -17,8 +17,8 @@ from sdinpaint_kernels import backend
 from sdinpaint_kernels.linear import linear
 
 QUERIES = 256
-"""In hand at a time, so that their scores stay in the processor's cache."""
-LEAST_TOKENS = 1024
+"""Each thread has so many in hand at a time, so that their scores stay in its cache."""
+LEAST_TOKENS = 2048
 """With fewer queries or keys torch's attention takes no longer."""
 KEYS_LOOKED_AT = 16
 """One of so many, to find a number near the largest score of each query: any would do with which exp is finite."""
@@ -48,7 +48,8 @@ def _one_head(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
     some = k[::KEYS_LOOKED_AT].contiguous()
     keys = F.pad(k, (0, 1), value=1.0)
     values = F.pad(torch.cat([v.T, v.new_ones(1, len(v))]), (0, 0, 0, -(head_dim + 1) % ALIGNED))
-    for part, into in zip(q.split(QUERIES), out.split(QUERIES), strict=True):
+    queries = QUERIES * torch.get_num_threads()
+    for part, into in zip(q.split(queries), out.split(queries), strict=True):
         near_largest = linear(part, some).amax(dim=1, keepdim=True)
         weights = linear(torch.cat([part, -near_largest], dim=1), keys).exp2_()
         mixed = linear(weights, values)

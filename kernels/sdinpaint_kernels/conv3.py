@@ -3,7 +3,8 @@
 Each 2 x 2 of the output comes from a 4 x 4 of the input by 16 products where the sum over 3 x 3 takes 36: the input
 tiles are transformed, multiplied by transformed weights, and transformed back. The transforms only add and subtract:
 float32 keeps the precision of torch's convolution, in bfloat16 each of them rounds, to about four times torch's error.
-The transformed weights are kept beside the weights, 16 numbers for each 9, as long as those live and do not change.
+The transformed weights are kept beside the weights, 16 numbers for each 9, as long as those live and do not change;
+the pages of those that a file holds are given back.
 
 Small maps have many weights for few pixels. There torch's convolution spends half of its time on bringing the weights
 into its own order; the product of what lies under the window reads them as they are.
@@ -21,14 +22,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sdinpaint_kernels import backend
 from sdinpaint_kernels.linear import linear, products
+from sdinpaint_kernels.pages import give_back
 
-LEAST_CHANNELS = 128
+LEAST_CHANNELS = 256
 """With fewer on either side the transforms take more time than they save."""
 LEAST_TILES = 64
 """Of 2 x 2 pixels in a picture: with fewer, torch's order of the weights costs more than the products."""
 TILES = 512
-"""How many are in hand at a time: what they are transformed to stays in the processor's cache."""
-SAMPLES = 8
+"""How many each thread has in hand at a time: what they are transformed to stays in its cache."""
+SAMPLES = 2
 """Along each of the two sides of the weights, of those that are looked at for changes."""
 
 # Rows: what the four numbers of each transformed weight are of its three. Source: https://arxiv.org/abs/1509.09308,
@@ -83,6 +85,7 @@ def _weights(weight: Tensor) -> Tensor:
     kept = _transformed.get(weight)
     if kept is None or kept.version != version or not torch.equal(kept.sample, sample):
         kept = _transformed[weight] = Transformed(_transform(weight.detach()), version, sample.clone())
+        give_back(weight.detach())
     return kept.weights
 
 
@@ -110,7 +113,8 @@ def _by_tiles(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
 
 def _chunks(batch: int, rows: int, columns: int) -> Iterator[tuple[slice, int, int]]:
     """Some images and some rows of tiles of theirs at a time."""
-    images, band = max(1, TILES // (rows * columns)), max(1, TILES // columns)
+    tiles = TILES * torch.get_num_threads()
+    images, band = max(1, tiles // (rows * columns)), max(1, tiles // columns)
     for first in range(0, batch, images):
         for top in range(0, rows, band):
             yield slice(first, first + images), top, min(top + band, rows)

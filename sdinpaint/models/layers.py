@@ -10,6 +10,9 @@ import torch
 from sdinpaint_kernels import add_bias, add_layer_norm, conv3, forget, group_norm, linear
 from torch import Tensor, nn
 
+ROWS = 1024
+"""Of what is wider inside of a layer than before and behind it."""
+
 
 class Model(nn.Module):
     """A network whose weights are laid out for the GPU whenever it comes to one; their names and values stay."""
@@ -142,7 +145,10 @@ def norm_conv(norm: GroupNorm, conv: nn.Module, x: Tensor) -> Tensor:
 
 def add_conv(x: Tensor, conv: nn.Module, h: Tensor) -> Tensor:
     """x + conv(h)."""
-    return add_bias(x, unbiased(conv, h), bias(conv)) if adds_bias_apart(h) else x + conv(h)
+    if adds_bias_apart(h):
+        return add_bias(x, unbiased(conv, h), bias(conv))
+    h = conv(h)
+    return h.add_(x) if torch.is_inference_mode_enabled() else x + h
 
 
 def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
@@ -150,6 +156,16 @@ def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
     if not isinstance(conv, nn.Conv2d):
         return conv(x)
     return to_map(linear(to_tokens(x), conv.weight.flatten(1), conv.bias), x)
+
+
+def by_rows(layer: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    """layer(tokens (B, N, C)), which sees each by itself; on a CPU ROWS at a time, so that what is wide stays small.
+
+    Memory of many megabytes is fetched from the system anew each time, which takes as long as a product over it.
+    """
+    if tokens.is_cuda or tokens.shape[:2].numel() <= ROWS:
+        return layer(tokens)
+    return torch.cat([layer(part) for part in tokens.flatten(0, 1).split(ROWS)]).view(*tokens.shape[:2], -1)
 
 
 def to_tokens(x: Tensor) -> Tensor:

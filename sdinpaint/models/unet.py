@@ -24,6 +24,7 @@ from sdinpaint.models.layers import (
     Model,
     add_conv,
     bias,
+    by_rows,
     joined,
     pointwise,
     repeated,
@@ -139,7 +140,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, C) -> (B, N, C)."""
-        return self.net(x)
+        return by_rows(self.net, x)
 
 
 class TransformerBlock(nn.Module):
@@ -317,6 +318,7 @@ class UNet(Model):
         all before they meet the first of the two, is computed once.
         """
         emb = self.embed(t, vector) if isinstance(t, Tensor) else t
+        x = x.contiguous(memory_format=torch.channels_last)  # and so is all that is made of it
         skips = []
         for stage in self.input_blocks:
             x = stage(x, emb, context)

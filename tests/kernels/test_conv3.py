@@ -50,6 +50,12 @@ def check(x, weight, bias):
     assert interpreter.relative(ours, exact) <= EXTRA[x.dtype] * torchs
 
 
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    """So that small weights do."""
+    monkeypatch.setattr(own, "LEAST_CHANNELS", 128)
+
+
 @pytest.fixture
 def transforms(monkeypatch):
     """The weights that are transformed, in turn."""
