@@ -116,11 +116,7 @@ class Conv3(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, O, H, W)."""
-        return self.unbiased(x, self.bias)
-
-    def unbiased(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Without its bias."""
-        return conv3(x, self.weight, bias)
+        return conv3(x, self.weight, self.bias)
 
 
 def adds_bias_apart(x: Tensor) -> bool:
@@ -130,7 +126,7 @@ def adds_bias_apart(x: Tensor) -> bool:
 
 def unbiased(conv: nn.Module, x: Tensor) -> Tensor:
     """A `Conv3` without its bias."""
-    return cast(Conv3, conv).unbiased(x)
+    return conv3(x, cast(Conv3, conv).weight)
 
 
 def bias(conv: nn.Module) -> Tensor:
