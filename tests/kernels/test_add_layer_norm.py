@@ -84,17 +84,22 @@ def found():
     return interpreter.run("test_add_layer_norm", "interpreted")
 
 
+def allowed(each, theirs):
+    """Twice torch's error, one rounding of the result, and one of the mean, which shifts the whole row."""
+    return 2 * theirs + interpreter.TINY[each["dtype"]] + 2**-24 * each["mean"] / each["std"]
+
+
 @pytest.mark.parametrize("name", [*CASES, "other tiles"])
 def test_the_kernel_is_as_exact_as_torch(name, found):
-    each, tiny = found[name], interpreter.TINY[CASES.get(name, case())["dtype"]]
-    assert each["ours"] <= 2 * each["torch"] + tiny, (name, each, found["seed"])
-    assert each["sum"] <= 2 * each["torch's sum"] + tiny, (name, each, found["seed"])
+    measured, each = found[name], CASES.get(name, case())
+    assert measured["ours"] <= allowed(each, measured["torch"]), (name, measured, found["seed"])
+    assert measured["sum"] <= allowed(each, measured["torch's sum"]), (name, measured, found["seed"])
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_shows(name, found):
     mistaken = found[f"without {name}"]
-    assert not mistaken["ours"] <= 2 * mistaken["torch"] + interpreter.TINY["float32"], (name, mistaken, found["seed"])
+    assert not mistaken["ours"] <= allowed(CASES[MISTAKES[name][2]], mistaken["torch"]), (name, mistaken, found["seed"])
 
 
 @pytest.mark.parametrize(("model", "row"), aot.shapes("add_layer_norm"))
