@@ -220,6 +220,7 @@ def measured(patch, operation, dtype, change=lambda out: out):
         "add_layer_norm": ((lines, lines, scale, scale, 1e-5), {}),
         "add_bias": ((image, image, scale), {}),
         "conv3": ((image, torch.randn(128, 128, 3, 3).to(dtype), scale), {}),
+        "upsample_conv3": ((image, torch.randn(128, 128, 3, 3).to(dtype), scale), {}),
         "linear": ((lines, torch.randn(7, 128).to(dtype)), {}),
     }
     args, options = given[operation]

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from painting import IMAGE, MASK, picture
 from PIL import Image
 from safetensors.torch import save_file
-from sdinpaint_kernels.conv3 import _transformed
+from sdinpaint_kernels.reformed import _kept
 from sdinpaint_weights.files import SourceFile
 from sdinpaint_weights.reader import open_weights
 from torch import nn
@@ -356,7 +356,7 @@ def test_nothing_is_kept_beside_weights_that_are_not_there(larger, monkeypatch):
 
 
 def kept(weights):
-    return sum(weight in _transformed for weight in weights)
+    return sum(weight in _kept for weight in weights)
 
 
 def test_what_was_written_to_weights_is_kept(model):

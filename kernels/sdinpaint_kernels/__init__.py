@@ -3,9 +3,21 @@
 from sdinpaint_kernels.add_bias import add_bias
 from sdinpaint_kernels.add_layer_norm import add_layer_norm
 from sdinpaint_kernels.attention import attention
-from sdinpaint_kernels.conv3 import conv3, forget
+from sdinpaint_kernels.conv3 import conv3
 from sdinpaint_kernels.geglu import geglu
 from sdinpaint_kernels.group_norm import group_norm
 from sdinpaint_kernels.linear import linear
+from sdinpaint_kernels.reformed import forget
+from sdinpaint_kernels.upsample_conv3 import upsample_conv3
 
-__all__ = ["add_bias", "add_layer_norm", "attention", "conv3", "forget", "geglu", "group_norm", "linear"]
+__all__ = [
+    "add_bias",
+    "add_layer_norm",
+    "attention",
+    "conv3",
+    "forget",
+    "geglu",
+    "group_norm",
+    "linear",
+    "upsample_conv3",
+]

@@ -3,8 +3,7 @@
 Each 2 x 2 of the output comes from a 4 x 4 of the input by 16 products where the sum over 3 x 3 takes 36: the input
 tiles are transformed, multiplied by transformed weights, and transformed back. The transforms only add and subtract:
 float32 keeps the precision of torch's convolution, in bfloat16 each of them rounds, to about four times torch's error.
-The transformed weights are kept beside the weights, 16 numbers for each 9, as long as those live and do not change;
-the pages of those that a file holds are given back.
+The transformed weights are kept beside the weights, 16 numbers for each 9.
 
 Small maps have many weights for few pixels. There torch's convolution spends half of its time on bringing the weights
 into its own order; the product of what lies under the window reads them as they are.
@@ -13,16 +12,14 @@ into its own order; the product of what lies under the window reads them as they
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from sdinpaint_kernels import backend
 from sdinpaint_kernels.linear import linear, products
-from sdinpaint_kernels.pages import give_back
+from sdinpaint_kernels.reformed import reformed
 
 LEAST_CHANNELS = 256
 """With fewer on either side the transforms take more time than they save."""
@@ -30,23 +27,10 @@ LEAST_TILES = 64
 """Of 2 x 2 pixels in a picture: with fewer, torch's order of the weights costs more than the products."""
 TILES = 512
 """How many each thread has in hand at a time: what they are transformed to stays in its cache."""
-SAMPLES = 2
-"""Along each of the two sides of the weights, of those that are looked at for changes."""
 
 # Rows: what the four numbers of each transformed weight are of its three. Source: https://arxiv.org/abs/1509.09308,
 # section 4.1, G. The transforms of input and output, B and A there, are written out below.
 G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
-
-
-class Transformed(NamedTuple):
-    """Weights (16, O, C), and by what it is seen that those they were made from have not changed."""
-
-    weights: Tensor
-    version: tuple[int, int]
-    sample: Tensor
-
-
-_transformed = WeakTensorKeyDictionary()
 
 
 def conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernels: str | None = None) -> Tensor:
@@ -63,30 +47,12 @@ def conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernels: str
         return _by_product(x, weight, bias)
     if height % 2 or width % 2:
         return F.conv2d(x, weight, bias, padding=1)
-    return _by_tiles(x, _weights(weight), bias)
-
-
-def forget(weight: Tensor) -> None:
-    """Give up what is kept beside these weights; it is made again when it is needed."""
-    _transformed.pop(weight, None)
+    return _by_tiles(x, reformed(weight, _transform), bias)
 
 
 def _by_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     windows = F.unfold(x, 3, padding=1).transpose(1, 2)
     return linear(windows, weight.flatten(1), bias).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
-
-
-def _weights(weight: Tensor) -> Tensor:
-    """The transformed weights, made at the first call and after a change."""
-    version = weight.data_ptr(), 0 if weight.is_inference() else weight._version
-    # a change through `weight.data` leaves the version as it is; of a merge of weights the sample tells
-    steps = [max(1, size // SAMPLES) for size in weight.shape[:2]]
-    sample = weight.detach()[:: steps[0], :: steps[1], 1, 1]
-    kept = _transformed.get(weight)
-    if kept is None or kept.version != version or not torch.equal(kept.sample, sample):
-        kept = _transformed[weight] = Transformed(_transform(weight.detach()), version, sample.clone())
-        give_back(weight.detach())
-    return kept.weights
 
 
 def _transform(weight: Tensor) -> Tensor:

@@ -86,6 +86,11 @@ def _conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.conv2d(x, weight, bias, padding=1)
 
 
+def _upsample_conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None, size: Sequence[int] = ()) -> Tensor:
+    size = tuple(size) or tuple(2 * side for side in x.shape[2:])
+    return F.conv2d(F.interpolate(x, size=size, mode="nearest"), weight, bias, padding=1)
+
+
 def _size(x: Tensor) -> str:
     """As "2x320x64x64", and how it lies in memory unless in order."""
     size = "x".join(map(str, x.shape))
@@ -119,6 +124,10 @@ def _of_convolution(
     return f"{height}x{width}, {_size(x)} to {channels}{strided}" + " + bias" * (bias is not None)
 
 
+def _of_upsampling(x: Tensor, weight: Tensor, bias: Tensor | None = None, size: Sequence[int] = ()) -> str:
+    return _of_convolution(x, weight, bias) + (f" of {size[0]}x{size[1]}" if size else "")
+
+
 @dataclass(frozen=True)
 class Operation:
     """One that the models call."""
@@ -136,6 +145,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "add_layer_norm": Operation(_add_layer_norm, _of_first),
     "add_bias": Operation(_add_bias, _of_first),
     "conv3": Operation(_conv3, _of_convolution),
+    "upsample_conv3": Operation(_upsample_conv3, _of_upsampling),
     "linear": Operation(F.linear, _of_linear),
     "F.conv2d": Operation(F.conv2d, _of_convolution),
     "F.linear": Operation(F.linear, _of_linear),

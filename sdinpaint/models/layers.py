@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Protocol, Self, cast, runtime_checkable
 
 import torch
-from sdinpaint_kernels import add_bias, add_layer_norm, conv3, forget, group_norm, linear
+from sdinpaint_kernels import add_bias, add_layer_norm, conv3, forget, group_norm, linear, upsample_conv3
 from torch import Tensor, nn
 
 ROWS = 1024
@@ -117,6 +117,14 @@ class Conv3(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, O, H, W)."""
         return conv3(x, self.weight, self.bias)
+
+
+class UpsampleConv3(Conv3):
+    """Pixels repeated, then a `Conv3`, through the one implementation in `sdinpaint_kernels`."""
+
+    def forward(self, x: Tensor, size: Sequence[int] = ()) -> Tensor:
+        """x (B, C, H, W) -> (B, O, *size), or (B, O, 2H, 2W) without a size."""
+        return upsample_conv3(x, self.weight, self.bias, size)
 
 
 def adds_bias_apart(x: Tensor) -> bool:

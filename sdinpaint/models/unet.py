@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from sdinpaint_kernels import attention, geglu, linear
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sdinpaint.families import UNetConfig
 from sdinpaint.models.layers import (
@@ -22,6 +21,7 @@ from sdinpaint.models.layers import (
     LayerNorm,
     Linear,
     Model,
+    UpsampleConv3,
     add_conv,
     bias,
     by_rows,
@@ -204,11 +204,11 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = Conv3(channels, channels)
+        self.conv = UpsampleConv3(channels, channels)
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:
         """x (B, C, H, W) -> (B, C, *size); `size` is the next skip's, which is 2H - 1 where halving rounded up."""
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+        return self.conv(x, size)
 
 
 class Stage(nn.ModuleList):

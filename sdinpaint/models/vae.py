@@ -18,6 +18,7 @@ from sdinpaint.models.layers import (
     Conv3,
     GroupNorm,
     Model,
+    UpsampleConv3,
     add_conv,
     norm_conv,
     pointwise,
@@ -82,11 +83,11 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = Conv3(channels, channels)
+        self.conv = UpsampleConv3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, 2H, 2W)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(x)
 
 
 class Level(nn.Module):

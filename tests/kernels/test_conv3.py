@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import gc
 import importlib
-import weakref
 
 import interpreter
 import pytest
 import torch
 from sdinpaint_kernels import backend, conv3
-from torch import nn
 from torch.nn import functional as F
 
 own = importlib.import_module("sdinpaint_kernels.conv3")
@@ -127,63 +123,6 @@ def test_it_can_be_compiled_around():
     layer = torch.compile(lambda *given: conv3(*given) + 1, backend="eager", fullgraph=True)
     given = draw(1, 128, 128, 16, 16)
     assert torch.equal(layer(*given), plain(*given) + 1)
-
-
-def test_weights_are_transformed_once(transforms):
-    given = draw(1, 128, 128, 16, 16)
-    first = conv3(*given)
-    assert torch.equal(conv3(*given), first)
-    assert len(transforms) == 1
-
-
-CHANGES = {
-    "in place": lambda weight: weight.mul_(2),
-    "through data": lambda weight: weight.data.mul_(2),
-    "replaced": lambda weight: setattr(weight, "data", 2 * weight.data),
-    "loaded": lambda weight: weight.copy_(2 * weight),
-}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-@torch.no_grad()
-def test_changed_weights_are_transformed_anew(name):
-    x, weight, _ = draw(1, 128, 128, 16, 16)
-    weight = nn.Parameter(weight, requires_grad=False)
-    before = conv3(x, weight)
-    CHANGES[name](weight)
-    torch.testing.assert_close(conv3(x, weight), 2 * before)
-
-
-def test_without_the_sample_a_change_through_data_goes_unseen(monkeypatch):
-    """So the test above sees what it is there for."""
-    x, weight, _ = draw(1, 128, 128, 16, 16)
-    before = conv3(x, weight)
-    monkeypatch.setattr(torch, "equal", lambda *_: True)
-    weight.data.mul_(2)
-    torch.testing.assert_close(conv3(x, weight), before, rtol=0, atol=0)
-
-
-def test_weights_of_inference_mode_are_taken(transforms):
-    with torch.inference_mode():
-        given = draw(1, 128, 128, 16, 16)
-        check(*given)
-        given[1].mul_(2)
-        check(*given)
-    assert len(transforms) == 2
-
-
-def test_what_is_kept_goes_with_the_weights():
-    x, weight, bias = draw(1, 128, 128, 16, 16)
-    conv3(x, weight, bias)
-    kept = weakref.ref(own._transformed[weight].weights)
-    other = copy.deepcopy(weight)
-    conv3(x, other, bias)
-    del weight
-    gc.collect()
-    assert kept() is None
-    assert len([one for one in own._transformed if one is other]) == 1
-    own.forget(other)
-    assert other not in own._transformed
 
 
 @pytest.mark.parametrize("row", range(4))

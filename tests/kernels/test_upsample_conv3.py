@@ -1,0 +1,114 @@
+"""Upsampling and convolution in one against float64, and where they are left apart."""
+
+from __future__ import annotations
+
+import importlib
+
+import interpreter
+import pytest
+import torch
+from sdinpaint_kernels import backend, upsample_conv3
+from torch.nn import functional as F
+
+own = importlib.import_module("sdinpaint_kernels.upsample_conv3")
+
+IN_ONE = [(1, 24, 40, 32, 32), (2, 96, 32, 33, 47), (3, 8, 4, 64, 20)]
+APART = {
+    "small": ((1, 24, 40, 31, 32), ()),
+    "nothing": ((0, 24, 40, 32, 32), ()),
+    "another size": ((1, 24, 40, 32, 32), (63, 64)),
+    "three times": ((1, 24, 40, 32, 32), (96, 96)),
+}
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def draw(batch, inputs, outputs, height, width, dtype=torch.float32):
+    """x, weight and bias."""
+    generator = torch.Generator().manual_seed(inputs + 7 * outputs + height)
+    shapes = (batch, inputs, height, width), (outputs, inputs, 3, 3), (outputs,)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in shapes)
+    return x.to(dtype), (weight / 3 / inputs**0.5).to(dtype), bias.to(dtype)
+
+
+def plain(x, weight, bias=None, size=()):
+    size = size or tuple(2 * side for side in x.shape[2:])
+    return F.conv2d(F.interpolate(x, size=size, mode="nearest"), weight, bias, padding=1)
+
+
+def check(x, weight, bias):
+    """As exact as torch, up to twice; torch's error is the larger one of its two memory formats."""
+    exact = plain(*(one if one is None else one.double() for one in (x, weight, bias)))
+    formats = torch.contiguous_format, torch.channels_last
+    torchs = max(interpreter.relative(plain(x.contiguous(memory_format=one), weight, bias), exact) for one in formats)
+    ours = upsample_conv3(x, weight, bias)
+    assert (ours.shape, ours.dtype) == (exact.shape, x.dtype)
+    assert interpreter.relative(ours, exact) <= 2 * torchs
+
+
+@pytest.fixture
+def laid_out(monkeypatch):
+    """The weights that are laid out, in turn."""
+    seen, real = [], own._laid_out
+    monkeypatch.setattr(own, "_laid_out", lambda weight: (seen.append(weight.shape), real(weight))[1])
+    return seen
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", IN_ONE)
+def test_it_is_as_exact_as_torch(shape, dtype, laid_out):
+    x, weight, bias = draw(*shape, dtype)
+    check(x, weight, bias)
+    check(x.contiguous(memory_format=torch.channels_last), weight, None)
+    assert len(laid_out) == 1
+
+
+def test_it_takes_a_view_of_any_strides(laid_out):
+    x, weight, bias = draw(2, 24, 40, 36, 64)
+    check(x[:, :, 2:-2, ::2].flip(3), weight, bias)
+    assert laid_out
+
+
+def test_channels_last_stays():
+    x, weight, bias = draw(2, 24, 40, 32, 32)
+    out = upsample_conv3(x.contiguous(memory_format=torch.channels_last), weight, bias)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_torch_does_the_rest(name, laid_out):
+    shape, size = APART[name]
+    given = draw(*shape)
+    assert torch.equal(upsample_conv3(*given, size), plain(*given, size))
+    assert not laid_out
+
+
+def test_torch_does_what_is_asked_of_it(monkeypatch, laid_out):
+    given = draw(*IN_ONE[0])
+    assert torch.equal(upsample_conv3(*given, kernels="torch"), plain(*given))
+    monkeypatch.setattr(backend, "SETTING", "torch")
+    assert torch.equal(upsample_conv3(*given), plain(*given))
+    assert not laid_out
+
+
+@pytest.mark.parametrize("learning", range(3))
+def test_gradients_flow(learning, laid_out):
+    given = draw(*IN_ONE[0])
+    given[learning].requires_grad_()
+    upsample_conv3(*given).sum().backward()
+    assert given[learning].grad is not None
+    assert not laid_out
+
+
+def test_it_can_be_compiled_around():
+    layer = torch.compile(lambda *given: upsample_conv3(*given) + 1, backend="eager", fullgraph=True)
+    given = draw(*IN_ONE[0])
+    assert torch.equal(layer(*given), plain(*given) + 1)
+
+
+@pytest.mark.parametrize("row", range(4))
+def test_a_wrong_sum_of_weights_is_seen(row, monkeypatch):
+    wrong = [list(numbers) for numbers in own.MET]
+    wrong[row][row % 3] += 0.01
+    monkeypatch.setattr(own, "MET", wrong)
+    with pytest.raises(AssertionError):
+        check(*draw(*IN_ONE[0]))
