@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 
-import interpreter
+import convolving
 import pytest
 import torch
+from convolving import draw
 from sdinpaint_kernels import backend, conv3
 from torch.nn import functional as F
 
@@ -20,16 +21,8 @@ PLAIN = {
     "few channels out": (1, 128, 4, 16, 16),
     "nothing": (0, 128, 128, 16, 16),
 }
-EXTRA = {torch.float32: 3.0, torch.bfloat16: 4.5}
+TIMES = {torch.float32: 3.0, torch.bfloat16: 4.5}
 """How many times torch's own error is allowed: in bfloat16 every sum of the transforms is rounded."""
-
-
-def draw(batch, inputs, outputs, height, width, dtype=torch.float32):
-    """x, weight and bias."""
-    generator = torch.Generator().manual_seed(inputs + 7 * outputs + height)
-    shapes = (batch, inputs, height, width), (outputs, inputs, 3, 3), (outputs,)
-    x, weight, bias = (torch.randn(shape, generator=generator) for shape in shapes)
-    return x.to(dtype), (weight / 3 / inputs**0.5).to(dtype), bias.to(dtype)
 
 
 def plain(x, weight, bias=None):
@@ -37,13 +30,7 @@ def plain(x, weight, bias=None):
 
 
 def check(x, weight, bias):
-    """As exact as torch, up to EXTRA; torch's error is the larger one of its two memory formats."""
-    exact = plain(*(one if one is None else one.double() for one in (x, weight, bias)))
-    formats = torch.contiguous_format, torch.channels_last
-    torchs = max(interpreter.relative(plain(x.contiguous(memory_format=one), weight, bias), exact) for one in formats)
-    ours = conv3(x, weight, bias)
-    assert (ours.shape, ours.dtype) == (exact.shape, x.dtype)
-    assert interpreter.relative(ours, exact) <= EXTRA[x.dtype] * torchs
+    convolving.check(conv3, plain, x, weight, bias, times=TIMES[x.dtype])
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +47,7 @@ def transforms(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("dtype", EXTRA)
+@pytest.mark.parametrize("dtype", TIMES)
 @pytest.mark.parametrize("shape", BY_TILES + BY_PRODUCT)
 def test_it_is_as_exact_as_torch(shape, dtype, transforms):
     x, weight, bias = draw(*shape, dtype)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 
-import interpreter
+import convolving
 import pytest
 import torch
+from convolving import draw
 from sdinpaint_kernels import backend, upsample_conv3
 from torch.nn import functional as F
 
@@ -22,27 +23,13 @@ APART = {
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def draw(batch, inputs, outputs, height, width, dtype=torch.float32):
-    """x, weight and bias."""
-    generator = torch.Generator().manual_seed(inputs + 7 * outputs + height)
-    shapes = (batch, inputs, height, width), (outputs, inputs, 3, 3), (outputs,)
-    x, weight, bias = (torch.randn(shape, generator=generator) for shape in shapes)
-    return x.to(dtype), (weight / 3 / inputs**0.5).to(dtype), bias.to(dtype)
-
-
 def plain(x, weight, bias=None, size=()):
     size = size or tuple(2 * side for side in x.shape[2:])
     return F.conv2d(F.interpolate(x, size=size, mode="nearest"), weight, bias, padding=1)
 
 
 def check(x, weight, bias):
-    """As exact as torch, up to twice; torch's error is the larger one of its two memory formats."""
-    exact = plain(*(one if one is None else one.double() for one in (x, weight, bias)))
-    formats = torch.contiguous_format, torch.channels_last
-    torchs = max(interpreter.relative(plain(x.contiguous(memory_format=one), weight, bias), exact) for one in formats)
-    ours = upsample_conv3(x, weight, bias)
-    assert (ours.shape, ours.dtype) == (exact.shape, x.dtype)
-    assert interpreter.relative(ours, exact) <= 2 * torchs
+    convolving.check(upsample_conv3, plain, x, weight, bias, times=2)
 
 
 @pytest.fixture
