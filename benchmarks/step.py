@@ -33,8 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sdinpaint.families import SD2_INPAINT, SD15_INPAINT, SDXL_INPAINT, Family
 from sdinpaint.models import VAE, UNet
-from sdinpaint.models.layers import lay_out
 from sdinpaint.models.unet import timestep_embedding
+from sdinpaint.models.weights import pack
 from sdinpaint.sampling import Conditioning, Denoiser, schedules
 from sdinpaint.sampling.graphs import Graphs
 
@@ -77,7 +77,7 @@ def plain(unet: UNet) -> Callable[..., Tensor]:
     with torch.device("meta"):
         other = UNet(unet.config).eval().requires_grad_(False)
     other.load_state_dict({name: value.clone() for name, value in unet.state_dict().items()}, assign=True)
-    lay_out(other)
+    pack(other)
     for module in other.modules():
         if isinstance(module, nn.Conv2d):
             module.weight.data = module.weight.data.contiguous()
@@ -156,6 +156,9 @@ class _Recorded:
     unet: Callable[..., Tensor]
     kept: list[Tensor]
     key: str
+
+    def is_current(self) -> bool:
+        return True
 
     def embed(self, t: Tensor) -> Tensor:
         return t

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdinpaint.errors import NumericError, warn
-from sdinpaint.models import VAE, tiling
+from sdinpaint.models import tiling
+from sdinpaint.models.layers import is_plain
+from sdinpaint.models.vae import Direction
+from sdinpaint.models.weights import Snapshot, all_weights
 
 __all__ = ["TILE", "WHOLE_PIXELS", "Autoencoding"]
 
@@ -28,37 +31,32 @@ class Autoencoding:
     SDXL's official autoencoder overflows in float16. Why float32 and not bfloat16, which has the same range: its 8 bits
     would show as steps in a sky, CPUs and older GPUs are slow at it, and an autoencoder runs but two or three times.
 
-    `tile`: in bands of tile * tile pixels, see `models.tiling`; 0 at once; None at once up to WHOLE_PIXELS.
+    `tile`: in bands of tile * tile pixels, see `models.tiling`; 0 at once; None at once up to WHOLE_PIXELS. A VAE that
+    is wrapped, hooked or adapted, or through which gradients are needed, runs at once in any case.
     """
 
-    def __init__(self, vae: VAE) -> None:
+    def __init__(self, vae: nn.Module) -> None:
         self.vae = vae
-        self._wide: VAE | None = None
-        # of each direction by itself, so that the other one's results stay the same bit for bit
+        self._wide: tuple[nn.Module, Snapshot] | None = None
+        # of each direction by itself, so that the other one's results stay the same
         self._overflowed: set[tuple[str, torch.dtype, torch.device]] = set()
 
     def encode(self, image: Tensor, *, tile: int | None = None) -> tuple[Tensor, Tensor]:
         """image (B, 3, 8H, 8W) -> float32 mean and standard deviation of the latents. Raises: NumericError."""
-        size = _tile(tile, image.shape[-2:].numel())
-        mean, std = self._run(
-            "encode", lambda vae, one: tiling.posterior(vae, one, size) if size else vae.posterior(one), image
-        )
+        mean, std = self._run("encode", image, _tile(tile, image.shape[-2:].numel()))
         return mean, std
 
     def decode(self, latents: Tensor, *, tile: int | None = None) -> Tensor:
         """Latents (B, 4, H, W) -> image float32 (B, 3, 8H, 8W). Raises: NumericError."""
-        size = _tile(tile, 64 * latents.shape[-2:].numel())
-        return self._run(
-            "decode", lambda vae, one: (tiling.decode(vae, one, size) if size else vae.decode(one),), latents
-        )[0]
+        return self._run("decode", latents, _tile(tile, 64 * latents.shape[-2:].numel()))[0]
 
-    def _run(self, what: str, run: Callable[[VAE, Tensor], tuple[Tensor, ...]], given: Tensor) -> list[Tensor]:
+    def _run(self, what: Direction, given: Tensor, tile: int) -> list[Tensor]:
         weight = next(self.vae.parameters())
         case = what, weight.dtype, weight.device
-        outputs = _one_by_one(run, self._widened(*case) if case in self._overflowed else self.vae, given)
+        outputs = _one_by_one(what, self._widened(*case) if case in self._overflowed else self.vae, given, tile)
         finite = _is_finite(outputs)
         if not finite and weight.dtype != torch.float32 and _is_finite([given]):
-            outputs = _one_by_one(run, self._widened(*case), given)
+            outputs = _one_by_one(what, self._widened(*case), given, tile)
             finite = _is_finite(outputs)
         if not finite:
             bad = sum(int((~output.isfinite()).sum()) for output in outputs)
@@ -67,17 +65,18 @@ class Autoencoding:
             raise NumericError(code, "vae", found, expected="finite values", hint=hint)
         return outputs
 
-    def _widened(self, what: str, dtype: torch.dtype, device: torch.device) -> VAE:
+    def _widened(self, what: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """The float32 copy; the first time it is needed, with a warning. One for all threads."""
         with _WIDENING:
             if (what, dtype, device) not in self._overflowed:
                 message = f"the autoencoder overflowed in {dtype}; the picture is {what}d in float32 instead"
                 warn(message)
                 self._overflowed.add((what, dtype, device))
-            if self._wide is None or next(self._wide.parameters()).device != device:
+            if self._wide is None or not is_plain(self.vae) or not self._wide[1].holds(all_weights(self.vae)):
                 # a copy: another thread may be using the autoencoder
-                self._wide = copy.deepcopy(self.vae).float()
-            return self._wide
+                snapshot = Snapshot(all_weights(self.vae))
+                self._wide = copy.deepcopy(self.vae).float(), snapshot
+            return self._wide[0]
 
 
 def _tile(asked: int | None, pixels: int) -> int:
@@ -90,8 +89,9 @@ def _is_finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
-def _one_by_one(run: Callable[[VAE, Tensor], tuple[Tensor, ...]], vae: VAE, given: Tensor) -> list[Tensor]:
-    """What `run` makes of a batch, float32; item after item, so that memory stays flat."""
+def _one_by_one(what: Direction, vae: nn.Module, given: Tensor, tile: int) -> list[Tensor]:
+    """What a VAE makes of a batch, float32; item after item, so that memory stays flat."""
     weight = next(vae.parameters())
-    parts = [run(vae, one.to(weight)) for one in given.split(1)]
+    run = tiling.RUNS[what] if tile and tiling.can_run(vae, given) else None
+    parts = [run(vae, one, tile) if run else vae(one, what) for one in given.to(weight).split(1)]
     return [torch.cat(columns).float() for columns in zip(*parts, strict=True)]

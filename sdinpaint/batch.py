@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
 from sdinpaint.control import Control, inpaint_hint
 from sdinpaint.images import to_uint8
 from sdinpaint.masks import Cover, masked_image, to_latent
-from sdinpaint.models import ControlNet
+from sdinpaint.progress import progress_bar
 from sdinpaint.sampling import (
     Conditioning,
     Denoiser,
@@ -52,7 +51,10 @@ class Draws:
 
     def __call__(self, like: Tensor) -> Tensor:
         """Float32 noise of the shape of `like` (B, ...); drawn on the CPU, so the same on every device."""
-        drawn = [torch.randn(like.shape[1:], generator=generator) for generator in self.generators]
+        drawn = [
+            torch.randn(like.shape[1:], generator=generator, dtype=torch.float32, device="cpu")
+            for generator in self.generators
+        ]
         return torch.stack(drawn).to(self.device)
 
     def of(self, items: Sequence[int]) -> Draws:
@@ -77,7 +79,7 @@ class Batch:
         self._amount = self._stacked([view.amount for view in views])
         hole = (self._amount > 0).to(self._amount.dtype)
         mask = self._to_latent(hole)
-        like = mask.expand(-1, pipe.vae.config.latent_channels, -1, -1)
+        like = mask.expand(-1, pipe.family.vae.latent_channels, -1, -1)
 
         start = self._stacked([view.start for view in views])
         first = self._from_picture or not pipe.takes_mask
@@ -114,9 +116,8 @@ class Batch:
         height, width = self._image.shape[-2:]
         texts: list[list[str | None]] = [[job.prompt for job in jobs], [job.negative_prompt for job in jobs]]
         cond, uncond = self.pipe.encode_prompts(texts, (height, width))
-        title, silent = "inpaint" if self.masked else "vary", None if progress else True
-        # disable=None: silent where the output is no terminal
-        with self._models_of_steps(), tqdm(total=len(sigmas) - 1, desc=title, disable=silent) as bar:
+        title = "inpaint" if self.masked else "vary"
+        with self._models_of_steps(), progress_bar(len(sigmas) - 1, title, show=progress) as bar:
 
             def advance(step: int, x: Tensor, x0: Tensor) -> None:
                 bar.update()
@@ -139,7 +140,7 @@ class Batch:
         scale = self.settings.guidance_scale
         return self.pipe.denoiser(self.known, cond, uncond, guidance_scale=scale, control=control, sigmas=sigmas)
 
-    def _control(self, net: ControlNet, sigmas: Tensor) -> Control:
+    def _control(self, net: nn.Module, sigmas: Tensor) -> Control:
         """The ControlNet bound to these pictures and this run."""
         hints = [inpaint_hint(view.image, view.amount) if view.hint is None else view.hint for view in self.views]
         scale, start, end = self.settings.control_scale, self.settings.control_start, self.settings.control_end

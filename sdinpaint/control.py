@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdinpaint.configs import Json, Shapes, unet_config
-from sdinpaint.errors import CheckpointError
+from sdinpaint.errors import CheckpointError, SettingError
 from sdinpaint.families import UNetConfig
 from sdinpaint.models import ControlNet, ControlNetConfig
+from sdinpaint.models.layers import is_plain
+from sdinpaint.models.weights import Places, Snapshot, all_weights
 from sdinpaint.sampling import schedules
 from sdinpaint.sampling.graphs import Graphs, Tensors, shapes
 
@@ -47,7 +49,7 @@ class Control:
 
     def __init__(
         self,
-        net: ControlNet,
+        net: nn.Module,
         hint: Tensor,
         sigmas: Tensor,
         *,
@@ -57,11 +59,12 @@ class Control:
         graphs: Graphs | None = None,
     ) -> None:
         self._graphs = Graphs(False) if graphs is None else graphs
-        self._constant: tuple[Tensor, ...] = ()
-        self._key = f"{scale} {[weight.data_ptr() for weight in net.parameters()]}"
         self._net, self._scale, self._start, self._end = net, scale, start, end
-        self._sigmas = sigmas
-        self._features = net.hint_features(hint.to(next(net.parameters())))
+        self._sigmas, self._hint = sigmas, hint
+        self._of_hint: tuple[Tensor, Snapshot] | None = None
+        self._constant: tuple[Tensor, ...] = ()
+        self._made_of: tuple[Tensor, Tensor] | None = None
+        self._places: Places | None = None
 
     def __call__(
         self, x: Tensor, t: Tensor, context: Tensor, vector: Tensor | None, sigma: float
@@ -69,10 +72,36 @@ class Control:
         """x (m B, 4, H, W) as the UNet sees it: m halves of guidance, one after the other."""
         if self._scale == 0 or not self._is_on(sigma):
             return None
-        if not self._constant or self._constant[1] is not context:
-            features = self._features.repeat(len(x) // len(self._features), 1, 1, 1)
-            self._constant = (features, context) if vector is None else (features, context, vector)
-        return self._graphs(f"{shapes(self._constant)} {self._key}", self._residuals, [x, t], self._constant)
+        features = self._features()
+        if self._made_of is None or self._made_of[0] is not features or self._made_of[1] is not context:
+            halves = features.repeat(len(x) // len(features), 1, 1, 1)
+            self._constant = (halves, context) if vector is None else (halves, context, vector)
+            self._made_of = features, context
+        constant = self._constant
+        if not self._graphs.can_capture([x, t, *constant]) or (self._places is None and not is_plain(self._net)):
+            return self._residuals([x, t], constant)
+        places = self._places = self._places or Places(self._net)
+        residuals = self._graphs(f"{shapes(constant)} {self._scale} {places.key}", self._residuals, [x, t], constant)
+        if is_plain(self._net) and places.hold(self._net):  # asked while a GPU is computing, and not before
+            return residuals
+        self._places = None
+        return self(x, t, context, vector, sigma)
+
+    def _features(self) -> Tensor:
+        """What the hint becomes: the same in every step, unless its layers changed, are watched or are trained."""
+        net = _find_controlnet(self._net)
+        layers, kept = net.input_hint_block, self._of_hint
+        trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in layers.parameters())
+        if (
+            kept is not None
+            and not trained
+            and is_plain(layers)
+            and kept[1].holds(all_weights(layers), read_devices=False)
+        ):
+            return kept[0]
+        snapshot, features = Snapshot(all_weights(layers)), net.hint_features(self._hint.to(next(net.parameters())))
+        self._of_hint = None if features.requires_grad else (features, snapshot)
+        return features
 
     def _residuals(self, varying: Tensors, constant: Tensors) -> list[Tensor]:
         """varying: x and t; constant: features, context and, for XL, vector."""
@@ -83,6 +112,15 @@ class Control:
         """Whether the step that starts at `sigma`, or passes it, is one of those that were asked for."""
         steps, step = len(self._sigmas) - 1, schedules.step_at(self._sigmas, sigma)
         return step / steps >= self._start and (step + 1) / steps <= self._end
+
+
+def _find_controlnet(net: nn.Module) -> ControlNet:
+    """Return the network itself, also of one that was wrapped or compiled. Raises: SettingError."""
+    for module in net.modules():
+        if isinstance(module, ControlNet):
+            return module
+    found = f"a {type(net).__name__} without one"
+    raise SettingError("SETTING_CONTROL", "controlnet", found, expected="a ControlNet, or a module that wraps one")
 
 
 def controlnet_config(shapes: Shapes, json: Json, unet: UNetConfig, where: Path) -> ControlNetConfig:

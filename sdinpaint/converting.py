@@ -17,7 +17,6 @@ from sdinpaint_weights.export import FILES, Target, export_plan
 from sdinpaint_weights.files import SourceFile
 from sdinpaint_weights.native import NativeState
 from sdinpaint_weights.stream import Item, not_written, require_space, write_stream
-from tqdm import tqdm
 
 from sdinpaint import __version__
 from sdinpaint.configs import diffusers_configs, unet_config, vae_config
@@ -25,6 +24,7 @@ from sdinpaint.control import controlnet_config, controlnet_json
 from sdinpaint.errors import CheckpointError, SettingError, TokenizerError, warn
 from sdinpaint.families import FAMILIES, SD15, TOKENIZERS, TextConfig
 from sdinpaint.loading import CONTROLNET, DTYPES, Checkpoint, build_models, open_checkpoint
+from sdinpaint.progress import progress_bar
 from sdinpaint.sources import COMPONENTS, Part, open_parts
 from sdinpaint.text.tokenizer import find_tokenizer
 
@@ -226,13 +226,8 @@ def write_model(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         require_space(target.parent, size)
-        with tqdm(
-            total=size + sum(file.size for file in model.sources),
-            desc=f"write {target.name}",
-            unit="B",
-            unit_scale=True,
-            disable=None if progress else True,  # None: silent where the output is no terminal
-        ) as bar:
+        total = size + sum(file.size for file in model.sources)
+        with progress_bar(total, f"write {target.name}", "B", show=progress, unit_scale=True) as bar:
             metadata = _metadata(model, layout, bar.update)
             if layout == "ldm":
                 write_stream(target, [item for items in components.values() for item in items], metadata, bar.update)
@@ -292,7 +287,9 @@ def _check_replaceable(target: Path, written: set[Path]) -> None:
 
 def _write_tokenizer(folder: Path, own: Path | None, text: TextConfig, target: Path) -> None:
     if own is not None:
-        shutil.copytree(own, folder)
+        folder.mkdir()
+        for file in filter(Path.is_file, own.iterdir()):
+            shutil.copyfile(file, folder / file.name)  # without its mode: a store may be read-only
         return
     try:
         tokenizer = find_tokenizer(embedding_rows=text.vocab_size, offline=True, pad_id=text.pad_id)

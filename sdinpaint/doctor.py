@@ -17,6 +17,7 @@ from sdinpaint_kernels import backend
 from sdinpaint import __version__
 from sdinpaint.errors import SdInpaintError, TokenizerError
 from sdinpaint.inspecting import inspect
+from sdinpaint.sampling.graphs import SWITCH, Graphs
 from sdinpaint.text.tokenizer import CACHED_FILES, PACKAGE_FILES, VARIABLE, find_tokenizer
 
 __all__ = ["examine"]
@@ -36,7 +37,8 @@ def examine() -> dict[str, str]:
         "CPU": backend.cpu_report(),
         "GPU": _gpu(),
         "kernels": _kernels(),
-        "driver": DRIVER.read_text().splitlines()[0] if DRIVER.is_file() else "no NVIDIA driver found",
+        "CUDA graphs": _graphs(),
+        "driver": DRIVER.read_text(encoding="utf-8").splitlines()[0] if DRIVER.is_file() else "no NVIDIA driver found",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "memory": _free_memory(),
         "disk": f"{shutil.disk_usage('.').free / 1e9:.1f} GB free here",
@@ -72,10 +74,19 @@ def _kernels() -> str:
     return "; ".join(f"{', '.join(group)} in {choice}" for choice, group in names.items())
 
 
+def _graphs() -> str:
+    """Which steps are captured, and which are not."""
+    if not torch.cuda.is_available():
+        return "none: there is no GPU that torch can use"
+    if not Graphs().enabled:
+        return f"none: {SWITCH}=0"
+    return "of every UNet and ControlNet but those that are hooked, wrapped, compiled, adapted or offloaded"
+
+
 def _free_memory() -> str:
     if not MEMORY.is_file():
         return "unknown on this system"
-    rows = dict(line.split(":", 1) for line in MEMORY.read_text().splitlines())
+    rows = dict(line.split(":", 1) for line in MEMORY.read_text(encoding="utf-8").splitlines())
     free, total = (int(rows[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
     return f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import glob
 import os
-import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,11 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants, errors
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import are_progress_bars_disabled, validate_repo_id  # type: ignore[attr-defined]
 from sdinpaint_weights.folder import weights_files
-from tqdm import tqdm
 
 from sdinpaint.errors import CheckpointError, warn
+from sdinpaint.progress import bar_class
 
 __all__ = ["fetch", "is_hub_id", "wanted_files"]
 
@@ -199,7 +198,7 @@ def _download(request: _Request, progress: bool) -> Path:
     # Settings first: a copy that has the weights has all, wherever the download was interrupted.
     settings = [name for name in wanted if name.endswith((".json", ".txt"))]
     weights = [name for name in wanted if name not in settings]
-    bars = None if progress and sys.stderr is not None and sys.stderr.isatty() else _Silent
+    bars = bar_class(show=progress and not are_progress_bars_disabled())
     revision, folder = request.revision, Path()
     for names in filter(None, (settings, weights)):
         folder = Path(_snapshot(request, names, revision=revision, tqdm_class=bars))
@@ -260,10 +259,3 @@ def _cache() -> str:
 
 def _endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-
-
-class _Silent(tqdm):  # type: ignore[misc]
-    """A progress bar that shows nothing."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{**options, "disable": True})

@@ -119,7 +119,7 @@ def pad_to_multiple(image: Tensor, multiple: int = 8) -> tuple[Tensor, Crop]:
 def _mirrored(size: int, length: int) -> Tensor:
     """Indices 0 .. size - 1 and back, over and over: reflection for any length, even of a single pixel."""
     period = max(2 * size - 2, 1)
-    i = torch.arange(length) % period
+    i = torch.arange(length, dtype=torch.int64, device="cpu") % period
     return torch.minimum(i, period - i) if size > 1 else i
 
 

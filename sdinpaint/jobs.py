@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from sdinpaint.images import Picture, read_picture
 from sdinpaint.masks import Mask, read_mask
 from sdinpaint.settings import as_list, check_prompt, check_seed, common_length
 
-__all__ = ["Job", "read_jobs", "unbatched"]
+__all__ = ["GivenMask", "Job", "read_jobs", "unbatched"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,23 @@ class Job:
     """What a ControlNet is shown in place of the picture."""
     mask_path: str | None
     """The file that the mask was read from."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch hands a tensor to another process by a file that is gone when the first one ends
+        noise = None if self.noise is None else self.noise.numpy()
+        return {**vars(self), "noise": noise}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        noise = state["noise"]
+        vars(self).update({**state, "noise": None if noise is None else torch.from_numpy(noise)})
+
+
+@dataclass(frozen=True, eq=False)
+class GivenMask:
+    """A mask that an earlier run has read, and the file it was in."""
+
+    mask: Mask
+    path: str | None
 
 
 def read_jobs(
@@ -88,11 +106,13 @@ def _job(
     *,
     least: float,
 ) -> Job:
-    read = Mask(read_mask(mask, picture.size))
+    given = (
+        mask if isinstance(mask, GivenMask) else GivenMask(mask, str(mask) if isinstance(mask, str | Path) else None)
+    )
+    read = Mask(read_mask(given.mask, picture.size))
     hole = read.array >= least
-    path = str(mask) if isinstance(mask, str | Path) else None
     control = None if control_image is None else _control_picture(control_image, picture.size)
-    return Job(picture, read, hole, prompt, negative_prompt, check_seed(seed), noise, control, path)
+    return Job(picture, read, hole, prompt, negative_prompt, check_seed(seed), noise, control, given.path)
 
 
 def _control_picture(control_image: Any, size: tuple[int, int]) -> Picture:
@@ -116,4 +136,5 @@ def _noises(noise: Tensor | None, count: int, channels: int) -> list[Tensor | No
     if not bool(noise.isfinite().all()):
         found = f"{int((~noise.isfinite()).sum())} of {noise.numel()} values are NaN or infinite"
         raise SettingError("SETTING_NOISE", "noise", found, expected=expected)
-    return list(noise.float().split(1))
+    # a copy, which does not change with what was given, and of which none holds the others' memory
+    return [one.clone() for one in noise.detach().to("cpu", torch.float32).split(1)]

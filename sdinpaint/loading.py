@@ -14,7 +14,6 @@ from sdinpaint_weights.layout import Layout
 from sdinpaint_weights.native import NativeState, check_complete, check_range, load_tensors, outside_keys
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from tqdm import tqdm
 
 from sdinpaint.configs import (
     check_fit,
@@ -29,9 +28,11 @@ from sdinpaint.control import controlnet_config
 from sdinpaint.errors import CheckpointError, SettingError, warn
 from sdinpaint.families import FAMILIES, TEXT_ENCODERS, TOKENIZERS, Family, Prediction
 from sdinpaint.models import VAE, CLIPText, ControlNet, ControlNetConfig, UNet
+from sdinpaint.models.weights import release
 from sdinpaint.offloading import Offloading
 from sdinpaint.pipeline import Pipeline
 from sdinpaint.prediction import MARKERS, Evidence, find_prediction
+from sdinpaint.progress import progress_bar
 from sdinpaint.settings import switch
 from sdinpaint.settings import whole_number as whole_setting
 from sdinpaint.sources import COMPONENTS, Json, Part, open_parts, read_json
@@ -181,22 +182,23 @@ def load(
     home, rows = checkpoint.parts["text_encoder"].model, checkpoint.family.text.vocab_size
     tokenizer = find_tokenizer(tokenizer, home, rows, offline=local_files_only or None)
     states = checkpoint.states
-    release = _releasing(states)
     total = sum(len(state.sources) for state in states.values())
-    # disable=None: silent where the output is no terminal
-    with tqdm(
-        total=total, desc=f"load {checkpoint.path.name}", unit=" tensors", disable=None if progress else True
-    ) as bar:
+    # plain tensors, whatever the caller's mode: they serve inside of inference mode and outside
+    with (
+        torch.inference_mode(False),
+        progress_bar(total, f"load {checkpoint.path.name}", " tensors", show=progress) as bar,
+    ):
         for name, model in models.items():
             tensors = load_tensors(states[name], None if offload else dtype, lambda _: bar.update())
             model.load_state_dict(tensors, strict=True, assign=True)
+            model.eval().requires_grad_(False)
             if offload:
                 check_range(states[name], tensors, dtype)
                 for weight in tensors.values():
                     release(weight)
-            elif device.type != "cpu":  # there they are already
-                model.to(device)
-    offloading = Offloading(device, dtype, models.values(), release) if offload else None
+            else:
+                model.to(device)  # which also lays weights out as they are best there
+    offloading = Offloading(device, dtype, models.values()) if offload else None
     control = models.pop(CONTROLNET, None)
     unet, autoencoder, *texts = models.values()
     return Pipeline(
@@ -271,17 +273,6 @@ def save_diffusers(folder: str | Path, pipe: Pipeline, dtype: torch.dtype | None
         write_diffusers(folder, states, diffusers_configs(pipe.family), dtype)
     for name, tokenizer in zip(TOKENIZERS, condition.tokenizers, strict=False):
         tokenizer.save(folder / name)
-
-
-def _releasing(states: Mapping[str, NativeState]) -> Callable[[torch.Tensor], None]:
-    """What gives back the pages of a weight that is mapped from one of the files."""
-    files = set().union(*(state.weights.files for state in states.values()))
-
-    def release(weight: torch.Tensor) -> None:
-        for file in files:
-            file.release_view(weight)
-
-    return release
 
 
 def _released(layout: Layout, prediction: Prediction | None) -> Family:

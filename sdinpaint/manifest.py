@@ -14,7 +14,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -30,6 +29,7 @@ from sdinpaint import __version__
 from sdinpaint.errors import CheckpointError, MaskError, SettingError
 from sdinpaint.images import Picture
 from sdinpaint.masks import Mask, binarize
+from sdinpaint.models.weights import Snapshot, all_weights
 from sdinpaint.picture_io import DECODER_ERRORS, SHORTENED, decode
 from sdinpaint.sources import COMPONENTS
 from sdinpaint.text.tokenizer import Tokenizer
@@ -77,8 +77,11 @@ _THREADS = 4
 _DEPTHS: dict[int, type[np.generic]] = {1: np.bool_, 255: np.uint8, 65535: np.uint16}
 """The values of white in a PNG that a mask may be kept as."""
 _MAX_PNG = 24_000
-_KNOWN: WeakKeyDictionary[Any, tuple[object, str]] = WeakKeyDictionary()
-"""The state in which an object was seen last, and its digest."""
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[Snapshot, str]] = WeakKeyDictionary()
+"""The weights with which a module was seen last, and their fingerprint."""
+_VOCABULARIES: WeakKeyDictionary[Tokenizer, str] = WeakKeyDictionary()
+COMPILED = "_orig_mod."
+"""What `torch.compile` puts into the names of weights, which stay what they are."""
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -86,31 +89,35 @@ def fingerprint(module: nn.Module) -> str:
 
     Beside the weights, a few of them at a time are copied, where they are not contiguous and on the CPU.
     """
-    state = sorted(module.state_dict().items())
+    state = sorted((name.replace(COMPILED, ""), tensor) for name, tensor in module.state_dict().items())
     with ThreadPoolExecutor(_THREADS) as pool:  # hashlib lets them run side by side
         digests = pool.map(_bytes_sha256, (tensor for _, tensor in state))
         rows = [
-            (name, str(tensor.dtype), list(tensor.shape), digest)
+            (name, str(getattr(tensor, "dtype", "")), list(getattr(tensor, "shape", ())), digest)
             for (name, tensor), digest in zip(state, digests, strict=True)
         ]
     return _json_sha256(rows)
 
 
 def weights_of(pipe: Pipeline) -> dict[str, str]:
-    """The fingerprint of each component by its name, and of the vocabulary; taken anew of what was replaced or changed.
+    """The fingerprint of each component by its name, and of the vocabulary, as they are now.
 
-    What is written through `.data` or a numpy view, or into weights made in inference mode, is not noticed.
+    What was taken before serves again where the weights are known to be the same, bit for bit.
     """
     modules: dict[str, nn.Module] = dict(zip(COMPONENTS, (pipe.unet, pipe.vae, *pipe.condition.encoders), strict=False))
     if pipe.controlnet is not None:
         modules["controlnet"] = pipe.controlnet
-
-    def of_what_computes(module: nn.Module) -> str:
-        with pipe.using(module):
-            return fingerprint(module)
-
-    found = {name: _remembered(module, _state_of(module), of_what_computes) for name, module in modules.items()}
-    return found | {"tokenizer": _remembered(pipe.tokenizer, None, _vocabulary_sha256)}
+    found = {}
+    for name, module in modules.items():
+        known = _KNOWN.get(module)
+        if known is None or not known[0].holds(all_weights(module)):
+            snapshot = Snapshot(all_weights(module))
+            with pipe.using(module):
+                known = _KNOWN[module] = snapshot, fingerprint(module)
+        found[name] = known[1]
+    if pipe.tokenizer not in _VOCABULARIES:
+        _VOCABULARIES[pipe.tokenizer] = _vocabulary_sha256(pipe.tokenizer)
+    return found | {"tokenizer": _VOCABULARIES[pipe.tokenizer]}
 
 
 def environment(pipe: Pipeline) -> dict[str, Any]:
@@ -169,8 +176,15 @@ def mask_from_text(text: str, argument: str = "mask") -> Soft:
     return _as_mask(levels, white)
 
 
-def record(pipe: Pipeline, kind: str, also: Sequence[str], painting: Painting) -> dict[str, Any]:
-    """The manifest of a picture that a pipeline made by its method `kind`; `also` names what else went in."""
+def record(made_with: Mapping[str, Any], kind: str, also: Sequence[str], painting: Painting) -> dict[str, Any]:
+    """The manifest of a picture that the method `kind` of a pipeline made.
+
+    Args:
+        made_with: the pipeline's `environment` when the run began.
+        kind: "inpaint", "vary" or "outpaint".
+        also: names of what else went in.
+        painting: the picture.
+    """
     job = painting.job
     inputs: dict[str, Any] = {"image": picture_record(as_given(job.picture), job.picture.path)}
     if kind == "inpaint":
@@ -178,7 +192,7 @@ def record(pipe: Pipeline, kind: str, also: Sequence[str], painting: Painting) -
     size = "x".join(map(str, painting.image.size))
     made = {"kind": kind, **inputs, "also": list(also), "size": size}
     made |= {"crops": [list(box) for box in painting.boxes], "scores": painting.scores.to_json()}
-    return {**environment(pipe), **made}
+    return {**made_with, **made}
 
 
 def check_again(
@@ -289,7 +303,11 @@ def _as_mask(levels: NDArray[np.generic], white: int) -> Soft:
     return Mask(levels.astype(np.float32) / np.float32(white)).array
 
 
-def _bytes_sha256(tensor: Tensor) -> str:
+def _bytes_sha256(tensor: Any) -> str:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_quantized:  # what quantized layers hold in their state
+        buffer = io.BytesIO()
+        torch.save(tensor, buffer)
+        return hashlib.sha256(buffer.getbuffer()).hexdigest()
     flat = tensor.cpu().contiguous().flatten().view(torch.uint8)  # numpy has no bfloat16
     return hashlib.sha256(flat.numpy().data).hexdigest()
 
@@ -311,19 +329,6 @@ def _pixels_sha256(given: Picture | Soft) -> str:
             digest.update(f"{plane.dtype} {plane.shape} ".encode())
             digest.update(np.ascontiguousarray(plane).data)
     return digest.hexdigest()
-
-
-def _state_of(module: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Where each weight is and how often it was written to; this changes when a weight does."""
-    weights = chain(module.parameters(), module.buffers())
-    return tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights)
-
-
-def _remembered(thing: Any, state: object, compute: Callable[[Any], str]) -> str:
-    """The digest of an object, computed once for each of its states."""
-    if thing not in _KNOWN or _KNOWN[thing][0] != state:
-        _KNOWN[thing] = state, compute(thing)
-    return _KNOWN[thing][1]
 
 
 def _weight_differences(made: Mapping[str, str], here: Mapping[str, str]) -> list[str]:

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from sdinpaint.autoencoding import Autoencoding
 from sdinpaint.batch import Draws, OnStep
-from sdinpaint.errors import warn
+from sdinpaint.errors import SettingError, warn
 from sdinpaint.extending import OVERLAP, canvas_for
 from sdinpaint.families import Family
+from sdinpaint.forking import let_children_compute
 from sdinpaint.images import paste, read_picture
 from sdinpaint.jobs import Job, read_jobs, unbatched
-from sdinpaint.manifest import ALSO, NOT_STORED, Manifest, check_again, record
+from sdinpaint.manifest import ALSO, NOT_STORED, Manifest, check_again, environment, record, weights_of
 from sdinpaint.masks import Cover, masked_image, to_latent
-from sdinpaint.models import VAE, CLIPText, ControlNet, UNet
 from sdinpaint.offloading import Offloading
 from sdinpaint.results import Painting, Recipe, Result
 from sdinpaint.run import Run
@@ -40,25 +40,21 @@ class Pipeline:
     def __init__(
         self,
         family: Family,
-        unet: UNet,
-        vae: VAE,
-        text: CLIPText | Sequence[CLIPText],
+        unet: nn.Module,
+        vae: nn.Module,
+        text: nn.Module | Sequence[nn.Module],
         tokenizer: Tokenizer,
         *,
-        controlnet: ControlNet | None = None,
+        controlnet: nn.Module | None = None,
         source: str = "",
         offloading: Offloading | None = None,
         tile: int | None = None,
     ) -> None:
+        let_children_compute()
         self.family = family
-        self.unet = unet.eval().requires_grad_(False)
-        self.vae = vae.eval().requires_grad_(False)
-        self.controlnet = None if controlnet is None else controlnet.eval().requires_grad_(False)
+        self.unet, self.vae, self.controlnet = unet, vae, controlnet
         self._autoencoding = Autoencoding(self.vae)
-        encoders = [text] if isinstance(text, CLIPText) else text
-        self.condition = TextConditioner(
-            family, [encoder.eval().requires_grad_(False) for encoder in encoders], tokenizer
-        )
+        self.condition = TextConditioner(family, _encoders(text), tokenizer)
         self.source = source
         self.offloading, self.tile = offloading, tile
         # recordings hold the addresses of weights, which are others whenever a model comes back
@@ -67,9 +63,17 @@ class Pipeline:
 
     @property
     def text(self) -> nn.Module:
-        """The text encoder; for SDXL both of them, in a list."""
+        """The text encoder; for SDXL both of them, in a list. What is assigned here, or to the list, is what runs."""
         encoders = self.condition.encoders
-        return encoders[0] if len(encoders) == 1 else nn.ModuleList(encoders)
+        return encoders[0] if len(encoders) == 1 else encoders
+
+    @text.setter
+    def text(self, text: nn.Module | Sequence[nn.Module]) -> None:
+        encoders = _encoders(text)
+        if len(encoders) != len(self.condition.encoders):
+            found, expected = f"{len(encoders)} text encoders", f"{len(self.condition.encoders)}, as the family has"
+            raise SettingError("SETTING_TEXT", "text", found, expected=expected)
+        self.condition.encoders = nn.ModuleList(encoders)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -106,7 +110,7 @@ class Pipeline:
         """
         return nullcontext() if self.offloading is None else self.offloading.using(*models)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def inpaint(
         self,
         image: Any,
@@ -142,7 +146,7 @@ class Pipeline:
         """Repaint `image` where `mask` is white, as `prompt` says; the rest stays bit for bit.
 
         image: path, PIL, uint8 array (H, W, 3) or float tensor in [-1, 1]; mask: the same kinds, 1 or white = repaint.
-        Lists of one length give one picture per item, each as its single run would give it; one stands for all.
+        Lists of one length give one picture per item, each its single run but for rounding; one stands for all.
         negative_prompt: None is "", and for SDXL no text at all.
         strength: share of the steps that run, from the picture's own noised latents where below 1. seed: drawn and
         reported where None. noise: unit-variance start (B, 4, H, W) of the padded size, instead of a drawn one.
@@ -157,7 +161,7 @@ class Pipeline:
         control_scale: weight of the ControlNet, which is asked in the steps between control_start and control_end, as
         shares of those that run. control_image: what it is shown, of the picture's size, where it is of another kind
         than inpainting; by default the picture without what is repainted.
-        batch_size: how many pictures at a time; with 1 each comes out bit for bit as its single run does.
+        batch_size: how many pictures at a time; each differs from its single run by rounding alone.
         manifest: of the run that is to be repeated; other weights or inputs are refused.
         on_step(step, x, x0): called after every step. paste_back=False returns the model's whole picture.
         Raises: ImageError, MaskError, SettingError naming the argument; NumericError where a model overflows.
@@ -188,7 +192,7 @@ class Pipeline:
         inputs = {"image": image, "mask": mask, "noise": noise, "control_image": control_image}
         return self._run("inpaint", jobs, settings, inputs, manifest, progress, on_step)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def vary(
         self,
         image: Any,
@@ -228,7 +232,7 @@ class Pipeline:
         jobs = self._jobs(pictures, everywhere, prompt, negative_prompt, seed, noise)
         return self._run("vary", jobs, settings, {"image": image, "noise": noise}, manifest, progress, on_step)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def outpaint(
         self,
         image: Any,
@@ -257,10 +261,11 @@ class Pipeline:
         asked |= {"anchor": anchor, "overlap": overlap, "fill": fill}
         canvases = [canvas_for(picture, **asked) for picture in given]
         check_again(manifest, self, [{"image": picture} for picture in given])
+        made_with = environment(self)
         result = self.inpaint([picture for picture, _ in canvases], [mask for _, mask in canvases], prompt, **options)
         inputs = {"image": image, **{name: options[name] for name in NOT_STORED if name in options}}
         also = [name for name in ALSO if inputs.get(name) is not None]
-        kept = partial(record, self, "outpaint", also)
+        kept = partial(record, made_with, "outpaint", also)
         stored = {name: value for name, value in asked.items() if value is not None}
         recipe = Recipe(self.outpaint, inputs, {**result.recipe.settings, **stored}, kept)
         return Result(result.paintings, recipe)
@@ -279,7 +284,6 @@ class Pipeline:
         with self.using(*self.condition.encoders):
             return [self.condition(as_list(entry), told) for entry in prompts]
 
-    @torch.inference_mode()
     def encode_image(
         self, image: Any, mask: Any, *, draws: Draws | None = None, latents: bool = True, cover: Cover = "max"
     ) -> Known:
@@ -308,7 +312,7 @@ class Pipeline:
 
         `control`: a `Control`, for a ControlNet. `sigmas`: of the run, which spares a GPU some launches in every step.
         """
-        # on a CPU nothing is gained, and one at a time gives the same bits with `sigmas` as without
+        # on a CPU nothing is gained
         ahead = sigmas if self.device.type == "cuda" else None
         return Denoiser(
             self.unet,
@@ -325,7 +329,6 @@ class Pipeline:
             using=partial(self.using, self.unet),
         )
 
-    @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, 4, H, W) -> image float32 (B, 3, 8H, 8W), about [-1, 1].
 
@@ -347,7 +350,7 @@ class Pipeline:
         return self._autoencoding
 
     def _jobs(self, image: Any, mask: Any, *rest: Any, least: float = 0.5) -> list[Job]:
-        channels, keep_none = self.vae.config.latent_channels, self.family.zeros_for_none
+        channels, keep_none = self.family.vae.latent_channels, self.family.zeros_for_none
         return read_jobs(image, mask, *rest, channels=channels, keep_none=keep_none, least=least)
 
     def _run(
@@ -363,6 +366,7 @@ class Pipeline:
         """All jobs, and what is needed to make them again."""
         masked = kind != "vary"
         check_again(manifest, self, [{"image": job.picture, "mask": job.mask} for job in jobs])
+        made_with = environment(self)  # now: weights may change after the run, and the picture is of these
         run = Run(self, settings, masked, progress, on_step)
         run.check(jobs)
         for index, job in enumerate(jobs):
@@ -370,6 +374,8 @@ class Pipeline:
                 said = f"picture {index + 1} of {len(jobs)}: {message}"
                 warn(said)
         canvases = run(jobs)
+        if on_step is not None and weights_of(self) != made_with["weights"]:
+            warn("weights were changed during the run; the manifest names those that it began with")
         paintings = [
             Painting(
                 paste(job.picture, canvas.rgb, canvas.replaced(whole=not settings.paste_back)),
@@ -389,7 +395,12 @@ class Pipeline:
         replayable = {name: values if len(jobs) > 1 else values[0] for name, values in each.items()}
         make = partial(getattr(self, kind), progress=progress)
         also = [name for name in ALSO if inputs.get(name) is not None]
-        return Result(paintings, Recipe(make, inputs, {**replayable, **used}, partial(record, self, kind, also)))
+        return Result(paintings, Recipe(make, inputs, {**replayable, **used}, partial(record, made_with, kind, also)))
+
+
+def _encoders(text: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
+    """One text encoder or several as a list."""
+    return list(text) if isinstance(text, Sequence | nn.ModuleList) else [text]
 
 
 def _doubts(job: Job, settings: Settings) -> Iterator[str]:

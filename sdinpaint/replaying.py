@@ -43,8 +43,10 @@ def replay(
 ) -> Replay:
     """Make the picture in a file again, from the settings that `Result.save` or the command line stored in it.
 
-    pipe: as it was made with; without one, the stored model is loaded in the stored dtype. image, mask: where they are
-    not found any more at the stored paths; most masks are stored themselves. options: e.g. `progress`, `control_image`.
+    pipe: as it was made with; without one, the stored model is loaded in the stored dtype. The same pipeline makes the
+    same picture again; one that is loaded anew may change a few pixels by one level (docs/numerics.md). image, mask:
+    where they are not found any more at the stored paths; most masks are stored themselves. options: e.g. `progress`,
+    `control_image`.
     Raises: ImageError for a file without settings; SettingError for broken ones, and for inputs that are missing or
     other ones; CheckpointError for other weights, naming the components.
     """

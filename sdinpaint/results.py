@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from sdinpaint.boxes import Box
 from sdinpaint.errors import SettingError
-from sdinpaint.jobs import Job
+from sdinpaint.jobs import GivenMask, Job
+from sdinpaint.manifest import as_given
 from sdinpaint.masks import Cover, MaskReport
 from sdinpaint.metrics import Scores, scores
 from sdinpaint.picture_io import check_output_path, save_png
@@ -73,17 +76,47 @@ class Recipe:
     settings: Mapping[str, Any]
     record: Callable[[Painting], dict[str, Any]]
 
+    def having_read(self, jobs: Sequence[Job]) -> Recipe:
+        """The same with what the run has read in place of files and arrays, which may change or go away."""
+        read: dict[str, Any] = {
+            # a run without a mask extended what it was given itself
+            "image": [job.picture if "mask" in self.inputs else as_given(job.picture) for job in jobs],
+            "mask": [GivenMask(job.mask, job.mask_path) for job in jobs],
+            "control_image": [job.control_image for job in jobs],
+            "noise": torch.cat([job.noise for job in jobs if job.noise is not None])
+            if jobs[0].noise is not None
+            else None,
+        }
+        given = {name: value for name, value in self.inputs.items() if value is not None}
+        return replace(self, inputs={name: read.get(name, value) for name, value in given.items()})
+
 
 class Result:
     """The new pictures in the order of the inputs, and what they were made with.
 
     `settings` holds all of it: `pipe.inpaint(image, mask, **result.settings)` makes the same pictures again, and so do
     `pipe.vary(image, ...)` and `pipe.outpaint(image, ...)`; noise and a `control_image` are given again too.
+    A pickled result holds pictures and settings, and no model: `again` and `best_of` need the pipeline that made it.
     """
 
     def __init__(self, paintings: Sequence[Painting], recipe: Recipe) -> None:
         self.paintings = list(paintings)
-        self.recipe = recipe
+        self.recipe = recipe.having_read([painting.job for painting in self.paintings])
+
+    def __getstate__(self) -> dict[str, Any]:
+        settings = self.settings  # which says what the pipeline was, as long as there is one
+        return {**vars(self), "settings": settings, "recipe": Recipe(_needs_pipeline, {}, settings, _needs_pipeline)}
+
+    def __copy__(self) -> Result:
+        other = object.__new__(Result)
+        vars(other).update(vars(self))
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Result:
+        """A result of its own that the same pipeline makes again."""
+        other = copy.copy(self)
+        vars(other).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "recipe"})
+        return other
 
     @property
     def image(self) -> Image.Image:
@@ -134,6 +167,8 @@ class Result:
         if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= MAX_TRIES:
             raise SettingError("SETTING_BEST_OF", "n", f"{n!r}", expected=f"a whole number from 1 to {MAX_TRIES}")
         cost = _cost(score)
+        if self.recipe.make is _needs_pipeline:
+            _needs_pipeline(**self.recipe.settings)
         tries = [self]
         for more in range(1, n):
             seeds = [(seed + more) % (MAX_SEED + 1) for seed in self.seeds]
@@ -168,6 +203,15 @@ class Result:
         buffer = io.BytesIO()
         self.sheet().save(buffer, "PNG")
         return buffer.getvalue()
+
+
+def _needs_pipeline(*_: object, manifest: Any = None, **__: object) -> Never:
+    """What a result without its pipeline does in place of making pictures."""
+    kind = (manifest if isinstance(manifest, Mapping) else manifest[0])["kind"]
+    given = "image, mask" if kind == "inpaint" else "image"
+    found, expected = "the result was pickled, without its pipeline", "a result of this process"
+    hint = f"pipe.{kind}({given}, **result.settings) makes the same pictures again, with a pipeline of the same weights"
+    raise SettingError("SETTING_NO_PIPELINE", "again", found, expected=expected, hint=hint)
 
 
 def _cost(score: str | Judge) -> Callable[[Painting], float]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from sdinpaint.batch import Batch, Draws, OnStep
@@ -58,6 +59,11 @@ class Run:
 
     def __call__(self, jobs: Sequence[Job]) -> list[Canvas]:
         """Every job's canvas once it is done, those of one size in one batch; one with no hole is left as it is."""
+        # what was loaded says in which dtype a run computes, and its manifest tells that
+        with torch.autocast(self.pipe.device.type, enabled=False):
+            return self._repainted(jobs)
+
+    def _repainted(self, jobs: Sequence[Job]) -> list[Canvas]:
         canvases = [self._canvas(job) for job in jobs]
         draws = Draws((job.seed for job in jobs), self.pipe.device)
         while unfinished := {index: canvas for index, canvas in enumerate(canvases) if canvas.todo}:

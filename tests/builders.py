@@ -86,7 +86,10 @@ def random_pipeline(family: Family, tokenizer: Tokenizer, seed: int = 0) -> Pipe
     """The same weights for the same family and seed, in every process."""
     with torch.device("meta"):
         models = UNet(family.unet), VAE(family.vae), *map(CLIPText, family.texts)
-    unet, vae, *texts = (fill(model.to_empty(device="cpu"), len(models) * seed + i) for i, model in enumerate(models))
+    unet, vae, *texts = (
+        fill(model.to_empty(device="cpu"), len(models) * seed + i).eval().requires_grad_(False)
+        for i, model in enumerate(models)
+    )
     return Pipeline(family, unet, vae, texts, tokenizer)
 
 

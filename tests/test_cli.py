@@ -17,6 +17,7 @@ import pytest
 import torch
 from builders import random_pipeline, small
 from click.testing import CliRunner
+from closeness import same_picture
 from PIL import Image
 
 import sdinpaint
@@ -95,7 +96,9 @@ def test_a_picture_is_written_with_its_settings(model, pipe):
     assert (result[HOLE] != PIXELS[HOLE]).any()
     settings = read_settings("out.png")
     again = pipe.inpaint("photo.png", "mask.png", **settings, progress=False)
-    assert np.array_equal(np.asarray(again.image), result)
+    assert same_picture(again.image, result)
+    other = pipe.inpaint("photo.png", "mask.png", **settings | {"guidance_scale": 4}, progress=False)
+    assert not same_picture(other.image, result)
     assert again.settings == settings
     assert [settings["manifest"][name]["path"] for name in ("image", "mask")] == ["photo.png", "mask.png"]
     assert done.stdout.startswith("out.png: 100 x 72 pixels, seed 5, ")
@@ -112,7 +115,9 @@ def test_options_reach_the_run(model, pipe):
     given = {**HOW, **TURNED_ON, "batch_size": 1, "prompt": "a red fox", "steps": 2, "seed": 5}
     assert given.items() <= read_settings("out.png").items()
     result = pipe.inpaint("photo.png", "mask.png", **given, progress=False)
-    assert np.array_equal(np.asarray(result.image), np.asarray(Image.open("out.png")))
+    assert same_picture(result.image, Image.open("out.png"))
+    other = pipe.inpaint("photo.png", "mask.png", **given | {"fill": "edge"}, progress=False)
+    assert not same_picture(other.image, Image.open("out.png"))
 
 
 @pytest.mark.parametrize(("given", "crop"), [("auto", "auto"), ("none", None), ("0", 0)])
@@ -130,7 +135,7 @@ def test_seeds_are_run_in_batches(model, pipe):
     alone = pipe.inpaint("photo.png", "mask.png", "a red fox", seed=seeds[2], **options).images
     for number, seed, expected in zip((1, 2, 3), seeds, together + alone, strict=True):
         path = f"out-{number}.png"
-        assert np.array_equal(np.asarray(Image.open(path)), np.asarray(expected))
+        assert same_picture(Image.open(path), expected)
         settings = read_settings(path)
         assert (settings["seed"], settings["batch_size"], settings["prompt"]) == (seed, 2, "a red fox")
         assert settings["manifest"]["image"]["path"] == "photo.png"
@@ -142,7 +147,8 @@ def test_every_seed_gives_a_picture_of_its_own(model, pipe):
     assert written() == {"out-1.png", "out-2.png"}
     for name, seed in (("out-1.png", 3), ("out-2.png", 4)):
         alone = pipe.inpaint("photo.png", "mask.png", "a red fox", steps=2, seed=seed, progress=False).image
-        assert np.array_equal(np.asarray(alone), np.asarray(Image.open(name)))
+        assert same_picture(alone, Image.open(name))
+    assert not same_picture(Image.open("out-1.png"), Image.open("out-2.png"))
 
 
 @pytest.mark.parametrize("given", [(), ("--seed", -1)])

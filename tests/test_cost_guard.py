@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from sdinpaint.batch import Batch
 from sdinpaint.control import Control
-from sdinpaint.models import ControlNet, ControlNetConfig, layers, unet
+from sdinpaint.models import ControlNet, ControlNetConfig, fused, layers, unet
 from sdinpaint.pipeline import Pipeline
 from sdinpaint.sampling import Denoiser, Known, schedules
 from sdinpaint.text.conditioning import TextConditioner
@@ -232,10 +232,6 @@ def forgetful():
     return Denoiser, "__call__", lambda self, x, sigma: self._batches.clear() or call(self, x, sigma)
 
 
-def copied(parts):
-    return torch.cat([part.t().contiguous().t() for part in parts])
-
-
 def always_joined(x, batch):
     return torch.cat([x] * max(batch // len(x), 1))
 
@@ -243,7 +239,7 @@ def always_joined(x, batch):
 BREAKS = {
     "a needless clone": ("step, SD1", lambda: fed(layers.GroupNorm, "forward", torch.clone), ["aten.clone", "bytes"]),
     "a needless cat": ("step, SDXL", lambda: (unet, "repeated", always_joined), ["aten.cat", "bytes"]),
-    "weights turned in every step": ("step, SD2", lambda: (unet, "joined", copied), ["aten.contiguous", "bytes"]),
+    "weights joined in every step": ("step, SD2", lambda: (fused, "joined", torch.cat), ["aten.cat", "bytes"]),
     "halves that share nothing": (
         "step, SD1",
         lambda: fed(unet.PreparedUNet, "__call__", lambda x: torch.cat([x, x])),

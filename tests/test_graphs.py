@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from builders import fill, small
+from closeness import close
 from recordings import draw
 
 from sdinpaint.errors import SdInpaintWarning, SettingError
@@ -155,7 +156,7 @@ def test_one_recording_serves_all_steps_of_all_runs(unet, replays):
     turns = [(0, x[0], 9.0), (1, x[1], 9.0), (1, x[2], 0.4), (0, x[3], 2.0), (1, x[0], 2.0)]
     plain, recorded = denoisers(unet, None), denoisers(unet, Graphs(True))
     for which, given, sigma in turns:
-        assert torch.equal(recorded[which](given, sigma), plain[which](given, sigma))
+        assert close(recorded[which](given, sigma), plain[which](given, sigma))
     assert replays.made == 1
 
 
@@ -188,7 +189,7 @@ def test_another_kind_of_step_is_recorded_anew(unet, replays, change):
     given = draw(2, batch, 4, *size)
     each = [Denoiser(net, TRAINED, "eps", *texts, **options, graphs=graphs) for graphs in (found, None)]
     recorded, plain = (denoise(given, 2.0) for denoise in each)
-    assert torch.equal(recorded, plain)
+    assert close(recorded, plain)
     assert replays.made == 2
 
 
@@ -210,8 +211,8 @@ def test_new_weights_are_recorded_anew(unet, replays):
     other = copy.deepcopy(unet)
     other.load_state_dict({name: 0.9 * value for name, value in unet.state_dict().items()}, assign=True)
     after = denoisers(other, found)[0](x, 2.0)
-    assert torch.equal(after, denoisers(other, None)[0](x, 2.0))
-    assert not torch.equal(after, before)
+    assert close(after, denoisers(other, None)[0](x, 2.0))
+    assert not close(after, before, 0.1)
     assert replays.made == 2
 
 

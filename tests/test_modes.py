@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from closeness import same_picture
 
 from sdinpaint import blending
-from sdinpaint.bench import modes
+from sdinpaint.bench import modes, paintings
 from sdinpaint.bench.cases import Case
 from sdinpaint.bench.growth import peak_bytes
 from sdinpaint.bench.modes import measure_modes
@@ -56,9 +57,18 @@ def test_bands_may_differ_by_rounding_and_without_proc_nothing_is_recorded(monke
     assert list(measure_modes(demo_case(), [])) == []
 
 
-def test_a_picture_is_painted_and_measured():
+def test_a_picture_is_painted_and_measured(monkeypatch):
+    made, (make, share) = [], paintings.PAINTINGS["inpaint"]
+
+    def noted(*given, **options):
+        made.append(make(*given, **options))
+        return made[-1]
+
+    monkeypatch.setitem(paintings.PAINTINGS, "inpaint", (noted, share))
     plain, offloaded = (paint(f"inpaint: {mode}", demo_case()) for mode in (DEFAULT, "offload"))
-    assert plain["digest"] == offloaded["digest"]
+    pictures = [np.asarray(one.image) for one in made]
+    assert same_picture(*pictures)
+    assert (plain["digest"] == offloaded["digest"]) == np.array_equal(*pictures)
     assert plain["digest"] != paint("outpaint: default", demo_case(size=128))["digest"]
     assert plain["peak"] > 0
 

@@ -7,6 +7,7 @@ import gc
 import importlib
 import mmap
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +16,11 @@ import pytest
 import torch
 from builders import as_sdxl, fill, random_pipeline, rewrite, small
 from click.testing import CliRunner
+from closeness import FLOAT32, apart, close, same_picture, same_pictures
 from painting import IMAGE, MASK, picture
 from PIL import Image
 from safetensors.torch import save_file
-from sdinpaint_kernels.reformed import _kept
-from sdinpaint_weights.files import SourceFile
-from sdinpaint_weights.reader import open_weights
+from sdinpaint_kernels.prepacked import _cache
 from torch import nn
 
 from sdinpaint import cli, offloading
@@ -82,24 +82,47 @@ def homes(pipe):
     return [[(weight.data_ptr(), weight.dtype) for weight in model.parameters()] for model in models(pipe)]
 
 
-def same(one, other):
-    return all(np.array_equal(a, b) for a, b in zip(one.images, other.images, strict=True))
+def in_float32(pipe):
+    """A copy of a pipeline whose models are all there."""
+    wide = copy.deepcopy(pipe)
+    for model in models(wide):
+        model.float()
+    return wide
+
+
+@pytest.fixture(scope="module")
+def exact(both):
+    """The same model in float32, there all the time."""
+    return in_float32(both[0])
+
+
+def same(found, expected, exact):
+    """Tell whether pictures of one dtype differ by less than it is away from float32, of which `exact` are."""
+    if all(map(same_picture, expected.images, exact.images)):
+        return same_pictures(found.images, expected.images)
+    each = zip(found.images, expected.images, exact.images, strict=True)
+    return all(apart(one, other) <= apart(other, wide) for one, other, wide in each)
 
 
 @pytest.fixture
 def events(monkeypatch):
     """A list that takes (True, model) for each that comes, and (False, model) for each that leaves."""
-    found = []
-    for name, comes in (("_enter", True), ("_leave", False)):
-        whole = getattr(Offloading, name)
+    found, known = [], {}
+    enter, leave = Offloading._enter, Offloading._leave
 
-        def noted(self, model, whole=whole, comes=comes):
-            before = self._uses[model]
-            whole(self, model)
-            if (before == 0) == comes and not (before and self._uses[model]):
-                found.append((comes, model))
+    def entering(self, model, weights):
+        before, known[weights[0]] = self._uses[weights[0]], model
+        enter(self, model, weights)
+        if before == 0:
+            found.append((True, model))
 
-        monkeypatch.setattr(Offloading, name, noted)
+    def leaving(self, weights):
+        leave(self, weights)
+        if self._uses[weights[0]] == 0:
+            found.append((False, known[weights[0]]))
+
+    monkeypatch.setattr(Offloading, "_enter", entering)
+    monkeypatch.setattr(Offloading, "_leave", leaving)
     return found
 
 
@@ -107,13 +130,23 @@ def events(monkeypatch):
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=list(RUNS))
-def test_pictures_are_the_same_bit_for_bit(both, run):
+def test_pictures_are_the_same(both, exact, run):
     plain, offloaded = both
     before = homes(offloaded)
-    assert same(run(plain), run(offloaded))
+    assert same(run(offloaded), run(plain), run(exact))
     assert homes(offloaded) == before
     assert plain.offloading is None
     assert (offloaded.device, offloaded.dtype) == (plain.device, plain.dtype)
+
+
+def test_pictures_that_are_not_the_same_are_seen(both, exact):
+    """Another prompt, and weights of which one layer did not come."""
+    plain, offloaded = both
+    expected, wide = RUNS["inpaint"](plain), RUNS["inpaint"](exact)
+    assert not same(offloaded.inpaint(IMAGE, MASK, "a cube", **OPTIONS), expected, wide)
+    broken = copy.deepcopy(plain)
+    broken.unet.middle_block[0].out_layers[3].weight.zero_()
+    assert not same(RUNS["inpaint"](broken), expected, wide)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -122,19 +155,21 @@ def test_with_a_controlnet_too(model, controlnet, events, dtype):
         load(model, controlnet=controlnet, device="cpu", dtype=dtype, offload=offload, progress=False)
         for offload in (False, True)
     )
-    assert same(RUNS["inpaint"](plain), RUNS["inpaint"](offloaded))
+    assert same(*(RUNS["inpaint"](pipe) for pipe in (offloaded, plain, in_float32(plain))))
+    events.clear()  # at first its fingerprint was taken, too
+    RUNS["inpaint"](offloaded)
     assert sum(model is offloaded.controlnet for _, model in events) == 2
 
 
 def test_and_the_two_text_encoders_of_sdxl(tiny, vocabulary, tmp_path):
     save_diffusers(tmp_path, random_pipeline(as_sdxl(tiny), vocabulary))
     plain, offloaded = (load(tmp_path, device="cpu", offload=offload, progress=False) for offload in (False, True))
-    assert same(RUNS["inpaint"](plain), RUNS["inpaint"](offloaded))
+    assert same_pictures(RUNS["inpaint"](offloaded).images, RUNS["inpaint"](plain).images)
 
 
-def test_one_level_down_everything_brings_what_it_needs(both):
+def test_one_level_down_everything_brings_what_it_needs(both, exact):
     found = []
-    for pipe in both:
+    for pipe in (*both, exact):
         known = pipe.encode_image(IMAGE, MASK)
         cond, uncond = pipe.encode_prompts(["a red fox", ""])
         denoise = pipe.denoiser(known, cond, uncond)
@@ -142,16 +177,17 @@ def test_one_level_down_everything_brings_what_it_needs(both):
         with pipe.using(pipe.vae):
             again = pipe.vae.decode(x0.to(pipe.dtype))
         found.append((known.masked_latents, cond.context, x0, pipe.decode(x0), again))
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
+    for plain, offloaded, wide in zip(*found, strict=True):
+        assert close(offloaded, plain, FLOAT32 + float((plain.double() - wide).norm() / wide.norm()))
 
 
-def test_replaying_and_saving_know_no_difference(both, tmp_path):
+def test_replaying_and_saving_know_no_difference(both, exact, tmp_path):
     plain, offloaded = both
     made = RUNS["inpaint"](plain)
     Image.fromarray(IMAGE).save(tmp_path / "image.png")
     made.save(tmp_path / "out.png")
-    assert replay(tmp_path / "out.png", offloaded, image=IMAGE).identical
+    again = replay(tmp_path / "out.png", offloaded, image=IMAGE).result
+    assert same(again, made, RUNS["inpaint"](exact))
     assert RUNS["inpaint"](offloaded).settings == made.settings
     for name, pipe in (("plain", plain), ("offloaded", offloaded)):
         save_diffusers(tmp_path / name, pipe)
@@ -159,7 +195,7 @@ def test_replaying_and_saving_know_no_difference(both, tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_threads_share_what_is_there(both):
+def test_threads_share_what_is_there(both, exact):
     plain, offloaded = both
     expected, before = RUNS["inpaint"](plain), homes(offloaded)
     found = []
@@ -169,15 +205,16 @@ def test_threads_share_what_is_there(both):
     for thread in threads:
         thread.join()
     assert len(found) == 3
-    assert all(same(expected, one) for one in found)
+    wide = RUNS["inpaint"](exact)
+    assert all(same(one, expected, wide) for one in found)
     assert homes(offloaded) == before
 
 
-def test_a_copy_is_offloaded_too(both):
+def test_a_copy_is_offloaded_too(both, exact):
     plain, offloaded = both
     copied = copy.deepcopy(offloaded)
     assert not set(models(copied)) & set(models(offloaded))
-    assert same(RUNS["inpaint"](plain), RUNS["inpaint"](copied))
+    assert same(*(RUNS["inpaint"](pipe) for pipe in (copied, plain, exact)))
 
 
 # When they are there
@@ -185,7 +222,9 @@ def test_a_copy_is_offloaded_too(both):
 
 def test_they_come_one_after_the_other_and_the_unet_stays_through_all_steps(both, events):
     offloaded = both[1]
-    offloaded.inpaint(IMAGE, MASK, "a red fox", **OPTIONS)
+    RUNS["inpaint"](offloaded)
+    events.clear()  # at first its fingerprint was taken, too
+    RUNS["inpaint"](offloaded)
     text, vae, unet = offloaded.text, offloaded.vae, offloaded.unet
     assert events == [(comes, model) for model in (vae, text, unet, vae) for comes in (True, False)]
 
@@ -228,7 +267,9 @@ def test_nothing_is_recorded_of_models_that_come_and_go(model, replays):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_on_a_gpu(model, controlnet, dtype):
-    options = {"controlnet": controlnet, "device": "cuda", "dtype": dtype, "progress": False}
+    options = {"controlnet": controlnet, "device": "cuda", "progress": False}
+    exact = RUNS["inpaint"](load(model, **options, dtype="float32"))
+    options["dtype"] = dtype
     plain = load(model, **options)
     plain.graphs = plain.control_graphs = Graphs(False)  # whose kernels may be others
     expected = RUNS["inpaint"](plain)
@@ -241,7 +282,7 @@ def test_on_a_gpu(model, controlnet, dtype):
     found = offloaded.inpaint(
         IMAGE, MASK, "a red fox", on_step=lambda *_: seen.append(next(offloaded.vae.parameters()).is_cuda), **OPTIONS
     )
-    assert same(expected, found)
+    assert same(found, expected, exact)
     assert seen == [False, False]
     assert {weight.device.type for model in models(offloaded) for weight in model.parameters()} == {"cpu"}
     assert torch.cuda.memory_allocated() - before < weights / 10
@@ -294,7 +335,8 @@ def own():
 
 def require_given_back(folder):
     weights, (during, _), (after, _) = watched(folder, "float16")
-    assert during >= sum(weight.nbytes for weight in weights)
+    # those of self-attention lie in a block of their own meanwhile
+    assert during >= 0.9 * sum(weight.nbytes for weight in weights)
     assert after <= sum(min(weight.nbytes, EDGES) for weight in weights) < during / 5
 
 
@@ -304,7 +346,7 @@ def test_pages_of_the_file_are_given_back(larger):
 
 def test_without_it_they_stay(larger, monkeypatch):
     """Broken on purpose."""
-    monkeypatch.setattr(SourceFile, "release_view", lambda self, view: None)
+    monkeypatch.setattr(offloading, "release", lambda weight: False)
     with pytest.raises(AssertionError):
         require_given_back(larger)
 
@@ -323,24 +365,9 @@ def test_what_was_cast_is_given_back_and_no_page_of_the_file_is_held_beside_it(l
 
 def test_what_never_leaves_is_not(larger, monkeypatch):
     """Broken on purpose."""
-    monkeypatch.setattr(Offloading, "_leave", lambda self, model: None)
+    monkeypatch.setattr(Offloading, "_leave", lambda self, weights: None)
     with pytest.raises(AssertionError):
         require_cast_given_back(larger)
-
-
-def test_only_what_a_whole_tensor_of_the_map_covers_is_given_back(tmp_path):
-    stored = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
-    save_file({name: stored.clone() for name in ("before", "weight", "behind")}, tmp_path / "weights.safetensors")
-    weights = open_weights(tmp_path / "weights.safetensors")
-    before, weight, behind = (weights[name].add_(1) for name in ("before", "weight", "behind"))
-    (file,) = weights.files
-    for other in (weight.clone(), weight.T, weight[:, :1000], torch.empty(0)):
-        file.release_view(other)
-    assert torch.equal(weight, stored + 1)
-    file.release_view(weight)
-    assert torch.equal(weight[1:-1], stored[1:-1])  # as the file has it; a row is a page long
-    assert torch.equal(before, stored + 1)
-    assert torch.equal(behind, stored + 1)
 
 
 def test_nothing_is_kept_beside_weights_that_are_not_there(larger, monkeypatch):
@@ -356,19 +383,81 @@ def test_nothing_is_kept_beside_weights_that_are_not_there(larger, monkeypatch):
 
 
 def kept(weights):
-    return sum(weight in _kept for weight in weights)
+    return sum(weight in _cache for weight in weights)
 
 
-def test_what_was_written_to_weights_is_kept(model):
-    """Broken on purpose at its end: a page that is given back comes anew from the file."""
+def by_an_optimizer(model):
+    """In place, by one step of gradient descent."""
+    weights = list(model.parameters())
+    for weight in weights:
+        weight.requires_grad_(True)
+        weight.grad = 0.01 * weight.detach().sign()
+    torch.optim.SGD(weights, lr=1.0).step()
+    for weight in weights:
+        weight.grad = None
+        weight.requires_grad_(False)
+
+
+def through_data(model):
+    for weight in model.parameters():
+        weight.data.mul_(1.01)
+
+
+def through_numpy(model):
+    for weight in model.parameters():
+        values = weight.detach().float().mul(1.01).to(weight.dtype)
+        weight.detach().view(torch.uint8).numpy()[:] = values.view(torch.uint8).numpy()
+
+
+def by_another_state(model):
+    model.load_state_dict({name: 1.01 * value for name, value in model.state_dict().items()})
+
+
+def by_other_parameters(model):
+    model.load_state_dict({name: 1.01 * value for name, value in model.state_dict().items()}, assign=True)
+    model.requires_grad_(False)
+
+
+WRITERS = [by_an_optimizer, through_data, through_numpy, by_another_state, by_other_parameters]
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_written_to_weights_in_use_is_kept(model, dtype, write):
+    """Whether they are mapped from the file while they are used, or cast from it."""
+    plain, offloaded = (
+        load(model, device="cpu", dtype=dtype, offload=offload, progress=False) for offload in (False, True)
+    )
+    before = RUNS["inpaint"](offloaded)
+    for pipe in (plain, offloaded):
+        with pipe.using(pipe.unet), torch.no_grad() if write is not by_an_optimizer else nullcontext():
+            write(pipe.unet)
+    expected, wide = RUNS["inpaint"](plain), RUNS["inpaint"](in_float32(plain))
+    for _ in range(2):
+        assert same(RUNS["inpaint"](offloaded), expected, wide)
+    assert not same(before, expected, wide)
+
+
+@pytest.mark.parametrize("write", WRITERS[:-1], ids=lambda write: write.__name__)
+def test_what_is_written_to_weights_between_uses_is_kept(model, write):
     plain, offloaded = (load(model, device="cpu", offload=offload, progress=False) for offload in (False, True))
     for pipe in (plain, offloaded):
-        for weight in pipe.unet.parameters():
-            weight.mul_(1.01)
-    assert same(RUNS["inpaint"](plain), RUNS["inpaint"](offloaded))
-    for weight in offloaded.unet.parameters():
-        offloaded.offloading._release(weight.data)
-    assert not same(RUNS["inpaint"](plain), RUNS["inpaint"](offloaded))
+        with torch.no_grad() if write is not by_an_optimizer else nullcontext():
+            write(pipe.unet)
+    expected, wide = RUNS["inpaint"](plain), RUNS["inpaint"](in_float32(plain))
+    for _ in range(2):
+        assert same(RUNS["inpaint"](offloaded), expected, wide)
+
+
+def test_a_check_that_always_agrees_loses_what_was_written(model, monkeypatch):
+    """Broken on purpose."""
+    monkeypatch.setattr(offloading, "unchanged", lambda contents, weights: [True] * len(weights))
+    offloaded = load(model, device="cpu", dtype="bfloat16", offload=True, progress=False)
+    before = RUNS["inpaint"](offloaded)
+    with offloaded.using(offloaded.unet):
+        through_data(offloaded.unet)
+    wide = RUNS["inpaint"](load(model, device="cpu", dtype="float32", progress=False))
+    assert same(RUNS["inpaint"](offloaded), before, wide)
 
 
 # What is refused, and the command
@@ -406,4 +495,4 @@ def test_the_command_makes_the_same_picture(tmp_path):
     for name, more in (("plain", []), ("offloaded", ["--offload"])):
         result = CliRunner().invoke(cli.main, [*given, "-o", str(tmp_path / f"{name}.png"), *more])
         assert result.exit_code == 0, result.output
-    assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "offloaded.png").read_bytes()
+    assert same_picture(*(Image.open(tmp_path / f"{name}.png") for name in ("plain", "offloaded")))

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from sdinpaint.families import SD15_INPAINT
 from sdinpaint.loading import load
-from sdinpaint.models import VAE, CLIPText, UNet, clip, unet, vae
+from sdinpaint.models import VAE, CLIPText, UNet, clip, fused, unet, vae
 from sdinpaint.models.layers import GroupNorm
 
 pytestmark = pytest.mark.peer
@@ -200,6 +200,10 @@ def without_final_norm(model, patch):
     model.text_model.final_layer_norm = torch.nn.Identity()
 
 
+def norm_alone(norm, x, addend=None):
+    return norm(x if addend is None else x + addend[:, :, None, None])
+
+
 BREAKS = {
     "unet": {
         "eps before a residual block": eps(unet.ResBlock, "in_layers.0", 1e-6),
@@ -214,7 +218,7 @@ BREAKS = {
         "keys and values": swap(unet.CrossAttention, "to_k", "to_v"),
         "heads": attribute(unet.CrossAttention, "heads", lambda heads: 2 * heads),
         "groups": attribute(GroupNorm, "num_groups", lambda groups: groups // 2),
-        "silu after the norms": attribute(GroupNorm, "silu", lambda silu: False),
+        "silu after the norms": replaced(fused, "norm_silu", norm_alone),
     },
     "vae": {
         "eps in a residual block": eps(vae.ResBlock, "norm1", 1e-5),

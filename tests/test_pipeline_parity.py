@@ -312,4 +312,4 @@ def test_diffusers_loads_what_we_save(pipes, tmp_path):
     again.set_progress_bar_config(disable=True)
     assert again.scheduler.config.timestep_spacing == "leading"
     found, expected = (run_theirs(pipe, *picture(), seed=15)[0] for pipe in (again, theirs))
-    assert levels(found, expected) == 0
+    assert levels(found, expected) <= ONE_LEVEL

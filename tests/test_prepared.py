@@ -1,20 +1,29 @@
-"""A prepared step gives the numbers of the plain UNet: what is computed once, shared, packed and kept is the same."""
+"""A step of a UNet with precomputed conditioning gives the numbers of a plain call: what is shared and packed, too.
+
+Conditioning is precomputed for captured CUDA graphs, here with one that replays by calling.
+"""
 
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from dataclasses import replace
 
 import pytest
 import torch
 from builders import fill
+from closeness import close
 
 from sdinpaint.families import SD15_INPAINT
-from sdinpaint.models import VAE, UNet, layers
-from sdinpaint.models.layers import joined, lay_out, repeated
+from sdinpaint.models import VAE, UNet, fused
+from sdinpaint.models.layers import repeated
 from sdinpaint.models.unet import CrossAttention, ResBlock, SelfAttention
+from sdinpaint.models.weights import joined, pack
 from sdinpaint.sampling import Conditioning, Denoiser, schedules
+from sdinpaint.sampling.graphs import Graphs
+
+pytestmark = pytest.mark.usefixtures("replays")
 
 TRAINED = schedules.train_sigmas(SD15_INPAINT.schedule)
 SIGMA = 1.7
@@ -99,6 +108,7 @@ class Case:
             extra=change(self.extra),
             control=None if added is None else lambda *given: added,
             dtype=torch.float64 if precise else torch.float32,
+            graphs=Graphs(True),
         )
         return denoise(change(self.x), SIGMA)
 
@@ -108,20 +118,23 @@ class Case:
         return [float((out - exact).norm() / exact.norm()) for out in (step, self.step(self.unet.forward))]
 
 
+def as_channels_last(model):
+    """Lay weights out as `pack` does on a GPU."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+    pack(model)
+
+
 def as_good(case, step):
     ours, plain = case.errors(step)
     return ours <= 2 * plain + TINY
 
 
-def close(found, expected):
-    """Equal but for the order of sums."""
-    return float((found - expected).norm() / expected.norm()) < 1e-5
-
-
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Biases of convolutions go with what is added next."""
-    monkeypatch.setattr(layers, "adds_bias_apart", lambda x: True)
+    monkeypatch.setattr(fused, "adds_bias_apart", lambda x: True)
 
 
 @pytest.mark.parametrize(("controlled", "laid_out"), [(False, False), (True, True)])
@@ -131,7 +144,7 @@ def test_the_prepared_step_is_the_plain_one(unet, batch, size, guided, controlle
     mine = copy.deepcopy(unet)
     if laid_out:
         request.getfixturevalue("as_on_a_gpu")
-        lay_out(mine)
+        as_channels_last(mine)
     assert as_good(case, case.step(mine))
 
 
@@ -158,6 +171,7 @@ def blocks_out_of_order(prepared):
     # embedded in one order, and handed out in another
     other = replace(prepared, blocks=blocks)
     object.__setattr__(other, "embed", prepared.embed)
+    object.__setattr__(other, "is_current", prepared.is_current)
     return other
 
 
@@ -196,10 +210,10 @@ def test_halves_with_vectors_of_their_own_are_not_shared(unets):
 
 
 def test_a_norm_without_its_addend_is_seen(unet, monkeypatch):
-    forward = layers.GroupNorm.forward
+    norm_silu = fused.norm_silu
     case = Case(unet)
     plain = copy.deepcopy(case.errors(case.step(unet)))
-    monkeypatch.setattr(layers.GroupNorm, "forward", lambda self, x, addend=None: forward(self, x))
+    monkeypatch.setattr(fused, "norm_silu", lambda norm, x, addend=None: norm_silu(norm, x))
     wrong = case.step(unet)
     monkeypatch.undo()
     assert case.errors(wrong)[0] > 100 * plain[0]
@@ -208,63 +222,79 @@ def test_a_norm_without_its_addend_is_seen(unet, monkeypatch):
 # What is shared, kept and computed once
 
 
-def batches(unet, run):
-    """How many rows each residual block and each attention puts out, in order."""
+@pytest.fixture
+def batches(monkeypatch):
+    """A list that takes the name of each fused block that runs and how many rows it puts out."""
     seen = []
-    hooks = [
-        layer.register_forward_hook(lambda layer, args, out: seen.append((type(layer).__name__, len(out))))
-        for layer in unet.modules()
-        if isinstance(layer, ResBlock | SelfAttention | CrossAttention)
-    ]
-    run()
-    for hook in hooks:
-        hook.remove()
+    for name in ("res_block", "self_attention", "cross_attention", "addend"):
+        whole = getattr(fused, name)
+
+        def noted(*given, name=name, whole=whole):
+            out = whole(*given)
+            seen.append((name, len(out)))
+            return out
+
+        monkeypatch.setattr(fused, name, noted)
     return seen
 
 
-def test_both_halves_share_what_comes_before_the_text(unets):
+def test_both_halves_share_what_comes_before_the_text(unets, batches):
     unet = unets["SD1"]
-    seen = batches(unet, lambda: Case(unet).step(unet))
-    assert seen[:3] == [("ResBlock", 2), ("SelfAttention", 2), ("CrossAttention", 4)]
-    assert {rows for _, rows in seen[3:]} == {4}
+    Case(unet).step(unet)
+    blocks = [entry for entry in batches if entry[0] != "addend"]
+    assert blocks[:3] == [("res_block", 2), ("self_attention", 2), ("cross_attention", 4)]
+    assert {rows for _, rows in blocks[3:]} == {4}
 
 
-def test_with_vectors_the_first_block_is_not_shared(unets):
-    seen = batches(unets["SDXL"], lambda: Case(unets["SDXL"]).step(unets["SDXL"]))
-    assert {rows for _, rows in seen} == {4}
+def test_with_vectors_the_first_block_is_not_shared(unets, batches):
+    Case(unets["SDXL"]).step(unets["SDXL"])
+    assert {rows for name, rows in batches if name != "addend"} == {4}
 
 
-def calls_of(unet, names, run):
-    """How often the modules whose names end so are called."""
-    seen = []
+def test_a_hooked_unet_sees_whole_batches_and_computes_everything_in_every_step(unet, batches):
+    seen, case = [], Case(unet)
+    denoise = Denoiser(unet, TRAINED, "eps", *case.texts, extra=case.extra, graphs=Graphs(True))
+    before = denoise(case.x, SIGMA)
     hooks = [
-        layer.register_forward_hook(lambda *told: seen.append(1))
-        for name, layer in unet.named_modules()
-        if name.endswith(names)
+        layer.register_forward_hook(lambda layer, given, out: seen.append(len(out)))
+        for layer in unet.modules()
+        if isinstance(layer, ResBlock | SelfAttention | CrossAttention)
     ]
-    run()
+    denoise(case.x, SIGMA)  # is prepared still, and this replay calls the layers too, unlike a GPU's
+    seen.clear()
+    after = [denoise(case.x, SIGMA) for _ in range(2)]
     for hook in hooks:
         hook.remove()
-    return len(seen)
+    assert len(seen) == 2 * len(hooks)
+    assert set(seen) == {4}
+    assert all(close(one, before) for one in after)
 
 
-def test_the_text_and_the_times_are_looked_at_once(unet):
+def test_the_text_and_the_times_are_looked_at_once(unet, monkeypatch):
     case = Case(unet)
     sigmas = schedules.linspace(TRAINED, 5)
-    once = Denoiser(unet, TRAINED, "eps", *case.texts, extra=case.extra, sigmas=sigmas)
-    each = Denoiser(unet, TRAINED, "eps", *case.texts, extra=case.extra)
+    once = Denoiser(unet, TRAINED, "eps", *case.texts, extra=case.extra, sigmas=sigmas, graphs=Graphs(True))
+    each = Denoiser(unet, TRAINED, "eps", *case.texts, extra=case.extra, graphs=Graphs(True))
+    seen = []
+    keys_values, embed = CrossAttention.keys_values, UNet.embed
+    monkeypatch.setattr(CrossAttention, "keys_values", lambda *given: (seen.append("text"), keys_values(*given))[1])
+    monkeypatch.setattr(UNet, "embed", lambda *given: (seen.append("times"), embed(*given))[1])
 
     def run(denoise):
+        seen.clear()
         return [denoise(case.x, sigma) for sigma in sigmas.tolist()[:-1]]
 
     texts = sum(isinstance(layer, CrossAttention) for layer in unet.modules())
-    blocks = sum(isinstance(layer, ResBlock) for layer in unet.modules())
-    assert calls_of(unet, ("attn2.to_k", "attn2.to_v"), lambda: run(once)) == 2 * texts
-    assert calls_of(unet, ("time_embed", "emb_layers", "attn2.to_k"), lambda: run(once)) == 0
-    assert calls_of(unet, ("emb_layers",), lambda: run(each)) == 5 * blocks
-    for together, alone in zip(run(once), run(each), strict=True):
-        assert close(together, alone)
-    assert calls_of(unet, ("time_embed",), lambda: once(case.x, 0.9)) == 1  # one that was not foreseen
+    together = run(once)
+    assert (seen.count("text"), seen.count("times")) == (texts, 1)
+    run(once)
+    assert seen == []
+    alone = run(each)
+    assert (seen.count("text"), seen.count("times")) == (texts, 5)
+    assert all(close(*pair) for pair in zip(together, alone, strict=True))
+    seen.clear()
+    once(case.x, 0.9)  # one that was not foreseen
+    assert seen == ["times"]
 
 
 def test_an_item_of_a_batch_is_its_single_run(unet):
@@ -283,7 +313,7 @@ def test_an_item_of_a_batch_is_its_single_run(unet):
 
 def test_one_text_serves_a_batch_of_any_size(unet):
     texts = [condition(unet, 1, seed) for seed in (13, 14)]
-    denoise = Denoiser(unet, TRAINED, "eps", *texts, extra=[one[:1] for one in Case(unet).extra])
+    denoise = Denoiser(unet, TRAINED, "eps", *texts, extra=[one[:1] for one in Case(unet).extra], graphs=Graphs(True))
     x = Case(unet).x
     both = denoise(x, SIGMA)
     for item in (slice(0, 1), slice(1, 2)):
@@ -293,7 +323,7 @@ def test_one_text_serves_a_batch_of_any_size(unet):
 def test_two_denoisers_of_one_unet_do_not_mix(unet):
     cases = [Case(unet), Case(unet)]
     cases[1].texts.reverse()
-    denoisers = [Denoiser(unet, TRAINED, "eps", *case.texts, extra=case.extra) for case in cases]
+    denoisers = [Denoiser(unet, TRAINED, "eps", *case.texts, extra=case.extra, graphs=Graphs(True)) for case in cases]
     expected = [case.step(unet) for case in cases]
     assert (expected[0] - expected[1]).abs().max() > 0.1
     in_turn = [denoisers[which](cases[which].x, SIGMA) for which in (0, 1, 0, 1)]
@@ -328,10 +358,10 @@ def test_the_autoencoder_computes_the_same_where_biases_are_added_apart(monkeypa
     latents, image = draw(1, 2, 4, 3, 5), draw(2, 2, 3, 24, 40)
     with torch.no_grad():
         before = vae.decode(latents), vae.encode(image)
-        monkeypatch.setattr(layers, "adds_bias_apart", lambda x: True)
+        monkeypatch.setattr(fused, "adds_bias_apart", lambda x: True)
         after = vae.decode(latents), vae.encode(image)
         assert all(close(found, expected) for found, expected in zip(after, before, strict=True))
-        monkeypatch.setattr(layers, "bias", lambda conv: 0 * conv.bias)
+        monkeypatch.setattr(fused, "bias_of", lambda conv: 0 * conv.bias)
         assert not close(vae.decode(latents), before[0])
 
 
@@ -343,27 +373,49 @@ def attentions(unet):
 
 
 def packed(unet):
-    """Whether the weights of every self-attention are multiplied by without a copy."""
-    return {joined(layer.packed()).data_ptr() == layer.to_q.weight.data_ptr() for layer in attentions(unet)}
+    """Whether the weights of every self-attention are multiplied by at once."""
+    return {joined(weights(layer)) is not None for layer in attentions(unet)}
+
+
+def weights(layer):
+    return [one.weight for one in layer.packed()]
 
 
 @pytest.fixture
-def arranged(unet):
-    """A copy of a UNet, laid out as for a GPU."""
+def scattered(unet):
+    """A copy of a UNet of which no weights lie side by side."""
     mine = copy.deepcopy(unet)
-    lay_out(mine)
+    mine.load_state_dict({name: value.clone() for name, value in mine.state_dict().items()}, assign=True)
     return mine
 
 
-def test_laying_out_keeps_names_and_values(unet, arranged):
-    before, after = unet.state_dict(), arranged.state_dict()
+@pytest.fixture
+def arranged(scattered):
+    """A copy of a UNet, laid out as for a GPU."""
+    mine = copy.deepcopy(scattered)
+    as_channels_last(mine)
+    return mine
+
+
+def test_packing_keeps_names_and_values(scattered, arranged):
+    before, after = scattered.state_dict(), arranged.state_dict()
     assert list(before) == list(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert (packed(unet), packed(arranged)) == ({False}, {True})
-    convs = [layer for layer in arranged.modules() if isinstance(layer, torch.nn.Conv2d)]
-    assert all(conv.weight.is_contiguous(memory_format=torch.channels_last) for conv in convs)
+    assert (packed(scattered), packed(arranged)) == ({False}, {True})
     memory = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in after.values()}
     assert sum(memory.values()) == sum(weight.nbytes for weight in before.values())
+    assert all(layer.to_q.weight.data_ptr() % 64 == 0 for layer in attentions(arranged))
+
+
+@pytest.mark.parametrize(
+    "move",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), lambda model: model.double().float()],
+    ids=["copied", "pickled", "cast"],
+)
+def test_a_model_that_comes_anew_is_packed(scattered, move):
+    moved = move(scattered)
+    assert packed(moved) == {True}
+    assert all(torch.equal(*pair) for pair in zip(moved.parameters(), scattered.parameters(), strict=True))
 
 
 def changed_in_place(model):
@@ -398,24 +450,16 @@ def test_changed_weights_are_the_ones_that_count(unet, arranged, change, stays):
     assert not as_good(case, case.step(unet))
 
 
-@pytest.mark.parametrize("move", [copy.deepcopy, lambda model: model.double().float()])
-def test_a_moved_model_is_right_without_being_laid_out_again(unet, arranged, move):
-    case = Case(unet)
-    assert as_good(case, case.step(move(arranged)))
-
-
 def test_every_part_of_a_joined_weight_has_its_gradient(arranged):
     layer = attentions(arranged)[0].requires_grad_()
     layer(draw(1, 1, 3, layer.to_q.in_features)).square().sum().backward()
-    assert all(weight.grad.abs().max() > 0 for weight in layer.packed())
+    assert all(weight.grad.abs().max() > 0 for weight in weights(layer))
 
 
-def test_only_what_lies_in_order_is_joined_without_a_copy():
+def test_only_what_lies_in_order_is_joined():
     block = draw(1, 9, 4)
     a, b, c = block.split(3)
     assert joined((a, b, c)).data_ptr() == block.data_ptr()
     assert torch.equal(joined((a, b, c)), block)
     for parts in ((a, c), (b, a), (a, b.clone()), (a, b.T.contiguous().T), (a.requires_grad_(), b)):
-        found = joined(parts)
-        assert torch.equal(found, torch.cat(parts))
-        assert found.data_ptr() != parts[0].data_ptr()
+        assert joined(parts) is None

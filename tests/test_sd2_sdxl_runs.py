@@ -260,7 +260,7 @@ def test_diffusers_loads_what_we_save(pairs, tmp_path, name):
     again = type(theirs).from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert again.scheduler.config.prediction_type == theirs.scheduler.config.prediction_type
-    assert levels(run_theirs(again, seed=15)[0], run_theirs(theirs, seed=15)[0]) == 0
+    assert levels(run_theirs(again, seed=15)[0], run_theirs(theirs, seed=15)[0]) <= ONE_LEVEL
     by_itself = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     kind, task = "XL" if name.startswith("sdxl") else "", "" if name.endswith("4") else "Inpaint"
     assert type(by_itself).__name__ == f"StableDiffusion{kind}{task}Pipeline"

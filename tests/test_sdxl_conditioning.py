@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from builders import as_sd2, as_sdxl, random_pipeline, small
+from closeness import close
 
 from sdinpaint import pipeline
 from sdinpaint.models.unet import timestep_embedding
@@ -75,8 +76,9 @@ def test_no_prompt_is_zeros_for_xl_and_the_empty_prompt_elsewhere(xl, sd2):
     assert sizes_in(mixed.vector)[0].any()
     torch.testing.assert_close(mixed.context[1:], fox.context, rtol=0, atol=1e-5)
     assert empty.context.any()
-    none, empty = sd2.encode_prompts([None, ""])
-    assert torch.equal(none.context, empty.context)
+    none, empty, fox = sd2.encode_prompts([None, "", "a red fox"])
+    assert close(none.context, empty.context)
+    assert not close(none.context, fox.context, 0.1)
 
 
 def test_the_size_and_the_missing_prompt_reach_the_denoiser(xl, monkeypatch):
@@ -125,6 +127,7 @@ def test_half_precision_keeps_the_sizes_exact(xl, tiny, vocabulary):
 
 def test_a_model_may_encode_no_prompt_as_the_empty_one(xl, vocabulary):
     pipe = random_pipeline(replace(xl.family, zeros_for_none=False), vocabulary)
-    none, empty = pipe.encode_prompts([None, ""])
-    assert torch.equal(none.context, empty.context)
-    assert torch.equal(none.vector, empty.vector)
+    none, empty, fox = pipe.encode_prompts([None, "", "a red fox"])
+    assert close(none.context, empty.context)
+    assert close(none.vector[:, :POOLED], empty.vector[:, :POOLED])
+    assert not close(none.vector[:, :POOLED], fox.vector[:, :POOLED], 0.1)

@@ -79,6 +79,13 @@ def run_ours(mine, image, *, seed=7, **options):
     return (decoded[0] / 2 + 0.5).clamp(0, 1)
 
 
+def in_float64(mine):
+    exact = copy.deepcopy(mine)
+    for model in (exact.unet, exact.vae, exact.text):
+        model.double()
+    return exact
+
+
 def difference(theirs, mine, image=None, **options):
     image = picture() if image is None else image
     expected = run_theirs(theirs, image, **options)
@@ -112,7 +119,10 @@ def test_a_model_of_inpainting_is_shown_a_mask_over_everything(twins, run):
     options = {"mask_image": white, "height": image.height, "width": image.width}
     expected = run_theirs(theirs, image, **run, **options)
     assert expected.std() > 0.05
-    assert (run_ours(mine, image, **run) - expected).abs().max() <= TOLERANCE
+    ours, exact = run_ours(mine, image, **run), run_ours(in_float64(mine), image, **run)
+    assert (ours - exact).abs().max() <= TOLERANCE / 30
+    # the masked picture is one grey, of which torch's GroupNorm in diffusers loses digits
+    assert (ours - expected).abs().max() <= TOLERANCE + (expected - exact).abs().max() <= 4 * TOLERANCE
 
 
 @pytest.mark.parametrize(("height", "width"), [(65, 66), (70, 83)])

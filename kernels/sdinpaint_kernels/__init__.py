@@ -1,23 +1,33 @@
 """The operations on the hot path of the models; they know tensors, and no model."""
 
 from sdinpaint_kernels.add_bias import add_bias
-from sdinpaint_kernels.add_layer_norm import add_layer_norm
+from sdinpaint_kernels.add_layer_norm import add_layer_norm, layer_norm
 from sdinpaint_kernels.attention import attention
+from sdinpaint_kernels.backend import is_functional, is_transformed
+from sdinpaint_kernels.contents import Contents, contents, unchanged
 from sdinpaint_kernels.conv3 import conv3
 from sdinpaint_kernels.geglu import geglu
 from sdinpaint_kernels.group_norm import group_norm
 from sdinpaint_kernels.linear import linear
-from sdinpaint_kernels.reformed import forget
+from sdinpaint_kernels.pages import release
+from sdinpaint_kernels.prepacked import forget
 from sdinpaint_kernels.upsample_conv3 import upsample_conv3
 
 __all__ = [
+    "Contents",
     "add_bias",
     "add_layer_norm",
     "attention",
+    "contents",
     "conv3",
     "forget",
     "geglu",
     "group_norm",
+    "is_functional",
+    "is_transformed",
+    "layer_norm",
     "linear",
+    "release",
+    "unchanged",
     "upsample_conv3",
 ]

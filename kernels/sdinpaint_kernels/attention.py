@@ -103,6 +103,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, kernels:
     obstacle = _obstacle(q, k, v, causal)
     if obstacle is None and (kernels or backend.SETTING) == "auto":
         obstacle = _rival(q, k)
+    if backend.is_observed() or backend.is_functional():
+        return _by_products(q, k, v, causal)
     choice = backend.choose("attention", q, k, v, requested=kernels, obstacle=obstacle)
     if choice.name == "triton":
         return _operation(q, k, v)
@@ -118,6 +120,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, kernels:
 def _reference(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal)
     return out.transpose(1, 2)
+
+
+def _by_products(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """The equation as it is written: torch's counter and its forward mode know no fused attention of CPUs."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = (q @ k.transpose(2, 3)).float() / math.sqrt(q.shape[3])
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
+    return (scores.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2)
 
 
 def _differentiable(*tensors: Tensor) -> bool:

@@ -34,7 +34,7 @@ def is_supported(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
 
 def by_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     """q (B, N, heads, D), k and v (B, M, heads, D) -> (B, N, heads, D); None where a sum overflowed."""
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for sample in range(q.shape[0]):
         for head in range(q.shape[2]):
             _one_head(*(x[sample, :, head] for x in (q, k, v, out)))

@@ -15,11 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 SETTINGS = ("auto", "torch", "triton")
 SETTING = os.environ.get("SDINPAINT_KERNELS", "auto")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton's interpreter runs kernels on the CPU, very slowly: for tests."""
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Types of tensors whose memory holds their numbers as they are; a subclass may keep them in another form."""
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 OLDEST_GPU = (8, 0)  # Ampere: the first with bfloat16 and asynchronous copies
 
@@ -72,14 +75,32 @@ def on_cpu(*tensors: Tensor | None) -> bool:
     return (
         SETTING != "torch"
         and not INTERPRETED
-        and not torch.compiler.is_compiling()
-        and all(tensor is None or tensor.is_cpu for tensor in tensors)
+        and not is_transformed()
+        and not is_observed()
+        and all(tensor is None or (tensor.is_cpu and type(tensor) in PLAIN) for tensor in tensors)
         and len(dtypes) == 1
         and _cpu_supports(*dtypes)
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))
     )
+
+
+def is_transformed() -> bool:
+    """Tell whether a compiler, a tracer or a transform of functions follows the single operations of a model."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or is_functional()
+
+
+def is_functional() -> bool:
+    """Tell whether a transform of `torch.func` or differentiation in forward mode is on."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_observed() -> bool:
+    """Tell whether something counts or replaces operations one by one: it is shown those that torch documents."""
+    return not torch.compiler.is_compiling() and bool(torch._C._len_torch_dispatch_stack())
 
 
 def cpu_report() -> str:
@@ -144,6 +165,10 @@ def _call_obstacle(x: Tensor, others: tuple[Tensor | None, ...]) -> str | None:
     device = x.device.type
     if device != "cuda" and not (INTERPRETED and device == "cpu"):
         return f"the tensors are on the {device}"
+    if is_functional():
+        return "a transform of functions is on"
+    if is_observed():
+        return "operations are counted or replaced one by one"
     if torch.is_grad_enabled():
         for tensor in (x, *others):
             if tensor is not None and tensor.requires_grad:

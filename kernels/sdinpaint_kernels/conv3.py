@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from sdinpaint_kernels import backend
 from sdinpaint_kernels.linear import linear, products
-from sdinpaint_kernels.reformed import reformed
+from sdinpaint_kernels.prepacked import prepacked
 
 LEAST_CHANNELS = 256
 """With fewer on either side the transforms take more time than they save."""
@@ -47,7 +47,7 @@ def conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernels: str
         return _by_product(x, weight, bias)
     if height % 2 or width % 2:
         return F.conv2d(x, weight, bias, padding=1)
-    return _by_tiles(x, reformed(weight, _transform), bias)
+    return _by_tiles(x, prepacked(weight, _transform), bias)
 
 
 def _by_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -58,7 +58,7 @@ def _by_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _transform(weight: Tensor) -> Tensor:
     """(O, C, 3, 3) -> (16, O, C), in float32 or better until the end."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    once = torch.tensor(G, dtype=wide)
+    once = torch.tensor(G, dtype=wide, device=weight.device)
     outputs, inputs = weight.shape[:2]
     out = weight.new_empty(16, outputs, inputs)
     for part, into in zip(weight.split(64), out.split(64, dim=1), strict=True):

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdinpaint_kernels import backend
+from sdinpaint_kernels import backend, moments
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = (*HALF, torch.float32)
 ALIGNED = 8  # elements of two bytes in the largest load
 WIDEST = 256  # channels of a tile
 ONE_PASS_PIXELS = 256
@@ -26,6 +27,8 @@ NARROW = 64  # channels of a tile at the least
 TILE = 8192  # elements: 64 for each thread of four warps
 PROGRAMS = 528  # four for each multiprocessor of an H100
 DIRECT_CHUNKS = 64
+LEAST_IN_BANDS = 2**16
+"""Numbers of a map on the CPU; with fewer, starting a dozen operations takes longer than the passes that they spare."""
 
 
 class Plan(NamedTuple):
@@ -93,22 +96,55 @@ def group_norm(
     Source: https://arxiv.org/abs/1803.08494, equations 1 to 3.
     """
     _check(x, groups, weight, bias, addend)
-    obstacle = _obstacle(x, groups, weight, bias, addend)
+    obstacle = None if backend.is_functional() else _obstacle(x, groups, weight, bias, addend)
     choice = backend.choose("group_norm", x, weight, bias, addend, requested=kernels, obstacle=obstacle)
-    return (_operation if choice.name == "triton" else reference)(x, groups, weight, bias, eps, silu, addend)
+    if choice.name == "triton":
+        return _operation(x, groups, weight, bias, eps, silu, addend)
+    many = x.numel() >= LEAST_IN_BANDS or x.dtype in HALF  # of which every operation rounds
+    in_bands = x.numel() > 0 and many and moments.may_run_in_place(x, weight, bias, addend)
+    return (banded if in_bands else reference)(x, groups, weight, bias, eps, silu, addend)
+
+
+def banded(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, addend: Tensor | None
+) -> Tensor:
+    """The formula for inference on the CPU: as exact in every memory format, and SiLU while a band is in the cache."""
+    norm = moments.affine(moments.measure(x), groups, weight, bias, eps, addend, x.dtype)
+    return moments.apply(x, norm, silu)
 
 
 def reference(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, addend: Tensor | None
 ) -> Tensor:
-    """The formula in torch, in the memory format of x."""
-    if addend is not None:
-        x = x + addend[:, :, None, None]
-    out = F.group_norm(x, groups, weight, bias, eps)
+    """The formula in torch, differentiable and for a compiler to see through, in the memory format of x."""
+    if x.is_cpu:
+        out = _about_means(x, groups, weight, bias, eps, addend)
+    else:
+        x = x if addend is None else x + addend[:, :, None, None]
+        out = F.group_norm(x, groups, weight, bias, eps)
     # The norm's output is ours to overwrite, unless autograd still needs it.
     out = F.silu(out, inplace=not out.requires_grad) if silu else out
     # On CUDA, torch's norm puts out channels-first whatever it gets.
-    return out.contiguous(memory_format=torch.channels_last) if _channels_last(x) else out
+    return out.contiguous(memory_format=moments.layout_of(x))
+
+
+def _about_means(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, addend: Tensor | None) -> Tensor:
+    """F.group_norm of x + addend about the means of their groups, channels-first.
+
+    On the CPU, torch computes E[x^2] - E[x]^2 of channels-last maps from long sums in float32, and x * scale + shift in
+    both formats: the one loses digits to the size of the map, the other to the mean.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = _centred(x.to(wide), groups)
+    if addend is not None:
+        total = total + _centred(addend[:, :, None, None].to(wide), groups)
+    return F.group_norm(total.contiguous(), groups, weight.to(wide), bias.to(wide), eps).to(x.dtype)
+
+
+def _centred(x: Tensor, groups: int) -> Tensor:
+    """x less the means of its groups, which are constants to a derivative: a norm is the same for any of them."""
+    grouped = x.unflatten(1, (groups, -1))
+    return (grouped - grouped.detach().mean((2, 3, 4), keepdim=True)).flatten(1, 2)
 
 
 def _check(x: Tensor, groups: int, weight: Tensor, bias: Tensor, addend: Tensor | None) -> None:
@@ -126,10 +162,6 @@ def _check(x: Tensor, groups: int, weight: Tensor, bias: Tensor, addend: Tensor 
     if addend is not None and addend.shape != x.shape[:2]:
         raise ValueError(f"group_norm takes addend (N, C) = {tuple(x.shape[:2])}, not {tuple(addend.shape)}")
     backend.check_same("group_norm", x, weight=weight, bias=bias, addend=addend)
-
-
-def _channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _obstacle(x: Tensor, groups: int, weight: Tensor, bias: Tensor, addend: Tensor | None) -> str | None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from sdinpaint_kernels import backend
 from sdinpaint_kernels.conv3 import conv3
-from sdinpaint_kernels.reformed import reformed
+from sdinpaint_kernels.prepacked import prepacked
 
 LEAST_PIXELS = 32 * 32
 """In a picture of the input: with fewer, torch's order of the weights costs more than the products."""
@@ -37,12 +37,12 @@ def upsample_conv3(
     small = x.numel() == 0 or x.shape[2:].numel() < LEAST_PIXELS
     if kernels == "torch" or size != doubled or small or not backend.on_cpu(x, weight, bias):
         return conv3(F.interpolate(x, size=size, mode="nearest"), weight, bias, kernels=kernels)
-    return F.conv_transpose2d(x, reformed(weight, _laid_out), bias, stride=2, padding=1)
+    return F.conv_transpose2d(x, prepacked(weight, _laid_out), bias, stride=2, padding=1)
 
 
 def _laid_out(weight: Tensor) -> Tensor:
     """(O, C, 3, 3) -> (C, O, 4, 4), added up in float32 or better."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    once = torch.tensor(MET, dtype=wide)
+    once = torch.tensor(MET, dtype=wide, device=weight.device)
     made = weight.to(wide).transpose(0, 1).flatten(2) @ torch.kron(once, once).T
     return made.to(weight.dtype).unflatten(2, (4, 4)).contiguous(memory_format=torch.channels_last)

@@ -118,7 +118,7 @@ def resident(device: torch.device) -> int:
     """Bytes in memory now, on a GPU those that tensors take; 0 where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return int(RESIDENT.read_text().split()[1]) * mmap.PAGESIZE if RESIDENT.exists() else 0
+    return int(RESIDENT.read_text(encoding="utf-8").split()[1]) * mmap.PAGESIZE if RESIDENT.exists() else 0
 
 
 MEASURES = {"load": load, "memory": memory, "modes": paint, FIRST: first}

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from sdinpaint.bench.cases import Case
 from sdinpaint.bench.checkpoints import DEMO_FAMILY
 from sdinpaint.bench.systems import OURS
 from sdinpaint.loading import load
 from sdinpaint.pipeline import Pipeline
+from sdinpaint.progress import progress_bar
 from sdinpaint.training.scenes import captions, object_mask, random_scene, render
 
 __all__ = ["GrowthOptions", "Work", "exponent", "free_bytes", "growth_rows", "measure_growth", "peak_bytes"]
@@ -149,14 +149,16 @@ def _curve(
     amounts: list[int] = []
     costs: list[Cost] = []
     ended_by = None
-    for work in tqdm(works, desc=grows, leave=False, disable=None if progress else True):
-        amount = getattr(work, grows)
-        expected = _continued(amounts, costs, amount)
-        ended_by = next((name for name, cost in expected.items() if cost > (limits[name] or math.inf)), None)
-        if ended_by is not None:
-            break
-        amounts.append(amount)
-        costs.append(_cost(pipe, work, options.rounds))
+    with progress_bar(len(works), grows, show=progress, leave=False) as bar:
+        for work in works:
+            amount = getattr(work, grows)
+            expected = _continued(amounts, costs, amount)
+            ended_by = next((name for name, cost in expected.items() if cost > (limits[name] or math.inf)), None)
+            if ended_by is not None:
+                break
+            amounts.append(amount)
+            costs.append(_cost(pipe, work, options.rounds))
+            bar.update()
     found = {name: [getattr(cost, name) for cost in costs] for name in COSTS}
     return {
         "grows": grows,

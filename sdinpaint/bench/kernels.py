@@ -262,11 +262,10 @@ def recording() -> Iterator[dict[str, Recorded]]:
 
 @torch.inference_mode()
 def recorded_calls(case: Case) -> dict[str, dict[str, Recorded]]:
-    """What one guided step calls, whose text is prepared, and what decoding one picture does; each is run once."""
+    """What one guided step calls, and what decoding one picture does; each is run once."""
     system = SdInpaint(case)
     system.pipe.graphs.enabled = False  # a replayed step calls nothing
     with recording() as step:
-        system.pipe.unet.register_forward_pre_hook(lambda *_: step.clear())  # of what prepared the text
         system.step()
     with recording() as decoding:
         system.decode()

@@ -10,10 +10,10 @@ from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from sdinpaint.metrics import ring_delta_e, seam
 from sdinpaint.pipeline import Pipeline
+from sdinpaint.progress import progress_bar
 from sdinpaint.sampling import SAMPLERS
 from sdinpaint.training.evaluate import Case, held_out
 from sdinpaint.training.judge import judge
@@ -49,23 +49,25 @@ def measure_quality(pipe: Pipeline, options: QualityOptions, *, progress: bool =
     _repaint(pipe, cases[: options.batch], options, options.samplers[0], steps=1)  # the first run of a shape is slower
     rows = []
     ways = list(product(options.steps, options.samplers))
-    for steps, sampler in tqdm(ways, desc="quality", disable=None if progress else True):
-        started, worked = time.perf_counter(), time.process_time()
-        pictures = _repaint(pipe, cases, options, sampler, steps)
-        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
-        rows.append(
-            {
-                "sampler": sampler,
-                "steps": steps,
-                "scenes": options.scenes,
-                "batch": options.batch,
-                "guidance_scale": options.guidance_scale,
-                "seconds": seconds / len(cases),
-                "cpu_seconds": cpu_seconds / len(cases),
-                **_scores(pictures, cases),
-                "background": background,
-            }
-        )
+    with progress_bar(len(ways), "quality", show=progress) as bar:
+        for steps, sampler in ways:
+            started, worked = time.perf_counter(), time.process_time()
+            pictures = _repaint(pipe, cases, options, sampler, steps)
+            seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
+            rows.append(
+                {
+                    "sampler": sampler,
+                    "steps": steps,
+                    "scenes": options.scenes,
+                    "batch": options.batch,
+                    "guidance_scale": options.guidance_scale,
+                    "seconds": seconds / len(cases),
+                    "cpu_seconds": cpu_seconds / len(cases),
+                    **_scores(pictures, cases),
+                    "background": background,
+                }
+            )
+            bar.update()
     return rows
 
 

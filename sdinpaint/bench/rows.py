@@ -100,7 +100,7 @@ def _commit() -> str | None:
 
 def _processor() -> str:
     if CPU.is_file():
-        for line in CPU.read_text().splitlines():
+        for line in CPU.read_text(encoding="utf-8").splitlines():
             name, _, value = line.partition(":")
             if name.strip() == "model name":
                 return value.strip()

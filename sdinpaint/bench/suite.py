@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from itertools import groupby, product
 from pathlib import Path
 
-from tqdm import tqdm
-
 from sdinpaint.bench.cases import Case
 from sdinpaint.bench.checkpoints import DEMO_FAMILY, FULL_SIZE, checkpoint_of
 from sdinpaint.bench.commands import Command
@@ -20,6 +18,7 @@ from sdinpaint.bench.rows import Row, append
 from sdinpaint.bench.systems import check_peers
 from sdinpaint.errors import SdInpaintError, SettingError
 from sdinpaint.loading import DTYPES, open_checkpoint
+from sdinpaint.progress import progress_bar
 from sdinpaint.sampling.presets import check_name
 
 __all__ = ["ALL", "DTYPE_NAMES", "GROWTH", "Options", "Outcome", "run"]
@@ -90,7 +89,7 @@ def run(options: Options, outcome: Outcome, *, progress: bool = True) -> None:
     Raises: SettingError, for a command that tells no seconds.
     """
     plan = list(_plan(options))
-    with tqdm(total=len(plan), desc="bench", unit=" parts", disable=None if progress else True) as bar:
+    with progress_bar(len(plan), "bench", " parts", show=progress) as bar:
         for (family, dtype, given), group in groupby(plan, key=lambda one: one[:3]):
             with _source(options, family, dtype, given) as source:
                 for *_, part in group:

@@ -61,7 +61,7 @@ run_options = together(
         "--batch-size",
         default=1,
         show_default=True,
-        help="Seeds at a time; a picture may differ in its last bits by it.",
+        help="Seeds at a time; a picture differs by rounding alone.",
     ),
 )
 """For a command that paints pictures: what is to be painted."""

@@ -112,7 +112,7 @@ def sam(
     corners = None if box is None else require_box_inside("Mask.sam: box", box, size)
     segmenter = _segmenter(model, SAM_CLASSES)
     prompts = _prompts(segmenter, size, clicks, keep_clicks, corners)
-    with torch.no_grad():
+    with torch.no_grad(), segmenter.model.device:
         output = segmenter.model(pixel_values=segmenter.pixels(rgb), multimask_output=True, **prompts)
     masks, scores = _finite(output.pred_masks[0, 0]), _finite(output.iou_scores[0, 0])
     best = masks[scores.argmax()][None, None]
@@ -140,7 +140,7 @@ def clipseg(rgb: Rgb, text: str | Sequence[str], model: Segmenter | Path | str, 
     segmenter = _segmenter(model, CLIPSEG_CLASSES)
     tokens = _tokens(segmenter, texts)
     pixels = segmenter.pixels(rgb).expand(len(texts), -1, -1, -1)
-    with torch.no_grad():
+    with torch.no_grad(), segmenter.model.device:
         logits = _finite(segmenter.model(pixel_values=pixels, **tokens).logits)
     probabilities = logits.sigmoid().reshape(len(texts), 1, *logits.shape[-2:])
     return (_resized(probabilities, rgb.shape[:2]) >= level).any(dim=0)[0].numpy()
@@ -170,7 +170,7 @@ def _load(source: Path | str, classes: Mapping[str, str]) -> Segmenter:
         kind = transformers.PreTrainedConfig.get_config_dict(source)[0].get("model_type")
     if kind not in classes:
         raise _refusal(subject, f"of type {kind}" if kind else "no config.json with a model_type", classes)
-    with _reading(transformers, subject, classes):
+    with _reading(transformers, subject, classes), torch.device("cpu"):
         model, report = getattr(transformers, classes[kind]).from_pretrained(
             source, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
         )
@@ -224,11 +224,12 @@ def _prompts(
 ) -> dict[str, Tensor]:
     """Points and box as the model takes them: in pixels of its input, one object of one picture."""
     (height, width), device = segmenter.fitted(size), segmenter.model.device
-    scale = torch.tensor([width / size[1], height / size[0]])
+    scale = torch.tensor([width / size[1], height / size[0]], dtype=torch.float32, device="cpu")
     prompts = {}
     if clicks := [*points, *keep_points]:
         prompts["input_points"] = torch.from_numpy(np.asarray(clicks, np.float32)) * scale
-        prompts["input_labels"] = torch.tensor([1] * len(points) + [0] * len(keep_points))
+        labels = [1] * len(points) + [0] * len(keep_points)
+        prompts["input_labels"] = torch.tensor(labels, dtype=torch.int64, device="cpu")
     if box is not None:
         prompts["input_boxes"] = torch.from_numpy(np.asarray(box, np.float32)) * scale.repeat(2)
     shapes = {"input_points": (1, 1, -1, 2), "input_labels": (1, 1, -1), "input_boxes": (1, 1, 4)}

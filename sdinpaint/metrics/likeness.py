@@ -60,15 +60,17 @@ def ssim(reference: Bytes, picture: Bytes, mask: Hole | None = None) -> float:
 
 def gaussian(sigma: float, radius: int) -> Tensor:
     """Weights (2 * radius + 1,) of a Gaussian that sum to 1."""
-    weights = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
+    places = torch.arange(-radius, radius + 1, dtype=torch.float32, device="cpu")
+    weights = torch.exp(-0.5 * (places / sigma) ** 2)
     return weights / weights.sum()
 
 
 def smoothed(maps: Tensor, weights: Tensor) -> Tensor:
     """maps (C, H, W) with `weights` (K,) along both axes -> (C, H - K + 1, W - K + 1)."""
     maps = maps[None].contiguous(memory_format=torch.channels_last)  # three times as fast
-    for shape in ((-1, 1, len(weights), 1), (-1, 1, 1, len(weights))):
-        maps = F.conv2d(maps, weights.expand(maps.shape[1], -1).reshape(shape), groups=maps.shape[1])
+    with torch.autocast(maps.device.type, enabled=False):  # means of so many pixels need float32
+        for shape in ((-1, 1, len(weights), 1), (-1, 1, 1, len(weights))):
+            maps = F.conv2d(maps, weights.expand(maps.shape[1], -1).reshape(shape), groups=maps.shape[1])
     return maps[0]
 
 

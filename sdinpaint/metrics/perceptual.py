@@ -28,9 +28,10 @@ def lpips(reference: Bytes, picture: Bytes) -> float:
     check_pictures(reference, picture)
     need("torchvision", extra="eval", what="lpips")
     module = need("torchmetrics.image.lpip", extra="eval", what="lpips")
-    with _network("lpips"):
-        metric = module.LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
-    return float(metric(_batch(reference).float() / 255, _batch(picture).float() / 255))
+    with torch.device("cpu"):
+        with _network("lpips"):
+            metric = module.LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
+        return float(metric(_batch(reference).float() / 255, _batch(picture).float() / 255))
 
 
 def fid(references: Sequence[Bytes], pictures: Sequence[Bytes], features: int | nn.Module = 2048) -> float:
@@ -49,12 +50,13 @@ def fid(references: Sequence[Bytes], pictures: Sequence[Bytes], features: int | 
     if isinstance(features, int):
         need("torch_fidelity", extra="eval", what="fid")
     module = need("torchmetrics.image.fid", extra="eval", what="fid")
-    with _network("fid"):
-        metric = module.FrechetInceptionDistance(feature=features)
-    for given, real in ((references, True), (pictures, False)):
-        for picture in given:
-            metric.update(_batch(picture), real=real)
-    return float(metric.compute())
+    with torch.device("cpu"):
+        with _network("fid"):
+            metric = module.FrechetInceptionDistance(feature=features)
+        for given, real in ((references, True), (pictures, False)):
+            for picture in given:
+                metric.update(_batch(picture), real=real)
+        return float(metric.compute())
 
 
 @contextmanager

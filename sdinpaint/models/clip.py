@@ -7,6 +7,7 @@ CLIPTextModelWithProjection, which the released SD1 files hold.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from sdinpaint_kernels import attention
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdinpaint.families import TextConfig
+from sdinpaint.models import fused
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -34,7 +36,9 @@ class Embeddings(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, L) -> (B, L, D)."""
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+        return self.token_embedding(ids) + self.position_embedding(
+            torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device)
+        )
 
 
 class SelfAttention(nn.Module):
@@ -117,9 +121,9 @@ class CLIPText(nn.Module):
         if config.projection_dim is not None:
             self.text_projection = nn.Linear(config.width, config.projection_dim, bias=False)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, L) int64 -> context (B, L, D)."""
-        return self.encode(ids)[0]
+    def forward(self, ids: Tensor, *, pooled: bool = False) -> Any:
+        """ids (B, L) int64 -> context (B, L, D), or with `pooled` what `encode` returns."""
+        return self.encode(ids) if pooled else self.encode(ids)[0]
 
     def encode(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """ids (B, L) int64 -> context (B, L, D) and the pooled text (B, P), None where there is no projection."""
@@ -134,5 +138,5 @@ class CLIPText(nn.Module):
             return context, None
         for layer in layers[kept:]:
             x = layer(x)
-        at_end = x[torch.arange(len(ids), device=ids.device), end_positions(ids)]
-        return context, self.text_projection(norm(at_end))
+        at_end = x[torch.arange(len(ids), dtype=torch.int64, device=ids.device), end_positions(ids)]
+        return context, fused.product(self.text_projection, norm(at_end))

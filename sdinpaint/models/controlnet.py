@@ -12,8 +12,10 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from sdinpaint.families import UNetConfig
-from sdinpaint.models.layers import Conv3, Linear, Model
+from sdinpaint.models import fused
+from sdinpaint.models.layers import Conv3, plain
 from sdinpaint.models.unet import input_blocks, middle_block, time_embed, timestep_embedding
+from sdinpaint.models.weights import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,7 @@ def zero_conv(channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(channels, channels, 1))
 
 
+@plain
 class ControlNet(Model):
     """Residuals for a UNet's `control`, given what the UNet is given and a hint: a picture of what to heed."""
 
@@ -49,7 +52,7 @@ class ControlNet(Model):
         self.time_embed = time_embed(config.unet)
         if config.unet.vector_dim is not None:
             self.label_emb = nn.Sequential(
-                nn.Sequential(Linear(config.unet.vector_dim, emb_dim), nn.SiLU(), Linear(emb_dim, emb_dim))
+                nn.Sequential(nn.Linear(config.unet.vector_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
             )
         self.input_blocks, widths = input_blocks(config.unet)
         self.input_hint_block = hint_block(config.hint_widths, config.unet.model_channels)
@@ -68,9 +71,10 @@ class ControlNet(Model):
 
         -> one residual for each of the UNet's input blocks, and one for its middle.
         """
-        emb = self.time_embed(timestep_embedding(t, self.config.unet.model_channels).to(x.dtype))
+        sines = timestep_embedding(t, self.config.unet.model_channels).to(next(self.parameters()).dtype)
+        emb = fused.mlp(self.time_embed, sines)
         if vector is not None:
-            emb = emb + self.label_emb(vector)
+            emb = emb + fused.mlp(self.label_emb, vector)
         states = [self.input_blocks[0](x, emb, context) + features]
         for stage in self.input_blocks[1:]:
             states.append(stage(states[-1], emb, context))

@@ -1,4 +1,4 @@
-"""The autoencoder over large pictures: band after band of rows, and the same picture as at once.
+"""The autoencoder over large pictures: band after band of rows, and the picture made at once, but for rounding.
 
 Between two GroupNorms everything is local, so a band with a few more rows to either side gives what the whole map
 gives. The statistics of a GroupNorm are summed up over all bands before the first is normalised: bands with statistics
@@ -17,18 +17,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from sdinpaint_kernels import moments
+from torch import Tensor, nn
 
-from sdinpaint.models.layers import GroupNorm, pointwise
-from sdinpaint.models.vae import VAE, Decoder, Encoder, ResBlock
+from sdinpaint.models import fused
+from sdinpaint.models.layers import GroupNorm, is_plain
+from sdinpaint.models.vae import VAE, Decoder, Direction, Encoder, ResBlock
 
 Layer = Callable[[Tensor], Tensor]
 
 LEAST_ROWS = 16
 """Of a band: with fewer, most of the work would go into its neighbours' rows."""
-SUMMED_ROWS = 4
-"""How many are widened to float64 at a time."""
 
 
 @dataclass(frozen=True)
@@ -84,22 +83,12 @@ def keep(source: Rows, into: Tensor | None = None) -> Rows:
 
 
 def shared_norm(norm: GroupNorm, source: Rows) -> Layer:
-    """The norm, and its SiLU, with the statistics of the whole source; in float32 or better, as on the whole."""
-    sums = torch.zeros((), dtype=torch.float64)
-    for top, bottom in source.bands():
-        for part in source.pull(top, bottom).split(SUMMED_ROWS, dim=2):
-            wide = part.double()
-            sums = torch.stack([wide.sum((2, 3)), wide.square().sum((2, 3))]) + sums.to(wide.device)
-    size = norm.num_channels // norm.num_groups
-    per_group = sums.unflatten(2, (norm.num_groups, size)).sum(-1) / (size * source.height * source.width)
-    mean, square = per_group.repeat_interleave(size, dim=2)
-    scale = norm.weight.double() / (square - mean.square()).clamp(min=0).add(norm.eps).sqrt()
-    shift = norm.bias.double() - mean * scale
+    """The norm and the SiLU behind it, with the statistics of the whole source."""
+    whole = moments.merge(moments.measure(source.pull(top, bottom)) for top, bottom in source.bands())
 
     def run(x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        out = torch.addcmul(shift.to(wide)[:, :, None, None], x.to(wide), scale.to(wide)[:, :, None, None])
-        return (F.silu(out, inplace=True) if norm.silu else out).to(x.dtype)
+        affine = moments.affine(whole, norm.num_groups, norm.weight, norm.bias, norm.eps, None, x.dtype)
+        return moments.apply(x, affine, silu=True)
 
     return run
 
@@ -111,7 +100,7 @@ def residual(block: ResBlock, x: Rows) -> Rows:
 
     def run(part: Tensor) -> Tensor:
         h = block.conv2(norm2(block.conv1(norm1(part))))
-        return h.add_(pointwise(block.nin_shortcut, part) if block.has_shortcut else part)
+        return h.add_(fused.pointwise(block.nin_shortcut, part) if block.has_shortcut else part)
 
     return keep(local(run, x, halo=2), into=None if block.has_shortcut else x.kept)
 
@@ -125,7 +114,7 @@ def run_encoder(encoder: Encoder, image: Tensor, tile: int) -> Tensor:
             x = residual(block, x)
         if hasattr(level, "downsample"):
             x = keep(local(level.downsample, x, halo=2, down=2))
-    return encoder.conv_out(encoder.norm_out(encoder.mid(x.pull(0, x.height))))
+    return encoder.conv_out(fused.norm_silu(encoder.norm_out, encoder.mid(x.pull(0, x.height))))
 
 
 def run_decoder(decoder: Decoder, z: Tensor, tile: int) -> Tensor:
@@ -144,13 +133,25 @@ def run_decoder(decoder: Decoder, z: Tensor, tile: int) -> Tensor:
     return picture.pull(0, picture.height)
 
 
-@torch.no_grad()
+def can_run(vae: nn.Module, given: Tensor) -> bool:
+    """Tell whether bands are the same as one call of the VAE: it is plain, and no gradient is needed."""
+    if type(vae) is not VAE or not is_plain(vae) or not vars(vae).keys().isdisjoint({"posterior", "decode"}):
+        return False
+    return not (torch.is_grad_enabled() and any(one.requires_grad for one in (given, *vae.parameters())))
+
+
 def posterior(vae: VAE, image: Tensor, tile: int) -> tuple[Tensor, Tensor]:
-    """As `vae.posterior(image)`, in bands of about tile * tile pixels and without gradients."""
+    """Do what `vae.posterior(image)` does, in bands of about tile * tile pixels and without gradients."""
     return vae.scaled(run_encoder(vae.encoder, image.contiguous(memory_format=torch.channels_last), tile))
 
 
-@torch.no_grad()
 def decode(vae: VAE, latents: Tensor, tile: int) -> Tensor:
-    """As `vae.decode(latents)`, in bands of about tile * tile pixels and without gradients."""
+    """Do what `vae.decode(latents)` does, in bands of about tile * tile pixels and without gradients."""
     return run_decoder(vae.decoder, vae.unscaled(latents), tile)
+
+
+RUNS: dict[Direction, Callable[[Any, Tensor, int], tuple[Tensor, ...]]] = {
+    "encode": posterior,
+    "decode": lambda vae, latents, tile: (decode(vae, latents, tile),),
+}
+"""By direction, what `VAE.forward` does."""

@@ -11,30 +11,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from sdinpaint_kernels import attention, geglu, linear
+from sdinpaint_kernels import attention, geglu
 from torch import Tensor, nn
 
 from sdinpaint.families import UNetConfig
+from sdinpaint.models import fused
 from sdinpaint.models.layers import (
     Conv3,
     GroupNorm,
     LayerNorm,
-    Linear,
-    Model,
-    UpsampleConv3,
-    add_conv,
-    bias,
-    by_rows,
-    joined,
-    pointwise,
+    channels_last,
+    is_plain,
+    plain,
     repeated,
     to_map,
     to_tokens,
-    unbiased,
 )
+from sdinpaint.models.weights import Model, Places, Snapshot
 
-Made = dict[nn.Module, Tensor]
-"""By layer, what it makes of an input that x has no part in: computed once, for many steps."""
+Precomputed = dict[nn.Module, Tensor]
+"""By block, what it makes of the text and the time: computed once, for many steps."""
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -45,39 +41,34 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+@plain
 class ResBlock(nn.Module):
     """Two convolutions around the addition of the time embedding, and a shortcut."""
 
     def __init__(self, channels_in: int, channels_out: int, emb_dim: int, groups: int) -> None:
         super().__init__()
-        # Identity keeps the official indices: SiLU is part of the norm, dropout is not needed.
         self.in_layers = nn.Sequential(
-            GroupNorm(groups, channels_in, eps=1e-5, silu=True), nn.Identity(), Conv3(channels_in, channels_out)
+            GroupNorm(groups, channels_in, eps=1e-5), nn.SiLU(), Conv3(channels_in, channels_out)
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), Linear(emb_dim, channels_out))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, channels_out))
         self.out_layers = nn.Sequential(
-            GroupNorm(groups, channels_out, eps=1e-5, silu=True),
-            nn.Identity(),
-            nn.Identity(),
+            GroupNorm(groups, channels_out, eps=1e-5),
+            nn.SiLU(),
+            nn.Identity(),  # keeps the official indices: dropout is not needed
             Conv3(channels_out, channels_out),
         )
         same = channels_in == channels_out
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
 
-    def addend(self, emb: Tensor) -> Tensor:
-        """emb (B, E) -> (B, channels_out): what is added between the convolutions, with the bias of the first."""
-        return self.emb_layers(emb) + bias(self.in_layers[-1])
-
-    def forward(self, x: Tensor, emb: Tensor | Made) -> Tensor:
-        """x (B, C, H, W), emb (B, E), or the addend made of it -> (B, channels_out, H, W)."""
-        norm, _, conv = self.in_layers
-        h = unbiased(conv, norm(x))
-        addend = self.addend(emb) if isinstance(emb, Tensor) else emb[self]
-        x, h = (repeated(one, len(addend)) for one in (x, h))
-        if len(addend) > 1:
-            addend = repeated(addend, len(h))
-        norm, *_, conv = self.out_layers
-        return add_conv(pointwise(self.skip_connection, x), conv, norm(h, addend))
+    def forward(self, x: Tensor, emb: Tensor | Precomputed) -> Tensor:
+        """x (B, C, H, W), emb (B, E), or the addend that was made of it -> (B, channels_out, H, W)."""
+        if isinstance(emb, dict):
+            return fused.res_block(self, x, emb[self])
+        if is_plain(self.in_layers, self.out_layers):
+            return fused.res_block(self, x, fused.addend(self, emb))
+        h, added = self.in_layers(x), self.emb_layers(emb)
+        x, h, added = (repeated(one, max(len(x), len(added))) for one in (x, h, added))
+        return self.skip_connection(x) + self.out_layers(h + added[:, :, None, None])
 
 
 class Attention(nn.Module):
@@ -86,25 +77,33 @@ class Attention(nn.Module):
     def __init__(self, width: int, context_dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = Linear(width, width, bias=False)
-        self.to_k = Linear(context_dim, width, bias=False)
-        self.to_v = Linear(context_dim, width, bias=False)
-        self.to_out = nn.Sequential(Linear(width, width))
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context_dim, width, bias=False)
+        self.to_v = nn.Linear(context_dim, width, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(width, width))
+
+    def heads_of(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, heads, C / heads)."""
+        return x.unflatten(-1, (self.heads, -1))
 
 
+@plain
 class SelfAttention(Attention):
-    """Attention to the tokens themselves; queries, keys and values come from one product."""
+    """Attention to the tokens themselves."""
 
-    def packed(self) -> tuple[Tensor, ...]:
-        """The weights of that product."""
-        return self.to_q.weight, self.to_k.weight, self.to_v.weight
+    def packed(self) -> tuple[nn.Linear, ...]:
+        """Return the layers that one product computes where they are plain."""
+        return self.to_q, self.to_k, self.to_v
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, C) -> (B, N, C)."""
-        q, k, v = linear(x, joined(self.packed())).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        if is_plain(self):
+            return fused.self_attention(self, x)
+        q, k, v = (self.heads_of(project(x)) for project in (self.to_q, self.to_k, self.to_v))
         return self.to_out(attention(q, k, v).flatten(2))
 
 
+@plain
 class CrossAttention(Attention):
     """Attention to a text."""
 
@@ -112,37 +111,44 @@ class CrossAttention(Attention):
         """context (B, L, D) -> (2, B, L, C)."""
         return torch.stack([self.to_k(context), self.to_v(context)])
 
-    def forward(self, x: Tensor, context: Tensor | Made) -> Tensor:
-        """x (B, N, C), context (B, L, D), or the keys and values made of it -> (B, N, C)."""
-        keys_values = self.keys_values(context) if isinstance(context, Tensor) else context[self]
-        q, k, v = (one.unflatten(-1, (self.heads, -1)) for one in (self.to_q(x), *keys_values))
+    def forward(self, x: Tensor, context: Tensor | Precomputed) -> Tensor:
+        """x (B, N, C), context (B, L, D), or the keys and values that were made of it -> (B, N, C)."""
+        if isinstance(context, dict):
+            return fused.cross_attention(self, x, *context[self])
+        if is_plain(self):
+            keys_values = (fused.product(project, context) for project in (self.to_k, self.to_v))
+            return fused.cross_attention(self, x, *keys_values)
+        q, k, v = (self.heads_of(one) for one in (self.to_q(x), self.to_k(context), self.to_v(context)))
         return self.to_out(attention(repeated(q, len(k)), k, v).flatten(2))
 
 
+@plain
 class GEGLU(nn.Module):
     """A linear layer whose one half is gated by the GELU of the other."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.proj = Linear(width, 2 * inner)
+        self.proj = nn.Linear(width, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, C) -> (B, N, inner)."""
         return geglu(self.proj(x))
 
 
+@plain
 class FeedForward(nn.Module):
     """GEGLU to four times the width, and back."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), Linear(4 * width, width))
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, C) -> (B, N, C)."""
-        return by_rows(self.net, x)
+        return fused.feed_forward(self, x) if is_plain(self.net) else self.net(x)
 
 
+@plain
 class TransformerBlock(nn.Module):
     """Self-attention, attention to the text, feed-forward; each on normalised input and added back."""
 
@@ -155,14 +161,15 @@ class TransformerBlock(nn.Module):
         self.norm2 = LayerNorm(width)
         self.norm3 = LayerNorm(width)
 
-    def forward(self, x: Tensor, context: Tensor | Made) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | Precomputed) -> Tensor:
         """x (B, N, C), context (B, L, D) -> (B, N, C)."""
-        x, h = self.norm2.of_sum(x, self.attn1(self.norm1(x)))
+        x, h = fused.add_norm(self.norm2, x, self.attn1(self.norm1(x)))
         h = self.attn2(h, context)
-        x, h = self.norm3.of_sum(repeated(x, len(h)), h)
+        x, h = fused.add_norm(self.norm3, repeated(x, len(h)), h)
         return x + self.ff(h)
 
 
+@plain
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the positions of a feature map."""
 
@@ -170,23 +177,30 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         heads = config.num_heads or channels // (config.head_dim or channels)
         self.norm = GroupNorm(config.norm_groups, channels, eps=1e-6)  # as trained: not the ResBlocks' 1e-5
-        as_linear = config.linear_projection
-        self.proj_in = Linear(channels, channels) if as_linear else nn.Conv2d(channels, channels, 1)
+        self.of_tokens = config.linear_projection
+        self.proj_in = nn.Linear(channels, channels) if self.of_tokens else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, config.context_dim, heads) for _ in range(depth)
         )
-        self.proj_out = Linear(channels, channels) if as_linear else nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Linear(channels, channels) if self.of_tokens else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor | Made) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | Precomputed) -> Tensor:
         """x (B, C, H, W), context (B, L, D) -> (B, C, H, W)."""
-        # A 1 x 1 convolution is a linear layer over tokens: both kinds of projection take one path.
-        tokens = linear(to_tokens(self.norm(x)), self.proj_in.weight.flatten(1), self.proj_in.bias)
+        h = self.norm(x)
+        if self.of_tokens:
+            tokens = fused.product(self.proj_in, to_tokens(h))
+        else:
+            tokens = to_tokens(fused.pointwise(self.proj_in, h))
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
-        h = to_map(linear(tokens, self.proj_out.weight.flatten(1), self.proj_out.bias), x)
+        if self.of_tokens:
+            h = to_map(fused.product(self.proj_out, tokens), x)
+        else:
+            h = fused.pointwise(self.proj_out, to_map(tokens, x))
         return repeated(x, len(h)) + h
 
 
+@plain
 class Downsample(nn.Module):
     """Halve height and width (rounded up) by a strided convolution."""
 
@@ -199,40 +213,53 @@ class Downsample(nn.Module):
         return self.op(x)
 
 
+@plain
 class Upsample(nn.Module):
     """Repeat pixels up to a size, then convolve."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = UpsampleConv3(channels, channels)
+        self.conv = Conv3(channels, channels)
 
-    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """x (B, C, H, W) -> (B, C, *size); `size` is the next skip's, which is 2H - 1 where halving rounded up."""
-        return self.conv(x, size)
+        return fused.upsample(self.conv, x, size)
 
 
+INPUTS: dict[type[nn.Module], tuple[str, ...]] = {
+    ResBlock: ("emb",),
+    SpatialTransformer: ("context",),
+    Upsample: ("size",),
+}
+"""What a layer of a `Stage` is given beside the map, by its class."""
+
+
+@plain
 class Stage(nn.ModuleList):
-    """One entry of the UNet's lists: hands each layer the inputs that it takes."""
+    """One entry of the UNet's lists: hands each layer the inputs that it takes, also where it was wrapped since."""
 
-    def forward(self, x: Tensor, emb: Tensor | Made, context: Tensor | Made, size: torch.Size | None = None) -> Tensor:
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__(layers)
+        self.inputs = [INPUTS.get(type(layer), ()) for layer in layers]
+
+    def forward(
+        self,
+        x: Tensor,
+        emb: Tensor | Precomputed,
+        context: Tensor | Precomputed,
+        size: Sequence[int] | None = None,
+    ) -> Tensor:
         """x (B, C, H, W), emb (B, E), context (B, L, D), size: where an Upsample goes -> (B, C', H', W')."""
-        for layer in self:
-            match layer:
-                case ResBlock():
-                    x = layer(x, emb)
-                case SpatialTransformer():
-                    x = layer(x, context)
-                case Upsample():
-                    x = layer(x, size)
-                case _:
-                    x = layer(x)
+        given = {"emb": emb, "context": context, "size": size}
+        for layer, names in zip(self, self.inputs, strict=True):
+            x = layer(x, *(given[name] for name in names))
         return x
 
 
 def time_embed(config: UNetConfig) -> nn.Sequential:
     """The two linear layers that turn a timestep's sines into `emb`."""
     width = config.model_channels
-    return nn.Sequential(Linear(width, 4 * width), nn.SiLU(), Linear(4 * width, 4 * width))
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width))
 
 
 def block(config: UNetConfig, channels_in: int, channels_out: int, depth: int) -> list[nn.Module]:
@@ -264,6 +291,7 @@ def middle_block(config: UNetConfig) -> Stage:
     return Stage([*block(config, channels, channels, config.middle_depth), last])
 
 
+@plain
 class UNet(Model):
     """Predicts the noise (or v) in noisy latents, given the time and a text.
 
@@ -277,7 +305,7 @@ class UNet(Model):
         self.time_embed = time_embed(config)
         if config.vector_dim is not None:
             self.label_emb = nn.Sequential(
-                nn.Sequential(Linear(config.vector_dim, emb_dim), nn.SiLU(), Linear(emb_dim, emb_dim))
+                nn.Sequential(nn.Linear(config.vector_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
             )
         self.input_blocks, skips = input_blocks(config)
         self.middle_block = middle_block(config)
@@ -295,19 +323,20 @@ class UNet(Model):
         self.output_blocks = nn.ModuleList(up)
 
         self.out = nn.Sequential(
-            GroupNorm(config.norm_groups, width, eps=1e-5, silu=True), nn.Identity(), Conv3(width, config.out_channels)
+            GroupNorm(config.norm_groups, width, eps=1e-5), nn.SiLU(), Conv3(width, config.out_channels)
         )
 
     def embed(self, t: Tensor, vector: Tensor | None = None) -> Tensor:
         """t (B,), vector (B, V) for XL -> emb (B, E); t (1,) stands for the t of every vector."""
-        emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(next(self.parameters()).dtype))
-        return emb if vector is None else repeated(emb, len(vector)) + self.label_emb(vector)
+        sines = timestep_embedding(t, self.config.model_channels).to(next(self.parameters()).dtype)
+        emb = fused.mlp(self.time_embed, sines)
+        return emb if vector is None else repeated(emb, len(vector)) + fused.mlp(self.label_emb, vector)
 
     def forward(
         self,
         x: Tensor,
-        t: Tensor | Made,
-        context: Tensor | Made,
+        t: Tensor | Precomputed,
+        context: Tensor | Precomputed,
         vector: Tensor | None = None,
         control: Sequence[Tensor] | None = None,
     ) -> Tensor:
@@ -318,7 +347,7 @@ class UNet(Model):
         all before they meet the first of the two, is computed once.
         """
         emb = self.embed(t, vector) if isinstance(t, Tensor) else t
-        x = x.contiguous(memory_format=torch.channels_last)  # and so is all that is made of it
+        x = channels_last(x)  # and so is all that is made of it
         skips = []
         for stage in self.input_blocks:
             x = stage(x, emb, context)
@@ -331,25 +360,31 @@ class UNet(Model):
         for stage in self.output_blocks:
             x = torch.cat([x, repeated(skips.pop(), len(x))], dim=1)
             x = stage(x, emb, context, skips[-1].shape[-2:] if skips else None)
-        return self.out(x)
+        return fused.norm_silu_conv(self.out, x)
 
-    def prepare(self, context: Tensor, vector: Tensor | None = None) -> PreparedUNet:
-        """This UNet for one text: context (B, L, D), vector (B, V) for XL."""
+    def prepare(self, context: Tensor, vector: Tensor | None = None) -> PreparedUNet | None:
+        """Precompute what follows from the text alone; None where a layer is not plain, or gradients are needed.
+
+        Args:
+            context: text embeddings (B, L, D).
+            vector: size and crop conditioning with the pooled text (B, V), for XL.
+        """
+        if not is_plain(self) or needs_gradients(self, context, vector):
+            return None
         layers = list(self.modules())
+        blocks = [layer for layer in layers if isinstance(layer, ResBlock)]
         texts = [layer.attn2 for layer in layers if isinstance(layer, TransformerBlock)]
-        return PreparedUNet(
-            self,
-            [layer for layer in layers if isinstance(layer, ResBlock)],
-            texts,
-            [layer.keys_values(context) for layer in texts],
-            vector,
-            str([weight.data_ptr() for weight in self.parameters()]),
-        )
+        used = Snapshot(PreparedUNet.precomputed_from(self, blocks, texts))
+        kept = [layer.keys_values(context) for layer in texts]
+        return PreparedUNet(self, blocks, texts, kept, vector, Places(self), used)
 
 
 @dataclass(frozen=True)
 class PreparedUNet:
-    """A UNet that knows its text, so that what depends on text and time alone is computed before, and once."""
+    """A UNet with precomputed conditioning, which is computed once for all steps of a run.
+
+    It serves as long as `is_current()`: no layer was hooked or replaced, and the weights are the same.
+    """
 
     unet: UNet
     blocks: list[ResBlock]
@@ -357,17 +392,51 @@ class PreparedUNet:
     kept: list[Tensor]
     """Keys and values of the text, (2, B, L, C), for each of `texts`."""
     vector: Tensor | None
-    key: str
-    """The same as long as the UNet computes with the very same weights."""
+    places: Places
+    used: Snapshot
+    """The weights that something was precomputed from."""
+
+    @staticmethod
+    def precomputed_from(unet: UNet, blocks: Sequence[ResBlock], texts: Sequence[CrossAttention]) -> list[Tensor]:
+        """List the weights that make keys, values and addends."""
+        embedding = [unet.time_embed, *([unet.label_emb] if unet.config.vector_dim is not None else [])]
+        layers = [
+            *embedding,
+            *(one for text in texts for one in (text.to_k, text.to_v)),
+            *(b.emb_layers for b in blocks),
+        ]
+        weights = [weight for layer in layers for weight in layer.parameters()]
+        return weights + [fused.bias_of(block.in_layers[-1]) for block in blocks]
+
+    @property
+    def key(self) -> str:
+        """The addresses at which a captured graph reads weights."""
+        return self.places.key
+
+    def is_current(self) -> bool:
+        """Tell whether another preparation would give the same; on a GPU as far as torch saw weights written to."""
+        return (
+            is_plain(self.unet)
+            and not needs_gradients(self.unet)
+            and self.places.hold(self.unet)
+            and self.used.holds(self.precomputed_from(self.unet, self.blocks, self.texts), read_devices=False)
+        )
 
     def embed(self, t: Tensor) -> Tensor:
         """t (S,) -> (S, B, sum of C): what all residual blocks add at each t; B is 1 without vector."""
-        label = 0 if self.vector is None else self.unet.label_emb(self.vector)
+        label = 0 if self.vector is None else fused.mlp(self.unet.label_emb, self.vector)
         emb = self.unet.embed(t)[:, None] + label
-        return torch.cat([block.addend(emb) for block in self.blocks], dim=-1)
+        return torch.cat([fused.addend(block, emb) for block in self.blocks], dim=-1)
 
     def __call__(self, x: Tensor, emb: Tensor, kept: Sequence[Tensor], control: Sequence[Tensor] | None) -> Tensor:
         """x (B, in_channels, H, W) or half that batch, emb: a row of `embed`, kept: as here -> (B, 4, H, W)."""
-        addends = emb.split([len(bias(block.in_layers[-1])) for block in self.blocks], dim=-1)
-        made: Made = dict(zip(self.blocks, addends, strict=True))
+        addends = emb.split([block.out_layers[-1].out_channels for block in self.blocks], dim=-1)
+        made: Precomputed = dict(zip(self.blocks, addends, strict=True))
         return self.unet(x, made, dict(zip(self.texts, kept, strict=True)), None, control)
+
+
+def needs_gradients(module: nn.Module, *given: Tensor | None) -> bool:
+    """Tell whether gradients are on and any of the tensors or weights takes part in them."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(one is not None and one.requires_grad for one in (*given, *module.parameters()))

@@ -7,6 +7,7 @@ names and numbers as trained.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from sdinpaint_kernels import attention
@@ -14,29 +15,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdinpaint.families import VAEConfig
-from sdinpaint.models.layers import (
-    Conv3,
-    GroupNorm,
-    Model,
-    UpsampleConv3,
-    add_conv,
-    norm_conv,
-    pointwise,
-    to_map,
-    to_tokens,
-)
+from sdinpaint.models import fused
+from sdinpaint.models.layers import Conv3, GroupNorm, channels_last, is_plain, plain, to_map, to_tokens
+from sdinpaint.models.weights import Model
 
+Direction = Literal["encode", "decode"]
 EPS = 1e-6  # of every GroupNorm in the VAE, as trained
 
 
+@plain
 class ResBlock(nn.Module):
     """Two normalised convolutions and a shortcut."""
 
     def __init__(self, channels_in: int, channels_out: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = GroupNorm(groups, channels_in, eps=EPS, silu=True)
+        self.norm1 = GroupNorm(groups, channels_in, eps=EPS)
         self.conv1 = Conv3(channels_in, channels_out)
-        self.norm2 = GroupNorm(groups, channels_out, eps=EPS, silu=True)
+        self.norm2 = GroupNorm(groups, channels_out, eps=EPS)
         self.conv2 = Conv3(channels_out, channels_out)
         if channels_in != channels_out:
             self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
@@ -44,10 +39,14 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, channels_out, H, W)."""
-        h = norm_conv(self.norm2, self.conv1, self.norm1(x))
-        return add_conv(pointwise(self.nin_shortcut, x) if self.has_shortcut else x, self.conv2, h)
+        if is_plain(self.norm1, self.conv1, self.norm2, self.conv2):
+            return fused.vae_res_block(self, x)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (self.nin_shortcut(x) if self.has_shortcut else x) + h
 
 
+@plain
 class Attention(nn.Module):
     """One head of self-attention over all positions; its projections are 1 x 1 convolutions."""
 
@@ -62,10 +61,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, H, W)."""
         h = self.norm(x)
-        q, k, v = (to_tokens(pointwise(conv, h)).unsqueeze(2) for conv in (self.q, self.k, self.v))
-        return x + pointwise(self.proj_out, to_map(attention(q, k, v).squeeze(2), x))
+        q, k, v = (to_tokens(fused.pointwise(conv, h)).unsqueeze(2) for conv in (self.q, self.k, self.v))
+        return x + fused.pointwise(self.proj_out, to_map(attention(q, k, v).squeeze(2), x))
 
 
+@plain
 class Downsample(nn.Module):
     """Halve height and width; pads at the right and at the bottom only, as trained."""
 
@@ -78,18 +78,20 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
+@plain
 class Upsample(nn.Module):
     """Double height and width by repeating pixels, then convolve."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = UpsampleConv3(channels, channels)
+        self.conv = Conv3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, 2H, 2W)."""
-        return self.conv(x)
+        return fused.upsample(self.conv, x, None)
 
 
+@plain
 class Level(nn.Module):
     """Residual blocks of one resolution; the owner adds `downsample` or `upsample` where there is one."""
 
@@ -107,6 +109,7 @@ class Level(nn.Module):
         return x
 
 
+@plain
 class Middle(nn.Module):
     """Attention between two residual blocks."""
 
@@ -121,6 +124,7 @@ class Middle(nn.Module):
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
+@plain
 class Encoder(nn.Module):
     """Picture to the posterior's mean and log-variance, before `quant_conv`."""
 
@@ -135,7 +139,7 @@ class Encoder(nn.Module):
         for level, wide in list(zip(self.down, widths, strict=True))[:-1]:
             level.downsample = Downsample(wide)
         self.mid = Middle(widths[-1], groups)
-        self.norm_out = GroupNorm(groups, widths[-1], eps=EPS, silu=True)
+        self.norm_out = GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_out = Conv3(widths[-1], 2 * config.latent_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,9 +147,10 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        return self.conv_out(self.norm_out(self.mid(x)))
+        return self.conv_out(fused.norm_silu(self.norm_out, self.mid(x)))
 
 
+@plain
 class Decoder(nn.Module):
     """Latents, after `post_quant_conv`, to a picture."""
 
@@ -161,7 +166,7 @@ class Decoder(nn.Module):
         )
         for level, wide in list(zip(self.up, widths, strict=True))[1:]:
             level.upsample = Upsample(wide)
-        self.norm_out = GroupNorm(groups, config.channels, eps=EPS, silu=True)
+        self.norm_out = GroupNorm(groups, config.channels, eps=EPS)
         self.conv_out = Conv3(config.channels, config.in_channels)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -169,9 +174,10 @@ class Decoder(nn.Module):
         z = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             z = level(z)
-        return self.conv_out(self.norm_out(z))
+        return self.conv_out(fused.norm_silu(self.norm_out, z))
 
 
+@plain
 class VAE(Model):
     """The autoencoder around *scaled* latents: nobody outside this file sees unscaled ones."""
 
@@ -183,9 +189,13 @@ class VAE(Model):
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
+    def forward(self, x: Tensor, direction: Direction = "encode") -> tuple[Tensor, ...]:
+        """Run one half, so that what wraps or replaces a VAE is called like it: `posterior(x)`, or `(decode(x),)`."""
+        return self.posterior(x) if direction == "encode" else (self.decode(x),)
+
     def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image (B, 3, 8H, 8W) in [-1, 1] -> mean and standard deviation of the scaled latents, (B, 4, H, W) each."""
-        return self.scaled(self.encoder(image.contiguous(memory_format=torch.channels_last)))
+        return self.scaled(self.encoder(channels_last(image)))
 
     def scaled(self, moments: Tensor) -> tuple[Tensor, Tensor]:
         """What the encoder makes (B, 8, H, W) -> mean and standard deviation of the scaled latents."""
@@ -201,7 +211,7 @@ class VAE(Model):
         mean, std = self.posterior(image)
         if generator is None:
             return mean
-        noise = torch.randn(mean.shape, generator=generator, device=generator.device)
+        noise = torch.randn(mean.shape, generator=generator, device=generator.device, dtype=torch.float32)
         return mean + std * noise.to(mean)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -210,5 +220,5 @@ class VAE(Model):
 
     def unscaled(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, 4, H, W) -> what the decoder takes."""
-        latents = latents.contiguous(memory_format=torch.channels_last) / self.config.scaling_factor
+        latents = channels_last(latents) / self.config.scaling_factor
         return self.post_quant_conv(latents)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,15 +33,18 @@ class Conditioning:
 
 
 class Prepared(Protocol):
-    """A UNet that knows its text, and has computed what follows from it."""
+    """A UNet with precomputed conditioning."""
 
     @property
     def key(self) -> str | None:
-        """The same where a UNet computes in the same way with the very same weights; None where that is not known."""
+        """The same where a UNet computes in the same way with weights in the same places; None where it is unknown."""
 
     @property
     def kept(self) -> Tensors:
-        """What it has computed."""
+        """What was precomputed."""
+
+    def is_current(self) -> bool:
+        """Tell whether another preparation would give the same."""
 
     def embed(self, t: Tensor) -> Tensor:
         """t (S,) -> (S, ...): what it has to know of each t."""
@@ -50,22 +53,17 @@ class Prepared(Protocol):
         """x (B, C, H, W), which serves both halves of a guided batch, emb one of `embed` -> (B or 2 B, 4, H, W)."""
 
 
-@runtime_checkable
-class Preparable(Protocol):
-    """A UNet that computes before a run what x has no part in."""
-
-    def prepare(self, context: Tensor, vector: Tensor | None) -> Prepared:
-        """context (B or 2 B, L, D), vector (B or 2 B, V) | None -> this UNet for that text."""
-
-
 @dataclass(frozen=True)
-class _Unprepared:
-    """Any function as a UNet of which nothing can be computed before."""
+class _Called:
+    """Any function as a UNet of which nothing is precomputed: its layers see all of their inputs in every step."""
 
     unet: UNetFunction
     kept: Tensors
     """context, and vector if there is one."""
     key: str | None = None
+
+    def is_current(self) -> bool:
+        return True
 
     def embed(self, t: Tensor) -> Tensor:
         return t
@@ -75,6 +73,11 @@ class _Unprepared:
         batch = len(context)
         x = torch.cat([x] * (batch // len(x)))
         return self.unet(x, emb.expand(batch), context, vector[0] if vector else None, control)
+
+
+def _prepared(unet: Any, context: Tensor, vector: Tensor | None) -> Prepared | None:
+    """Let a UNet precompute what it can; a wrapper may hand out the method of what it wraps, past its own call."""
+    return unet.prepare(context, vector) if hasattr(type(unet), "prepare") else None
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,10 @@ class Denoiser:
     `extra` is (mask, masked_latents) for a 9-channel model, None for a 4-channel one. `control` gives a ControlNet's
     residuals. x keeps its own dtype; the UNet runs in `dtype`. A batch is B, not 2 B, where guidance_scale is 1 or
     `uncond` is None. Conditions of batch 1 serve every item of x.
-    `sigmas` are those of the run, where they are known: what follows from them is computed at once. With `graphs`,
-    steps on a GPU are recorded and replayed, those of a UNet that is `Preparable`. Within `using()` the UNet is ready.
+    `sigmas` are those of the run, where they are known: what follows from them is computed at once. Anything that is
+    called like a UNet serves as one. One with a method `prepare(context, vector)` precomputes its conditioning, while
+    all of its layers are plain; with `graphs`, its steps on a GPU are captured and replayed. Within `using()` the UNet
+    is ready.
 
     Raises: SettingError where the two conditions differ in shape or guidance_scale is not finite.
     """
@@ -143,15 +148,22 @@ class Denoiser:
             )
         self._vector = _stacked("vector", vectors).to(dtype) if vectors else None
         self._extra = [] if extra is None else [one.to(dtype) for one in extra]
-        self._batches: dict[tuple[int, torch.dtype], _Batch] = {}
+        self._batches: dict[tuple[Any, ...], _Batch] = {}
 
-    def __call__(self, x: Tensor, sigma: float) -> Tensor:
-        """x (B, 4, H, W) at `sigma` -> x0 (B, 4, H, W), in x's dtype."""
+    def __call__(self, x: Tensor, sigma: float | Tensor) -> Tensor:
+        """x (B, 4, H, W) at `sigma` -> x0 (B, 4, H, W), in x's dtype.
+
+        sigma: a number, or a tensor (), (1,) or (B,) of one value, as samplers from elsewhere give it.
+        Raises: SettingError where the items are to have different sigmas.
+        """
         with self._using():
-            return self._denoised(x, sigma)
+            return self._denoised(x, _number(sigma, len(x)))
 
     def _denoised(self, x: Tensor, sigma: float) -> Tensor:
-        batch = self._batches.get((len(x), x.dtype)) or self._begin(x)
+        batch = self._batches.get(self._key(x)) or self._begin(x)
+        captured = self._graphs is not None and batch.key is not None and self._graphs.can_capture([x])
+        if not captured and not batch.prepared.is_current():
+            batch = self._begin(x)
         if sigma not in batch.levels:
             sigmas = self._sigmas if sigma in self._sigmas else [sigma]
             batch.levels.update(zip(sigmas, self._levels(batch.prepared, sigmas, x), strict=True))
@@ -160,41 +172,48 @@ class Denoiser:
         def step(varying: Tensors, constant: Tensors) -> Tensor:
             return self._step(batch.prepared, varying, constant)
 
-        if self._graphs is None or batch.key is None:
+        if self._graphs is None or batch.key is None or not captured:
             return step(varying, batch.constant)
-        return self._graphs(batch.key, step, varying, batch.constant)
+        x0 = self._graphs(batch.key, step, varying, batch.constant)
+        if batch.prepared.is_current():  # asked while the GPU is computing; a replay calls no layer
+            return x0
+        del self._batches[self._key(x)]
+        return self._denoised(x, sigma)
+
+    def _key(self, x: Tensor) -> tuple[Any, ...]:
+        """What a `_Batch` depends on; tensors that are made in one mode do not serve in every other."""
+        return len(x), x.dtype, torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
     def showing(self, extra: tuple[Tensor, Tensor]) -> Denoiser:
         """This denoiser with another (mask, masked_latents) of the same shapes; what was prepared serves both."""
         other = copy.copy(self)
         other._extra = [one.to(self._dtype) for one in extra]
         other._batches = {}
-        for (count, dtype), batch in self._batches.items():
-            shown = [_spread("extra channels", one, count, 1) for one in other._extra]
-            other._batches[count, dtype] = replace(batch, constant=(*shown, *batch.prepared.kept))
+        for key, batch in self._batches.items():
+            shown = [_spread("extra channels", one, key[0], 1) for one in other._extra]
+            other._batches[key] = replace(batch, constant=(*shown, *batch.prepared.kept))
         return other
 
     def _begin(self, x: Tensor) -> _Batch:
         batch = self._copies * len(x)
         context = _spread("context", self._context, batch, self._copies)
         vector = None if self._vector is None else _spread("vector", self._vector, batch, self._copies)
-        if isinstance(self._unet, Preparable):
-            prepared = self._unet.prepare(context, vector)
-        else:
-            prepared = _Unprepared(self._unet, [context] if vector is None else [context, vector])
+        given = [context] if vector is None else [context, vector]
+        prepared: Prepared = _prepared(self._unet, context, vector) or _Called(self._unet, given)
         # both halves see the same picture: guidance is over the text alone
         extra = [_spread("extra channels", one, len(x), 1) for one in self._extra]
         constant = (*extra, *prepared.kept)
         key = None if prepared.key is None else f"{self._copies} {self._dtype} {shapes(constant)} {prepared.key}"
-        begun = self._batches[len(x), x.dtype] = _Batch(context, vector, prepared, constant, key)
+        begun = self._batches[self._key(x)] = _Batch(context, vector, prepared, constant, key)
         return begun
 
     def _levels(self, prepared: Prepared, sigmas: list[float], x: Tensor) -> list[tuple[Tensor, Tensor]]:
         """For each sigma: scale, guidance_scale and the two factors of x0 in one tensor (4,), and what t embeds to."""
         numbers = [(math.hypot(1, sigma), self._guidance_scale, *self._factors(sigma)) for sigma in sigmas]
-        t = torch.tensor([schedules.timestep(self._train_sigmas, sigma) for sigma in sigmas], dtype=torch.float32)
-        on_device = torch.tensor(numbers, dtype=x.dtype).to(x.device)
-        return list(zip(on_device, prepared.embed(t.to(x.device)), strict=True))
+        t = [schedules.timestep(self._train_sigmas, sigma) for sigma in sigmas]
+        on_cpu = torch.tensor(t, dtype=torch.float32, device="cpu")
+        on_device = torch.tensor(numbers, dtype=x.dtype, device="cpu").to(x.device)
+        return list(zip(on_device, prepared.embed(on_cpu.to(x.device)), strict=True))
 
     def _residuals(self, batch: _Batch, x: Tensor, sigma: float) -> Tensors:
         """What a ControlNet adds; it sees the noisy channels alone, whatever the UNet takes."""
@@ -230,6 +249,18 @@ def _from_v(sigma: float) -> tuple[float, float]:
 
 _FACTORS: dict[str, Callable[[float], tuple[float, float]]] = {"eps": _from_eps, "v": _from_v}
 """By prediction type, the factors of x and of the UNet's output in x0."""
+
+
+def _number(sigma: float | Tensor, batch: int) -> float:
+    """Return the one value of sigma. Raises: SettingError."""
+    if not isinstance(sigma, Tensor):
+        return float(sigma)
+    values = sigma.detach().reshape(-1).tolist()
+    if len(values) not in (1, batch) or len(set(values)) > 1:
+        found = f"{len(values)} values from {min(values, default=0):g} to {max(values, default=0):g} for {batch} items"
+        hint = "call denoise for the items of each sigma by themselves"
+        raise SettingError("SETTING_SIGMA", "sigma", found, expected="one value for all items", hint=hint)
+    return float(values[0])
 
 
 def _stacked(what: str, parts: list[Tensor]) -> Tensor:

@@ -38,13 +38,17 @@ class Graphs:
     def __reduce__(self) -> tuple[type[Graphs], tuple[bool]]:
         return Graphs, (self.enabled,)
 
+    def can_capture(self, tensors: Tensors) -> bool:
+        """Tell whether a function of these tensors would be captured."""
+        return self.enabled and _recordable(tensors)
+
     def __call__(self, key: str, function: Function[Out], varying: Tensors, constant: tuple[Tensor, ...]) -> Out:
         """function(varying, constant), replayed if it was recorded with this key for tensors of these shapes.
 
         `key`: which function it is, and the `shapes` of its constants. Nothing is recorded without CUDA, or where
         gradients are needed. Where recording fails, a warning says so, and from then on functions run as they are.
         """
-        if self.enabled and _recordable([*varying, *constant]):
+        if self.can_capture([*varying, *constant]):
             shaped = key, *((one.shape, one.dtype, one.device) for one in varying)
             # Recordings hold plain tensors, so that they serve inside of inference mode and outside.
             with self._lock, torch.inference_mode(False), torch.no_grad():

@@ -7,12 +7,16 @@ A spacing is a function (train_sigmas, steps) -> sigmas (steps + 1,), strictly f
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdinpaint.errors import SettingError
 from sdinpaint.families import ScheduleConfig
+
+CPU_FLOAT64: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+"""Named in every call, so that torch's default dtype and device have no part in it."""
 
 
 def train_sigmas(schedule: ScheduleConfig) -> Tensor:
@@ -21,7 +25,7 @@ def train_sigmas(schedule: ScheduleConfig) -> Tensor:
     Source: Ho et al. 2020, eq. 4; betas linear in their square roots as in CompVis/latent-diffusion
     ldm/modules/diffusionmodules/util.py make_beta_schedule("linear").
     """
-    roots = torch.linspace(schedule.beta_start**0.5, schedule.beta_end**0.5, schedule.train_steps, dtype=torch.float64)
+    roots = torch.linspace(schedule.beta_start**0.5, schedule.beta_end**0.5, schedule.train_steps, **CPU_FLOAT64)
     alphas_cumprod = torch.cumprod(1 - roots**2, dim=0)
     return ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
 
@@ -58,7 +62,7 @@ def trailing(train_sigmas: Tensor, steps: int, *, end: float = 0.0) -> Tensor:
     """Multiples of train_steps / steps counted down from the last t (Lin et al. 2023, table 2)."""
     count = _train_count(train_sigmas, steps)
     stride = (count - count / steps) - count  # as numpy.arange computes it: its rounding decides ties
-    t = (count + torch.arange(steps, dtype=torch.float64) * stride).round().long() - 1
+    t = (count + torch.arange(steps, **CPU_FLOAT64) * stride).round().long() - 1
     return _ending(train_sigmas[t], end)
 
 
@@ -66,7 +70,7 @@ def karras(train_sigmas: Tensor, steps: int, *, rho: float = 7.0, end: float = 0
     """Evenly spaced sigma ** (1 / rho) over the whole trained range (Karras et al. 2022, eq. 5)."""
     _train_count(train_sigmas, steps)
     highest, lowest = train_sigmas[-1], train_sigmas[0]
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    ramp = torch.linspace(0, 1, steps, **CPU_FLOAT64)
     sigmas = torch.lerp(highest ** (1 / rho), lowest ** (1 / rho), ramp) ** rho
     sigmas[-1] = lowest  # the power does not return exactly where it came from
     sigmas[0] = highest
@@ -115,7 +119,7 @@ def step_at(sigmas: Tensor, sigma: float) -> int:
 
 def timestep(train_sigmas: Tensor, sigma: float) -> float:
     """The training index t of a sigma: exact where it was trained, log-linear in between, clamped to the ends."""
-    above = int(torch.searchsorted(train_sigmas, torch.tensor(sigma, dtype=torch.float64)))
+    above = int(torch.searchsorted(train_sigmas, train_sigmas.new_tensor(sigma)))
     if above == 0:
         return 0.0
     if above == len(train_sigmas):
@@ -134,7 +138,7 @@ def _train_count(train_sigmas: Tensor, steps: int) -> int:
 
 def _falling(points: int, steps: int) -> Tensor:
     """points - 1, points - 2, ..., the first `steps` of them."""
-    return torch.arange(points - 1, points - 1 - steps, -1)
+    return torch.arange(points - 1, points - 1 - steps, -1, dtype=torch.int64, device="cpu")
 
 
 def _ending(sigmas: Tensor, end: float) -> Tensor:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdinpaint.families import Family
-from sdinpaint.models import CLIPText
 from sdinpaint.models.unet import timestep_embedding
 from sdinpaint.sampling import Conditioning
 from sdinpaint.text.tokenizer import Tokenizer
@@ -40,9 +39,9 @@ class PictureSize:
 class TextConditioner:
     """The text encoders of a model with their tokenizers, one each: prompts -> Conditioning."""
 
-    def __init__(self, family: Family, encoders: Sequence[CLIPText], tokenizer: Tokenizer) -> None:
+    def __init__(self, family: Family, encoders: Sequence[nn.Module], tokenizer: Tokenizer) -> None:
         self.family = family
-        self.encoders = tuple(encoders)
+        self.encoders = nn.ModuleList(encoders)
         self.tokenizers = tuple(tokenizer.with_padding(text.pad_id) for text in family.texts)
 
     def __call__(self, prompts: Sequence[str | None], size: PictureSize) -> Conditioning:
@@ -54,11 +53,11 @@ class TextConditioner:
         device = next(self.encoders[0].parameters()).device
         texts = ["" if prompt is None else prompt for prompt in prompts]
         encoded = [
-            encoder.encode(tokenizer(texts).to(device))
+            encoder(tokenizer(texts).to(device), pooled=True)
             for encoder, tokenizer in zip(self.encoders, self.tokenizers, strict=True)
         ]
         zeros = self.family.zeros_for_none
-        said = torch.tensor([not zeros or prompt is not None for prompt in prompts], device=device)
+        said = torch.tensor([not zeros or prompt is not None for prompt in prompts], dtype=torch.bool, device=device)
         context = torch.cat([states for states, _ in encoded], dim=-1).where(said[:, None, None], 0)
         pooled = encoded[-1][1]
         if pooled is None:
@@ -68,5 +67,5 @@ class TextConditioner:
     def _vector(self, pooled: Tensor, size: PictureSize) -> Tensor:
         """pooled (B, P) -> (B, V) float32."""
         width = ((self.family.unet.vector_dim or 0) - pooled.shape[1]) // SIZES
-        sines = timestep_embedding(torch.tensor(size.numbers(), device=pooled.device), width)
+        sines = timestep_embedding(torch.tensor(size.numbers(), dtype=torch.float32, device=pooled.device), width)
         return torch.cat([pooled.float(), sines.flatten().expand(len(pooled), -1)], dim=-1)

@@ -140,7 +140,7 @@ class Tokenizer:
         batch = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(batch, Sequence) or not batch:
             raise SettingError("SETTING_PROMPT", "prompt", f"{prompts!r}", expected="a string, or a list of strings")
-        return torch.tensor([self._row(prompt) for prompt in batch], dtype=torch.int64)
+        return torch.tensor([self._row(prompt) for prompt in batch], dtype=torch.int64, device="cpu")
 
     def _row(self, prompt: str) -> list[int]:
         _require_text(prompt)

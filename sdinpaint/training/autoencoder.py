@@ -76,7 +76,8 @@ def start_as_average(vae: VAE) -> None:
             nn.init.zeros_(module.proj_out.weight)
         elif isinstance(module, Downsample):
             nn.init.zeros_(module.conv.weight)
-            module.conv.weight[:, :, :2, :2] = torch.eye(len(module.conv.weight))[:, :, None, None] / 4
+            weight, count = module.conv.weight, len(module.conv.weight)
+            weight[:, :, :2, :2] = torch.eye(count, dtype=weight.dtype, device=weight.device)[:, :, None, None] / 4
         elif isinstance(module, Upsample):
             nn.init.dirac_(module.conv.weight)
     latent, colors = vae.config.latent_channels, vae.config.in_channels
@@ -96,13 +97,14 @@ def _carry(first: nn.Conv2d, last: nn.Conv2d, count: int) -> None:
     for index in range(count):
         weight[index, index, 1, 1] = 1
         weight[count + index, index, 1, 1] = -1
-    bias[2 * count : 2 * count + 2] = torch.tensor([1.0, -1.0])
+    bias[2 * count : 2 * count + 2] = bias.new_tensor([1.0, -1.0])
     last.weight[:count] *= 0.1
     for index in range(count):
         last.weight[index, index, 1, 1] = 1
         last.weight[index, count + index, 1, 1] = -1
 
 
+@torch.random.fork_rng(devices=[])
 def train(folder: Path, *, steps: int, batch: int = 8, device: str = "cpu", progress: bool = True) -> VAE:
     """Train (or go on training) in `folder`, and return the averaged autoencoder with normalised latents."""
     torch.manual_seed(0)

@@ -106,7 +106,7 @@ class Bank:
 
     def renew(self, rng: np.random.Generator, count: int) -> None:
         """Replace the oldest `count` examples."""
-        where = (torch.arange(count) + self.next) % len(self)
+        where = (torch.arange(count, dtype=torch.int64, device="cpu") + self.next) % len(self)
         for kept, new in zip(self.items, self._encode(rng, count), strict=True):
             kept[where] = new
         self.next = (self.next + count) % len(self)
@@ -131,6 +131,7 @@ class Bank:
         return latents, F.interpolate(mask, size=latents.shape[-2:]), masked, self.tokenizer(prompts)
 
 
+@torch.random.fork_rng(devices=[])
 def train(
     folder: Path, vae: VAE, *, steps: int, batch: int = 32, bank: int = 4096, device: str = "cpu", progress: bool = True
 ) -> tuple[UNet, CLIPText]:
@@ -150,7 +151,7 @@ def train(
         rng = np.random.default_rng((5, step))
         examples.renew(rng, max(batch // 8, 1))
         latents, mask, masked, ids = examples.draw(rng, batch)
-        t = torch.randint(0, len(sigmas), (batch,), device=device)
+        t = torch.randint(0, len(sigmas), (batch,), dtype=torch.int64, device=device)
         sigma = sigmas[t][:, None, None, None]
         noise = torch.randn_like(latents)
         noisy = (latents + sigma * noise) / (1 + sigma**2).sqrt()

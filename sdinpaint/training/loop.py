@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from sdinpaint_weights.atomic import atomic_write
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
+
+from sdinpaint.progress import progress_bar
 
 Loss = Callable[[int], tuple[Tensor, dict[str, float]]]
 """step -> the loss to descend, and figures to log."""
@@ -47,20 +48,19 @@ class Trainer:
 
     def fit(self, loss: Loss, *, save_every: int = 200, progress: bool = True) -> None:
         """Run to `steps`; saves every `save_every` steps, at the end, and when interrupted."""
-        bar = tqdm(total=self.steps, initial=self.step, desc=self.folder.name, disable=not progress)
         started = time.perf_counter()
         try:
-            while self.step < self.steps:
-                figures = self._descend(loss)
-                self.step += 1
-                bar.update()
-                bar.set_postfix({name: f"{value:.4f}" for name, value in figures.items()})
-                if self.step % 10 == 0:
-                    self._log({**figures, "seconds": round(time.perf_counter() - started, 1)})
-                if self.step % save_every == 0:
-                    self.save()
+            with progress_bar(self.steps, self.folder.name, show=progress, initial=self.step) as bar:
+                while self.step < self.steps:
+                    figures = self._descend(loss)
+                    self.step += 1
+                    bar.update()
+                    bar.set_postfix_str(", ".join(f"{name}={value:.4f}" for name, value in figures.items()))
+                    if self.step % 10 == 0:
+                        self._log({**figures, "seconds": round(time.perf_counter() - started, 1)})
+                    if self.step % save_every == 0:
+                        self.save()
         finally:
-            bar.close()
             self.save()
 
     def use_ema(self) -> None:

@@ -38,7 +38,7 @@ def mapped(tmp_path):
 
 def test_pages_of_a_file_leave_and_come_back(mapped):
     assert resident(mapped) > SIZE - SLACK
-    assert pages.give_back(mapped)
+    assert pages.release(mapped)
     assert resident(mapped) == 0
     assert mapped.sum() == SIZE // 4
     assert resident(mapped) > SIZE - SLACK
@@ -47,14 +47,14 @@ def test_pages_of_a_file_leave_and_come_back(mapped):
 @pytest.mark.parametrize("write", [lambda x: x[1000:1001].fill_(7), lambda x: x.numpy().__setitem__(5, 7)])
 def test_what_was_written_to_stays(mapped, write):
     write(mapped)
-    assert not pages.give_back(mapped)
+    assert not pages.release(mapped)
     assert mapped.sum() == SIZE // 4 + 6
 
 
 def test_a_part_takes_nothing_of_its_neighbours(mapped):
     mapped[0] = 7
     part = mapped[100 : SIZE // 8]
-    assert pages.give_back(part)
+    assert pages.release(part)
     assert resident(part) == 0
     assert resident(mapped) > SIZE // 2 - SLACK
     assert mapped.sum() == SIZE // 4 + 6
@@ -62,7 +62,7 @@ def test_a_part_takes_nothing_of_its_neighbours(mapped):
 
 def test_memory_of_no_file_stays():
     x = torch.ones(SIZE // 4)
-    assert not pages.give_back(x)
+    assert not pages.release(x)
     assert resident(x) > SIZE - SLACK
     assert x.sum() == SIZE // 4
 
@@ -71,12 +71,12 @@ def test_memory_of_no_file_stays():
     "make", [lambda x: x[:3], lambda x: x.view(-1, 1024).T, lambda x: x.to("meta"), lambda x: x[:0]]
 )
 def test_what_cannot_leave_stays(mapped, make):
-    assert not pages.give_back(make(mapped))
+    assert not pages.release(make(mapped))
 
 
 def test_elsewhere_nothing_happens(mapped, monkeypatch):
     monkeypatch.setattr(pages.sys, "platform", "darwin")
-    assert not pages.give_back(mapped)
+    assert not pages.release(mapped)
 
 
 def test_convolutions_keep_their_weights_once(mapped):

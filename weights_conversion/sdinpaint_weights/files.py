@@ -83,16 +83,6 @@ class SourceFile:
             if end > start:
                 self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
 
-    def release_view(self, view: Tensor) -> None:
-        """Let go of the pages that hold nothing but a tensor of `mapped`, and all that was written to it.
-
-        Other tensors are left alone.
-        """
-        if self._map is not None and view.is_contiguous():
-            begin = view.data_ptr() - torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
-            if 0 <= begin < self.size:
-                self.release(begin, view.nbytes)
-
     def loaded(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
         """(count,) elements from byte `offset`, in memory of their own."""
         return torch.frombuffer(self.read(offset, count * dtype.itemsize), dtype=dtype)

@@ -164,7 +164,7 @@ def check_complete(state: NativeState, expected: Mapping[str, tuple[int, ...]]) 
 def load_tensors(
     state: NativeState,
     dtype: torch.dtype | None = None,
-    on_tensor: Callable[[str], None] | None = None,
+    on_tensor: Callable[[str], object] | None = None,
     *,
     allow_nonfinite: bool = False,
 ) -> dict[str, Tensor]:

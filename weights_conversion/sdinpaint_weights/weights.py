@@ -81,7 +81,7 @@ class Entry:
         """The tensor as a view of the mapped file, or read and cast where another dtype is asked for."""
         self.storage.verify()
         if self.extent == 0:
-            return torch.empty(self.shape, dtype=dtype or self.dtype)
+            return torch.empty(self.shape, dtype=dtype or self.dtype, device="cpu")
         file, offset = self.storage.file, self.begin
         aligned = offset % self.dtype.itemsize == 0
         flat = (file.mapped if aligned else file.loaded)(offset, self.extent, self.dtype)
@@ -96,7 +96,7 @@ class Entry:
         """The tensor in memory of its own, through plain reads of the file."""
         self.storage.verify()
         if self.extent == 0:
-            return torch.empty(self.shape, dtype=self.dtype)
+            return torch.empty(self.shape, dtype=self.dtype, device="cpu")
         offset = self.storage.offset + self.start
         return self.storage.file.loaded(offset, self.extent, self.dtype).as_strided(self.shape, self.stride)
 
