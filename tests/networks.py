@@ -33,10 +33,8 @@ class Network:
 
 
 def one_of_each_kind(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """The first layer of each place in a block, and of each class, whatever the block's numbers are."""
-    kinds = {
-        (type(layer), re.sub(r"\d+", "#", name), layer.weight.shape): name for name, layer in reversed(layers.items())
-    }
+    """The first layer of each class in each place of a block, whatever the block's number is."""
+    kinds = {(type(layer), re.sub(r"\d+", "#", name)): name for name, layer in reversed(layers.items())}
     return {name: layers[name] for name in kinds.values()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -61,6 +62,11 @@ def compare(peer, ours, whats=tuple(parts.RUNS)):
 # OpenVINO
 
 
+# OpenVINO's own oneDNN finds no form of a softmax where a lesser CPU is only pretended
+pretended = pytest.mark.skipif("ONEDNN_MAX_CPU_ISA" in os.environ, reason="OpenVINO does not run on a pretended CPU")
+
+
+@pretended
 @pytest.mark.peer
 def test_openvino_makes_what_ours_makes_and_converts_what_it_needs(sd1):
     ours, peer = (open_system(name, case_of(sd1)) for name in (OURS, "openvino"))
@@ -71,6 +77,7 @@ def test_openvino_makes_what_ours_makes_and_converts_what_it_needs(sd1):
     assert psnr(np.asarray(peer.picture()), np.asarray(ours.picture())) > 60
 
 
+@pretended
 @pytest.mark.peer
 def test_openvino_tells_sdxl_the_sizes_and_computes_in_bfloat16(sdxl):
     case = case_of(sdxl, dtype="bfloat16")

@@ -254,6 +254,74 @@ def test_layers_can_be_made_of_the_class_of_a_layer():
     )
 
 
+def dilated(layer):
+    return nn.Conv2d(layer.in_channels, layer.out_channels, 3, padding=2, dilation=2)
+
+
+def with_bias(layer):
+    return nn.Linear(layer.in_features, layer.out_features)
+
+
+REPLACEMENTS = {
+    "input_blocks.1.0.in_layers.2": dilated,
+    "input_blocks.1.0.out_layers.3": lambda layer: nn.Conv2d(
+        layer.in_channels, layer.out_channels, 3, padding=1, bias=False
+    ),
+    "input_blocks.1.0.in_layers.1": lambda layer: nn.Identity(),
+    "input_blocks.1.0.in_layers.0": lambda layer: nn.Identity(),
+    "input_blocks.1.0.emb_layers.0": lambda layer: nn.Identity(),
+    "input_blocks.1.1.transformer_blocks.0.attn1.to_q": with_bias,
+    "input_blocks.1.1.transformer_blocks.0.attn1.to_v": with_bias,
+    "input_blocks.1.1.transformer_blocks.0.attn2.to_k": with_bias,
+    "input_blocks.1.1.transformer_blocks.0.attn1.to_out": lambda layer: nn.Sequential(layer[0], nn.SiLU()),
+    "input_blocks.1.1.transformer_blocks.0.norm2": lambda layer: nn.Identity(),
+    "input_blocks.1.1.transformer_blocks.0.norm3": lambda layer: nn.LayerNorm(
+        layer.normalized_shape, elementwise_affine=False
+    ),
+    "input_blocks.1.1.transformer_blocks.0.ff.net.0": lambda layer: nn.Linear(
+        layer.proj.in_features, layer.proj.out_features // 2
+    ),
+    "input_blocks.1.1.transformer_blocks.0.ff.net.1": lambda layer: nn.SiLU(),
+    "input_blocks.1.1.proj_in": lambda layer: nn.Conv2d(layer.in_channels, layer.out_channels, 3, padding=1),
+    "time_embed.1": lambda layer: nn.Identity(),
+    "out.1": lambda layer: nn.Identity(),
+    "out.2": dilated,
+    "output_blocks.2.1.conv": dilated,
+}
+
+
+@pytest.mark.parametrize("name", REPLACEMENTS)
+@torch.no_grad()
+def test_another_layer_of_torch_s_own_is_what_runs(unet, name):
+    """In the place of one that a fusion would compute: against the same network with every layer called."""
+    found = [one for one in unet.module.named_modules() if one[0].endswith(name.partition(".conv")[0])]
+    if name.endswith(".conv"):  # the first upsampling, wherever it is
+        name = next(one for one, layer in unet.module.named_modules() if type(layer).__name__ == "Upsample") + ".conv"
+    assert found
+    before = unet()
+    put(unet.module, name, REPLACEMENTS.get(name, dilated)(unet.module.get_submodule(name)))
+    after = unet()
+    with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):
+        called = unet()
+    assert relative(after, called) < ROUNDING
+    assert relative(after, before) > 1e-4
+
+
+@torch.no_grad()
+def test_circular_padding_makes_images_that_tile(pipe):
+    """The common way to textures without a seam: every convolution sees the other edge of the map."""
+    pipe = copy.deepcopy(pipe)
+    before = pipe.decode(draw(1, 1, 4, 8, 8))
+    for layer in (*pipe.unet.modules(), *pipe.vae.modules()):
+        if isinstance(layer, nn.Conv2d):
+            layer.padding_mode = "circular"
+    latents = draw(1, 1, 4, 8, 8)
+    after = pipe.decode(latents)
+    assert relative(after, before) > 1e-3
+    rolled = pipe.decode(latents.roll(3, -1))
+    assert relative(rolled, after.roll(24, -1)) < 1e-4
+
+
 # What is plain
 
 

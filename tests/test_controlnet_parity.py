@@ -94,7 +94,8 @@ def test_full_width():
     config = ControlNetConfig(unet=SD15.unet, hint_widths=control.HINT_WIDTHS)
     theirs, mine = pair(config)
     assert sum(weight.numel() for weight in mine.parameters()) == 361_279_120
-    assert difference(theirs, mine, 8, 8) <= TOLERANCE
+    # 361 M numbers deep, float32 differs by 0.4 to 1.0 times the tolerance from CPU to CPU
+    assert difference(theirs, mine, 8, 8) <= 2 * TOLERANCE
 
 
 def test_a_small_one_for_sdxl(config):

@@ -14,7 +14,7 @@ from sdinpaint_kernels import add_bias, add_layer_norm, attention, conv3, geglu,
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sdinpaint.models.layers import Conv3, GroupNorm, is_plain, repeated, to_map, to_tokens
+from sdinpaint.models.layers import Conv3, GroupNorm, LayerNorm, are_plain, is_plain, repeated, to_map, to_tokens
 from sdinpaint.models.weights import joined
 
 if TYPE_CHECKING:
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 ROWS = 1024
 """Tokens that a feed-forward network takes at a time on a CPU, because it is wider inside than outside."""
+
+
+POINTWISE = ((1, 1), (1, 1), 1)
+"""Kernel, stride and groups of a convolution that is a matrix product."""
 
 
 def norm_silu(norm: nn.Module, x: Tensor, addend: Tensor | None = None) -> Tensor:
@@ -35,7 +39,11 @@ def norm_silu(norm: nn.Module, x: Tensor, addend: Tensor | None = None) -> Tenso
 
 def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
     """A 1 x 1 convolution as a matrix product, which adds the bias at no cost: x (B, C, H, W) -> (B, O, H, W)."""
-    if not isinstance(conv, nn.Conv2d) or not is_plain(conv):
+    if (
+        not isinstance(conv, nn.Conv2d)
+        or not is_plain(conv)
+        or (conv.kernel_size, conv.stride, conv.groups) != POINTWISE
+    ):
         return conv(x)
     return to_map(linear(to_tokens(x), conv.weight.flatten(1), conv.bias), x)
 
@@ -74,7 +82,7 @@ def mlp(layers: nn.Module, x: Tensor) -> Tensor:
 
 def norm_silu_conv(layers: nn.Module, x: Tensor) -> Tensor:
     """GroupNorm, SiLU and convolution, three layers one after the other: x (B, C, H, W) -> (B, O, H, W)."""
-    if not isinstance(layers, nn.Sequential) or not is_plain(layers):
+    if not isinstance(layers, nn.Sequential) or not are_plain(layers, GroupNorm, nn.SiLU, Conv3):
         return layers(x)
     norm, _, conv = layers
     return conv(norm_silu(norm, x))
@@ -118,13 +126,13 @@ def self_attention(block: unet.SelfAttention, x: Tensor) -> Tensor:
         q, k, v = (linear(x, layer.weight).unflatten(-1, (block.heads, -1)) for layer in layers)
     else:
         q, k, v = linear(x, packed).unflatten(-1, (3, block.heads, -1)).unbind(2)
-    return product(block.to_out[0], attention(q, k, v).flatten(2))
+    return mlp(block.to_out, attention(q, k, v).flatten(2))
 
 
 def cross_attention(block: unet.CrossAttention, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """x (B, N, C) or half that batch, keys and values (B, L, C) of a context -> (B, N, C)."""
     q, k, v = (one.unflatten(-1, (block.heads, -1)) for one in (product(block.to_q, x), keys, values))
-    return product(block.to_out[0], attention(repeated(q, len(k)), k, v).flatten(2))
+    return mlp(block.to_out, attention(repeated(q, len(k)), k, v).flatten(2))
 
 
 def feed_forward(block: unet.FeedForward, x: Tensor) -> Tensor:
@@ -143,9 +151,9 @@ def feed_forward(block: unet.FeedForward, x: Tensor) -> Tensor:
     return torch.cat([run(part) for part in x.flatten(0, 1).split(ROWS)]).view(*x.shape[:2], -1)
 
 
-def add_norm(norm: nn.LayerNorm, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+def add_norm(norm: nn.Module, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """x and h (B, N, C) -> x + h, and that normalised, in one pass on a GPU."""
-    if is_plain(norm):
+    if isinstance(norm, LayerNorm) and is_plain(norm) and norm.weight is not None and norm.bias is not None:
         return add_layer_norm(h, x, norm.weight, norm.bias, norm.eps)
     x = x + h
     return x, norm(x)

@@ -38,6 +38,11 @@ def is_plain(*modules: nn.Module) -> bool:
     return not (is_transformed() or torch_module._has_any_global_hook()) and all(map(_is_plain, modules))
 
 
+def are_plain(layers: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Tell whether a sequence is plain and holds layers of these very classes, which a fusion takes for granted."""
+    return [type(layer) for layer in layers.children()] == [*kinds] and is_plain(layers)
+
+
 def _is_plain(module: nn.Module) -> bool:
     # it is asked some thousand times in a step: hence the loop, and the cheapest questions
     kind, own = type(module), module.__dict__
@@ -45,7 +50,9 @@ def _is_plain(module: nn.Module) -> bool:
         return False
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return False
-    if own.get("_compiled_call_impl") is not None:
+    if own.get("_compiled_call_impl") is not None or "_conv_forward" in own:
+        return False
+    if kind is Conv3 and not module.is_standard():  # type: ignore[operator]
         return False
     for weight in own["_parameters"].values():
         if type(weight) not in _PLAIN_WEIGHTS:
@@ -74,6 +81,10 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
+STANDARD = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+"""Kernel, stride, padding, dilation, groups and the kind of padding of a `Conv3`."""
+
+
 @plain
 class Conv3(nn.Conv2d):
     """A 3 x 3 convolution that keeps height and width, through the one implementation in `sdinpaint_kernels`.
@@ -91,9 +102,14 @@ class Conv3(nn.Conv2d):
     def __init__(self, channels_in: int, channels_out: int, *_: Any) -> None:
         super().__init__(channels_in, channels_out, 3, padding=1)
 
+    def is_standard(self) -> bool:
+        """Tell whether nobody changed what it does since: circular padding, say, makes textures that tile."""
+        sizes = self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode
+        return sizes == STANDARD and self.bias is not None and "_conv_forward" not in self.__dict__
+
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, O, H, W)."""
-        return conv3(x, self.weight, self.bias)
+        return conv3(x, self.weight, self.bias) if self.is_standard() else super().forward(x)
 
 
 def repeated(x: Tensor, batch: int) -> Tensor:

@@ -20,6 +20,7 @@ from sdinpaint.models.layers import (
     Conv3,
     GroupNorm,
     LayerNorm,
+    are_plain,
     channels_last,
     is_plain,
     plain,
@@ -60,11 +61,16 @@ class ResBlock(nn.Module):
         same = channels_in == channels_out
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
 
+    def is_fusible(self) -> bool:
+        """Tell whether the layers that `fused.res_block` computes are plain, and those that were made above."""
+        first = are_plain(self.in_layers, GroupNorm, nn.SiLU, Conv3)
+        return first and are_plain(self.out_layers, GroupNorm, nn.SiLU, nn.Identity, Conv3)
+
     def forward(self, x: Tensor, emb: Tensor | Precomputed) -> Tensor:
         """x (B, C, H, W), emb (B, E), or the addend that was made of it -> (B, channels_out, H, W)."""
         if isinstance(emb, dict):
             return fused.res_block(self, x, emb[self])
-        if is_plain(self.in_layers, self.out_layers):
+        if self.is_fusible():
             return fused.res_block(self, x, fused.addend(self, emb))
         h, added = self.in_layers(x), self.emb_layers(emb)
         x, h, added = (repeated(one, max(len(x), len(added))) for one in (x, h, added))
@@ -97,7 +103,7 @@ class SelfAttention(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, C) -> (B, N, C)."""
-        if is_plain(self):
+        if is_plain(self) and all(type(layer) is nn.Linear and layer.bias is None for layer in self.packed()):
             return fused.self_attention(self, x)
         q, k, v = (self.heads_of(project(x)) for project in (self.to_q, self.to_k, self.to_v))
         return self.to_out(attention(q, k, v).flatten(2))
@@ -145,7 +151,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, C) -> (B, N, C)."""
-        return fused.feed_forward(self, x) if is_plain(self.net) else self.net(x)
+        return fused.feed_forward(self, x) if are_plain(self.net, GEGLU, nn.Identity, nn.Linear) else self.net(x)
 
 
 @plain
@@ -374,6 +380,8 @@ class UNet(Model):
         layers = list(self.modules())
         blocks = [layer for layer in layers if isinstance(layer, ResBlock)]
         texts = [layer.attn2 for layer in layers if isinstance(layer, TransformerBlock)]
+        if not all(block.is_fusible() for block in blocks):
+            return None
         used = Snapshot(PreparedUNet.precomputed_from(self, blocks, texts))
         kept = [layer.keys_values(context) for layer in texts]
         return PreparedUNet(self, blocks, texts, kept, vector, Places(self), used)
@@ -417,6 +425,7 @@ class PreparedUNet:
         """Tell whether another preparation would give the same; on a GPU as far as torch saw weights written to."""
         return (
             is_plain(self.unet)
+            and all(block.is_fusible() for block in self.blocks)
             and not needs_gradients(self.unet)
             and self.places.hold(self.unet)
             and self.used.holds(self.precomputed_from(self.unet, self.blocks, self.texts), read_devices=False)

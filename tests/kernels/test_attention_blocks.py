@@ -34,6 +34,8 @@ def small(monkeypatch):
 @pytest.fixture
 def blocks(monkeypatch):
     """What came of the calls that ran by blocks."""
+    if not backend._cpu_supports(torch.bfloat16):
+        pytest.skip("oneDNN has no bfloat16 on this CPU, so that torch's own attention runs: see the last test")
     seen = []
 
     def run(q, k, v):
@@ -112,3 +114,10 @@ def test_torch_does_what_is_asked_of_it(blocks, monkeypatch):
     monkeypatch.setattr(backend, "SETTING", "torch")
     attention(q.detach(), k, v)
     assert not blocks
+
+
+def test_torch_s_own_runs_where_onednn_has_no_bfloat16(monkeypatch):
+    monkeypatch.setattr(backend, "_cpu_supports", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(own, "by_blocks", lambda *_: pytest.fail("it ran by blocks"))
+    given = draw(*SHAPES[0])
+    assert torch.equal(attention(*given), attention(*given, kernels="torch"))
