@@ -154,13 +154,13 @@ def joined(weights: Sequence[Tensor]) -> Tensor | None:
 class Places:
     """Where a model's weights are, for what reads them by their addresses, as a captured CUDA graph does.
 
-    It costs next to nothing, and keeps the memory from going to others meanwhile.
+    It costs next to nothing, and keeps memory of a GPU from going to others meanwhile.
     """
 
     def __init__(self, model: nn.Module) -> None:
         weights = list(model.parameters())
         self.key, self._versions = _addresses(weights), _versions(weights)
-        self._held = [weight.untyped_storage() for weight in weights]
+        self._held = [weight.untyped_storage() for weight in weights if weight.is_cuda]
 
     def hold(self, model: nn.Module) -> bool:
         """Tell whether the weights are there still, and torch saw nobody write to them."""
