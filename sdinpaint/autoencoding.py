@@ -90,7 +90,7 @@ def _is_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def _one_by_one(what: Direction, vae: nn.Module, given: Tensor, tile: int) -> list[Tensor]:
-    """What a VAE makes of a batch, float32; item after item, so that memory stays flat."""
+    """Run a VAE over a batch, item after item, so that memory stays flat -> its outputs in float32."""
     weight = next(vae.parameters())
     run = tiling.RUNS[what] if tile and tiling.can_run(vae, given) else None
     parts = [run(vae, one, tile) if run else vae(one, what) for one in given.to(weight).split(1)]

@@ -88,7 +88,7 @@ class Control:
         return self(x, t, context, vector, sigma)
 
     def _features(self) -> Tensor:
-        """What the hint becomes: the same in every step, unless its layers changed, are watched or are trained."""
+        """Return the features of the hint; made anew only where its layers changed, are not plain or are trained."""
         net = _find_controlnet(self._net)
         layers, kept = net.input_hint_block, self._of_hint
         trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in layers.parameters())

@@ -81,7 +81,7 @@ _KNOWN: WeakKeyDictionary[nn.Module, tuple[Snapshot, str]] = WeakKeyDictionary()
 """The weights with which a module was seen last, and their fingerprint."""
 _VOCABULARIES: WeakKeyDictionary[Tokenizer, str] = WeakKeyDictionary()
 COMPILED = "_orig_mod."
-"""What `torch.compile` puts into the names of weights, which stay what they are."""
+"""The part of a weight's name that `torch.compile` adds; the weight stays the same."""
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -14,7 +14,7 @@ __all__ = ["Bar", "bar_class", "is_notebook", "progress_bar"]
 
 
 class Bar(Protocol):
-    """What a progress bar is told."""
+    """The calls that a progress bar takes."""
 
     def update(self, n: float = 1) -> object:
         """Report that `n` more units are done."""

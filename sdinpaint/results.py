@@ -206,7 +206,7 @@ class Result:
 
 
 def _needs_pipeline(*_: object, manifest: Any = None, **__: object) -> Never:
-    """What a result without its pipeline does in place of making pictures."""
+    """Raise the error of a result that was pickled, and so has no pipeline to make images again."""
     kind = (manifest if isinstance(manifest, Mapping) else manifest[0])["kind"]
     given = "image, mask" if kind == "inpaint" else "image"
     found, expected = "the result was pickled, without its pipeline", "a result of this process"

@@ -238,7 +238,7 @@ def test_peft_trains_and_merges_all_that_it_adapts(unet):
 
 
 def test_layers_can_be_made_of_the_class_of_a_layer():
-    """As LyCORIS makes those that it puts beside convolutions."""
+    """LyCORIS makes the layers that it puts beside convolutions in this way."""
     conv = Conv3(4, 8)
     for sizes, options in (
         ((4, 8, 1), {"bias": False}),

@@ -1,4 +1,4 @@
-"""What a process has set elsewhere changes no run: torch's defaults and modes, random states, folder, locale."""
+"""Settings of the process change no run: torch's defaults and modes, random states, folder, locale."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OPTIONS = {"steps": 2, "seed": 5, "progress": False}
 
 
 class World:
-    """What operations work on: a small pipeline, and its files."""
+    """A small pipeline and its files, which operations work on."""
 
     def __init__(self, pipe, folder):
         self.pipe, self.folder = pipe, folder
@@ -149,7 +149,7 @@ def deterministic():
 
 
 DETERMINISTIC = "deterministic algorithms"
-"""What torch computes by other kernels then, if by any."""
+"""The operations that torch may compute by other kernels then."""
 SETTINGS = {
     "default dtype float64": partial(default_dtype, torch.float64),
     "default dtype bfloat16": partial(default_dtype, torch.bfloat16),
@@ -192,7 +192,7 @@ def as_expected(operation, made, expected, setting=None):
 
 @pytest.fixture(scope="module")
 def expected(world):
-    """What an operation makes where nothing is set."""
+    """The result of an operation where nothing is set."""
     known = {}
 
     def of(name):
@@ -295,7 +295,6 @@ def test_another_folder_between_loading_and_a_run(options, world, tmp_path, monk
     assert (tmp_path / "saved/unet").is_dir()
 
 
-@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
 def test_files_are_for_those_that_the_umask_says(world, tmp_path):
     with changed(lambda: os.umask(0o027), os.umask, 0o027):
         sdinpaint.convert(world.model, tmp_path / "out.safetensors", progress=False)

@@ -283,7 +283,6 @@ print([same_picture(child, expected) for child in children])
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_forked_processes_before_and_after_loading_and_a_run():
     """With two threads: one alone never waits for another."""
     two = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}

@@ -33,7 +33,7 @@ class Stream(io.StringIO):
 
 
 class Shell:
-    """What IPython says of itself; the application is that of a terminal or of a kernel."""
+    """IPython as it describes itself; the application is that of a terminal or of a kernel."""
 
     def __init__(self, application):
         self.config = {application: {}}

@@ -37,7 +37,7 @@ SEVERAL = 8 * BLOCK
 GROUP, ROWS_AT_ONCE = 1 << 28, 1 << 13
 """Bytes and rows in hand at a time on a GPU."""
 LEVELS = 4
-"""Of sums of sums: enough for ROW ** LEVELS words."""
+"""Levels of sums of sums: enough for ROW ** LEVELS words."""
 UPPER = np.uint64(32)
 # Odd factors lose no change of a single word. Two rows, for whole words and for their upper halves, and one a level.
 FACTORS: Words = np.random.default_rng(0).integers(0, 2**63, (2, LEVELS, ROW), np.uint64) * 2 + 1

@@ -262,7 +262,7 @@ def recording() -> Iterator[dict[str, Recorded]]:
 
 @torch.inference_mode()
 def recorded_calls(case: Case) -> dict[str, dict[str, Recorded]]:
-    """What one guided step calls, and what decoding one picture does; each is run once."""
+    """List the operations that one guided step and the decoding of one image call; each is run once."""
     system = SdInpaint(case)
     system.pipe.graphs.enabled = False  # a replayed step calls nothing
     with recording() as step:

@@ -237,7 +237,7 @@ INPUTS: dict[type[nn.Module], tuple[str, ...]] = {
     SpatialTransformer: ("context",),
     Upsample: ("size",),
 }
-"""What a layer of a `Stage` is given beside the map, by its class."""
+"""The inputs that a layer of a `Stage` takes beside the map, by its class."""
 
 
 @plain

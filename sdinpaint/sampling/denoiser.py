@@ -41,7 +41,7 @@ class Prepared(Protocol):
 
     @property
     def kept(self) -> Tensors:
-        """What was precomputed."""
+        """The precomputed tensors."""
 
     def is_current(self) -> bool:
         """Tell whether another preparation would give the same."""
@@ -181,7 +181,7 @@ class Denoiser:
         return self._denoised(x, sigma)
 
     def _key(self, x: Tensor) -> tuple[Any, ...]:
-        """What a `_Batch` depends on; tensors that are made in one mode do not serve in every other."""
+        """Return the key of a `_Batch`; tensors that are made in one grad mode do not serve in every other."""
         return len(x), x.dtype, torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
     def showing(self, extra: tuple[Tensor, Tensor]) -> Denoiser:

@@ -35,7 +35,7 @@ def small(monkeypatch):
 def blocks(monkeypatch):
     """What came of the calls that ran by blocks."""
     if not backend._cpu_supports(torch.bfloat16):
-        pytest.skip("oneDNN has no bfloat16 on this CPU, so that torch's own attention runs: see the last test")
+        pytest.skip("runs on CPUs with avx512_bf16 or AMX; on this one torch's own attention runs: see the last test")
     seen = []
 
     def run(q, k, v):

@@ -1,4 +1,4 @@
-"""What the CPU's convolutions cache of prepacked weights: made once, as long as it is true, and no longer."""
+"""Prepacked weights of the CPU's convolutions are made once, and cached as long as they are true."""
 
 from __future__ import annotations
 
