@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 LEVEL = 1
-"""Of 255: of values on both sides of a half, however near, rounding makes two levels."""
+"""The most that two values may differ, in levels of 255: two numbers on both sides of a half are rounded apart."""
 SHARE = 0.01
-"""Of the values. One that is off by a share of a level is rounded to another in that share of all cases. Against
-float64, the small random pipelines are off by up to 1.5e-4 levels in float32, so two of them by 3e-4."""
+"""The share of the values that may differ: one that is off by a part of a level is rounded apart in that part of all
+cases. From float64, the small random pipelines are off by up to 1.5e-4 levels in float32, so two of them by 3e-4."""
 FLOAT32 = 1e-5
 """The relative norm of a difference: float32's rounding (6e-8) some hundred times, which a network is deep."""
 

@@ -200,7 +200,7 @@ def without_final_norm(model, patch):
     model.text_model.final_layer_norm = torch.nn.Identity()
 
 
-def norm_alone(norm, x, addend=None):
+def norm_alone(norm, x, addend=None, **_):
     return norm(x if addend is None else x + addend[:, :, None, None])
 
 

@@ -213,7 +213,7 @@ def test_a_norm_without_its_addend_is_seen(unet, monkeypatch):
     norm_silu = fused.norm_silu
     case = Case(unet)
     plain = copy.deepcopy(case.errors(case.step(unet)))
-    monkeypatch.setattr(fused, "norm_silu", lambda norm, x, addend=None: norm_silu(norm, x))
+    monkeypatch.setattr(fused, "norm_silu", lambda norm, x, addend=None, **_: norm_silu(norm, x))
     wrong = case.step(unet)
     monkeypatch.undo()
     assert case.errors(wrong)[0] > 100 * plain[0]

@@ -84,13 +84,14 @@ def group_norm(
     eps: float,
     silu: bool = False,
     addend: Tensor | None = None,
+    overwrite: bool = False,
     kernels: str | None = None,
 ) -> Tensor:
     """Normalise every group of channels to zero mean and unit variance, scale and shift by channel, then SiLU if asked.
 
     x (N, C, H, W) in any memory format -> the same shape and format; weight and bias (C,); addend (N, C), which may be
     a slice of wider rows, is added to all pixels of x first. `eps` has no default: the released models use 1e-5 in some
-    places and 1e-6 in others.
+    places and 1e-6 in others. `overwrite`: the caller needs x no longer, and the result may take its memory.
     `kernels`: "torch", "triton" or "auto", see `backend`.
     Raises: ValueError for shapes, dtypes or devices that do not go together.
     Source: https://arxiv.org/abs/1803.08494, equations 1 to 3.
@@ -101,16 +102,24 @@ def group_norm(
     if choice.name == "triton":
         return _operation(x, groups, weight, bias, eps, silu, addend)
     many = x.numel() >= LEAST_IN_BANDS or x.dtype in HALF  # of which every operation rounds
-    in_bands = x.numel() > 0 and many and moments.may_run_in_place(x, weight, bias, addend)
-    return (banded if in_bands else reference)(x, groups, weight, bias, eps, silu, addend)
+    if x.numel() > 0 and many and moments.may_run_in_place(x, weight, bias, addend):
+        return banded(x, groups, weight, bias, eps, silu, addend, overwrite)
+    return reference(x, groups, weight, bias, eps, silu, addend)
 
 
 def banded(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, addend: Tensor | None
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool,
+    addend: Tensor | None,
+    overwrite: bool = False,
 ) -> Tensor:
     """The formula for inference on the CPU: as exact in every memory format, and SiLU while a band is in the cache."""
     norm = moments.affine(moments.measure(x), groups, weight, bias, eps, addend, x.dtype)
-    return moments.apply(x, norm, silu)
+    return moments.apply(x, norm, silu, overwrite)
 
 
 def reference(

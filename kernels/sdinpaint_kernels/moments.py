@@ -8,12 +8,14 @@ summed by `torch.sum`, which adds up sums of sums, and the bands' sums are added
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
+
+from sdinpaint_kernels.backend import is_transformed
 
 BAND = 2**19
 """Numbers for each thread: two megabytes of float32. Smaller bands spend more time on starting threads."""
@@ -44,14 +46,10 @@ class Affine(NamedTuple):
 
 def may_run_in_place(*tensors: Tensor | None) -> bool:
     """Whether these are on the CPU, and nobody asks for a graph or a derivative of what is computed from them."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
-    return all(
+    return not is_transformed() and all(
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.is_cpu
         and not (tensor.requires_grad and torch.is_grad_enabled())
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        and forward_ad.unpack_dual(tensor).tangent is None
         for tensor in tensors
         if tensor is not None
     )
@@ -69,13 +67,13 @@ def measure(x: Tensor) -> Moments:
     count = pixels.shape[2]
     rows, work = _band(pixels)
     centre = pixels[:, :, : -(-count // SAMPLED)].to(work.dtype).mean(2, keepdim=True)
-    total, squares = torch.zeros(2, *pixels.shape[:2], dtype=torch.float64, device=x.device)
+    totals, squares = [], []
     for band in pixels.split(rows, 2):
         shifted = torch.sub(band, centre, out=work[:, :, : band.shape[2]])
-        total += shifted.sum(2)
-        squares += shifted.square_().sum(2)
-    mean = total / count
-    return Moments(count, centre[:, :, 0] + mean, (squares / count - mean.square()).clamp_(min=0))
+        totals.append(_sum(shifted))
+        squares.append(_sum(shifted.square_()))
+    mean, square = (reduce(torch.add, sums) / count for sums in (totals, squares))
+    return Moments(count, centre[:, :, 0] + mean, (square - mean.square()).clamp_(min=0))
 
 
 def merge(parts: Iterable[Moments]) -> Moments:
@@ -91,24 +89,29 @@ def affine(
     moments: Moments, groups: int, weight: Tensor, bias: Tensor, eps: float, addend: Tensor | None, dtype: torch.dtype
 ) -> Affine:
     """GroupNorm of x + addend (N, C) as a function of x of this dtype."""
-    added = torch.zeros_like(moments.mean) if addend is None else addend.double()
-    means = (moments.mean + added).unflatten(1, (groups, -1))
+    added = 0 if addend is None else addend.double()
+    means, variances = (one.unflatten(1, (groups, -1)) for one in (moments.mean + added, moments.variance))
     mean = means.mean(2, keepdim=True)
-    variance = (moments.variance.unflatten(1, (groups, -1)) + (means - mean).square()).mean(2, keepdim=True)
-    scale = weight.double() * (variance + eps).rsqrt().expand_as(means).flatten(1)
+    variance = (means - mean).square_().add_(variances).mean(2, keepdim=True)
+    scale = weight.double() * variance.add_(eps).rsqrt_().expand_as(means).flatten(1)
     exact = mean.expand_as(means).flatten(1) - added
     wide = torch.promote_types(dtype, torch.float32)
     centre = exact.to(wide)
-    shift = bias.double() + (centre - exact) * scale
+    shift = torch.addcmul(bias.double(), centre - exact, scale)
     return Affine(*(each.to(wide)[:, :, None] for each in (centre, scale, shift)))
 
 
-def apply(x: Tensor, norm: Affine, silu: bool) -> Tensor:
-    """The function of x (N, C, H, W), then SiLU if asked -> the same shape, dtype and memory format."""
+def apply(x: Tensor, norm: Affine, silu: bool, overwrite: bool = False) -> Tensor:
+    """The function of x (N, C, H, W), then SiLU if asked -> the same shape, dtype and memory format.
+
+    `overwrite`: x is needed no longer, and may become the result: new memory costs as much time as the arithmetic.
+    """
     layout = layout_of(x)
-    x = x.contiguous(memory_format=layout)
-    # The format is named for its strides: convolutions ask for those, and a single sample's own may differ.
-    out = torch.empty_like(x, memory_format=layout, device=x.device)
+    given, x = x, x.contiguous(memory_format=layout)
+    out = x
+    if x is given and not overwrite:
+        # The format is named for its strides: convolutions ask for those, and a single sample's own may differ.
+        out = torch.empty_like(x, memory_format=layout, device=x.device)
     pixels, written = x.flatten(2), out.flatten(2)
     rows, work = _band(pixels)
     # The pixels measured last are the likeliest to be in the cache still.
@@ -123,9 +126,21 @@ def apply(x: Tensor, norm: Affine, silu: bool) -> Tensor:
     return out
 
 
+def _sum(band: Tensor) -> Tensor:
+    """Sum a band (N, C, pixels) over its pixels -> (N, C) in float64; each thread adds up the pixels that it wrote.
+
+    Left alone, torch shares out the channels of channels-last memory: half of all numbers would change their core.
+    """
+    threads = torch.get_num_threads()
+    if band.stride(1) != 1 or band.shape[2] % threads:
+        return band.sum(2).double()
+    return band.transpose(1, 2).unflatten(1, (threads, -1)).sum(2).sum(1, dtype=torch.float64)
+
+
 def _band(pixels: Tensor) -> tuple[int, Tensor]:
     """The pixels of (N, C, pixels) in a band, and memory for one band in float32 or better."""
     samples, channels, count = pixels.shape
-    rows = min(count, max(1, BAND * torch.get_num_threads() // (samples * channels)))
+    threads = torch.get_num_threads()
+    rows = min(count, max(1, BAND // (samples * channels)) * threads)
     wide = torch.promote_types(pixels.dtype, torch.float32)
     return rows, torch.empty_like(pixels[:, :, :rows], dtype=wide, device=pixels.device)

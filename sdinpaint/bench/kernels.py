@@ -236,7 +236,8 @@ class Recorder(TorchFunctionMode):
 
     def take(self, operation: str, function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """One call more."""
-        options = {name: value for name, value in kwargs.items() if name != HOW}
+        # what is measured again and again needs its arguments
+        options = {name: value for name, value in kwargs.items() if name not in (HOW, "overwrite")}
         told = f"{operation} {OPERATIONS[operation].told(*args, **options)}"
         if asked := kwargs.get(HOW):
             told, function = f"{told}, by {asked}", partial(function, **{HOW: asked})

@@ -28,13 +28,18 @@ POINTWISE = ((1, 1), (1, 1), 1)
 """Kernel, stride and groups of a convolution that is a matrix product."""
 
 
-def norm_silu(norm: nn.Module, x: Tensor, addend: Tensor | None = None) -> Tensor:
-    """SiLU(norm(x + addend)) in two passes: x (B, C, H, W), addend (B or 1, C) -> (B, C, H, W)."""
+def norm_silu(norm: nn.Module, x: Tensor, addend: Tensor | None = None, *, overwrite: bool = False) -> Tensor:
+    """SiLU(norm(x + addend)) in two passes: x (B, C, H, W), addend (B or 1, C) -> (B, C, H, W).
+
+    `overwrite`: x is needed no longer, and may become the result.
+    """
     if not isinstance(norm, GroupNorm) or not is_plain(norm):
         return F.silu(norm(x if addend is None else x + addend[:, :, None, None]))
     if addend is not None:
         addend = addend.expand(len(x), -1)
-    return group_norm(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, silu=True, addend=addend)
+    return group_norm(
+        x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, silu=True, addend=addend, overwrite=overwrite
+    )
 
 
 def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
@@ -105,7 +110,7 @@ def res_block(block: unet.ResBlock, x: Tensor, addend: Tensor) -> Tensor:
     if len(addend) > 1:
         addend = repeated(addend, len(h))
     norm, *_, conv = block.out_layers
-    return add_conv(pointwise(block.skip_connection, x), conv, norm_silu(norm, h, addend))
+    return add_conv(pointwise(block.skip_connection, x), conv, norm_silu(norm, h, addend, overwrite=True))
 
 
 def addend(block: unet.ResBlock, emb: Tensor) -> Tensor:
@@ -163,7 +168,7 @@ def vae_res_block(block: vae.ResBlock, x: Tensor) -> Tensor:
     """An autoencoder's block: x (B, C, H, W) -> (B, channels_out, H, W)."""
     h = norm_silu(block.norm1, x)
     if adds_bias_apart(x):
-        h = norm_silu(block.norm2, conv3(h, block.conv1.weight), bias_of(block.conv1)[None])
+        h = norm_silu(block.norm2, conv3(h, block.conv1.weight), bias_of(block.conv1)[None], overwrite=True)
     else:
-        h = norm_silu(block.norm2, conv3(h, block.conv1.weight, block.conv1.bias))
+        h = norm_silu(block.norm2, conv3(h, block.conv1.weight, block.conv1.bias), overwrite=True)
     return add_conv(pointwise(block.nin_shortcut, x) if block.has_shortcut else x, block.conv2, h)

@@ -75,6 +75,7 @@ def error(found, right):
 def bands(monkeypatch):
     """Several bands, of which the last is smaller, though the maps are small."""
     monkeypatch.setattr(moments, "BAND", 3000)
+    monkeypatch.setattr(own, "LEAST_IN_BANDS", 0)
 
 
 # in torch
@@ -83,7 +84,10 @@ def bands(monkeypatch):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", ALLOWED)
 @pytest.mark.parametrize("kind", KINDS)
-def test_group_norm_is_exact(kind, dtype, layout, bands):
+@pytest.mark.parametrize("way", ["bands", "at once"])
+def test_group_norm_is_exact(way, kind, dtype, layout, request):
+    if way == "bands":
+        request.getfixturevalue("bands")
     x, (weight, bias) = draw(kind, dtype=dtype).contiguous(memory_format=LAYOUTS[layout]), coefficients(24, dtype)
     before = x.clone()
     addend = torch.linspace(-3, 3, 48).view(2, 24).to(dtype)
@@ -113,6 +117,35 @@ def test_torch_fails_channels_last(kind):
     x, (weight, bias) = draw(kind).contiguous(memory_format=torch.channels_last), coefficients(24, torch.float32)
     right = right_groups(x, weight, bias)
     assert error(F.group_norm(x, GROUPS, weight, bias, EPS), right) > 4 * ALLOWED[torch.float32]
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("kind", ["half flat", "far mean"])
+def test_group_norm_is_exact_with_several_threads(kind, threads, bands):
+    """Each adds up its own part of a band."""
+    x, (weight, bias) = draw(kind).contiguous(memory_format=torch.channels_last), coefficients(24, torch.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out = group_norm(x, GROUPS, weight, bias, eps=EPS)
+    finally:
+        torch.set_num_threads(before)
+    assert error(out, right_groups(x, weight, bias)) <= ALLOWED[torch.float32]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ALLOWED)
+def test_the_result_takes_the_memory_of_x_only_where_that_is_allowed(dtype, layout, bands):
+    x, (weight, bias) = draw("ordinary", dtype=dtype), coefficients(24, dtype)
+    x = x.contiguous(memory_format=LAYOUTS[layout])
+    expected = group_norm(x, GROUPS, weight, bias, eps=EPS, silu=True)
+    assert expected.data_ptr() != x.data_ptr()
+    for needed in (True, False):  # autograd needs x, whoever else does not
+        given = x.clone().requires_grad_(needed)
+        out = group_norm(given, GROUPS, weight, bias, eps=EPS, silu=True, overwrite=True)
+        assert error(out.detach(), expected.double()) <= 2 * ALLOWED[dtype]
+        assert torch.equal(given, x) is needed
+        assert (out.data_ptr() == given.data_ptr()) is not needed
 
 
 @pytest.mark.parametrize("samples", [1, 2])
