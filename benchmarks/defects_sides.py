@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import sdinpaint
-from sdinpaint.boxes import Box
-from sdinpaint.crops import crop_box
-from sdinpaint.loading import DEMO
+from sdinpaint.checkpoints.opening import DEMO
+from sdinpaint.images.boxes import Box
+from sdinpaint.images.crops import crop_box
 from sdinpaint.masks import binarize, read_mask
 
 __all__ = ["Diffusers", "Paint", "SdInpaint", "Side"]

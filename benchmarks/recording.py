@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sdinpaint.bench.rows import append, environment
+from sdinpaint.bench.report.rows import append, environment
 
 __all__ = ["RESULTS", "append", "environment"]
 

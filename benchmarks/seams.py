@@ -22,8 +22,8 @@ from recording import RESULTS, append
 
 import sdinpaint
 from sdinpaint import metrics
-from sdinpaint.blending import BLENDS, compose
-from sdinpaint.sheets import contact_sheet
+from sdinpaint.images.blending import BLENDS, compose
+from sdinpaint.images.sheets import contact_sheet
 from sdinpaint.training.evaluate import Case, held_out
 from sdinpaint.training.judge import judge
 

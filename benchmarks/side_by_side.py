@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from recording import RESULTS, append
 
-from sdinpaint.configs import diffusers_configs
+from sdinpaint.checkpoints.diffusers_configs import diffusers_configs
 from sdinpaint.families import SD15_INPAINT
 from sdinpaint.models import VAE, CLIPText, UNet
 from sdinpaint.sampling import Conditioning, Denoiser, schedules
@@ -108,7 +108,7 @@ def measure_load(rounds: int = 7) -> None:
     """Load time and peak memory for each pair of stored and asked dtype."""
     from sdinpaint_weights.export import write_diffusers
 
-    from sdinpaint.text.tokenizer import find_tokenizer
+    from sdinpaint.text.finding import find_tokenizer
 
     for stored, asked in PAIRS:
         with tempfile.TemporaryDirectory() as folder:

@@ -176,7 +176,7 @@ def diffusers_unet(step: Step, ours: UNet, compiled: bool = False) -> Callable[.
         return None
     from sdinpaint_weights.export import diffusers_state
 
-    from sdinpaint.configs import diffusers_configs
+    from sdinpaint.checkpoints.diffusers_configs import diffusers_configs
 
     config = {
         name: value for name, value in diffusers_configs(step.family)["unet/config.json"].items() if name[0] != "_"

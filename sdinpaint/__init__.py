@@ -5,35 +5,47 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from sdinpaint.version import __version__
+
 if TYPE_CHECKING:
-    from sdinpaint.converting import convert
+    from sdinpaint.checkpoints.converting import convert
+    from sdinpaint.checkpoints.inspecting import Report, inspect
+    from sdinpaint.checkpoints.merging import to_inpainting, widen_input
     from sdinpaint.errors import SdInpaintError, SdInpaintWarning
-    from sdinpaint.inspecting import Report, inspect
     from sdinpaint.loading import load, save_diffusers
     from sdinpaint.masks import Mask
-    from sdinpaint.merging import to_inpainting, widen_input
-    from sdinpaint.pipeline import Pipeline
-    from sdinpaint.results import Result
+    from sdinpaint.pipeline.pipeline import Pipeline
+    from sdinpaint.pipeline.results import Result
+    from sdinpaint.replaying import replay
 
-__version__ = "0.1.0"
-
-__all__ = ["Mask", "Pipeline", "Report", "Result", "SdInpaintError", "SdInpaintWarning", "inspect", "load"]
-__all__ += ["convert", "save_diffusers", "to_inpainting", "widen_input"]
+__all__ = [
+    "Mask",
+    "Pipeline",
+    "Report",
+    "Result",
+    "SdInpaintError",
+    "SdInpaintWarning",
+    "__version__",
+    "inspect",
+    "load",
+]
+__all__ += ["convert", "replay", "save_diffusers", "to_inpainting", "widen_input"]
 
 # Found on first use, so that the command line can explain itself without waiting for torch.
 _HOMES = {
     "SdInpaintError": "errors",
     "SdInpaintWarning": "errors",
-    "Report": "inspecting",
-    "inspect": "inspecting",
+    "Report": "checkpoints.inspecting",
+    "inspect": "checkpoints.inspecting",
     "load": "loading",
     "Mask": "masks",
-    "convert": "converting",
-    "to_inpainting": "merging",
-    "widen_input": "merging",
+    "convert": "checkpoints.converting",
+    "to_inpainting": "checkpoints.merging",
+    "widen_input": "checkpoints.merging",
     "save_diffusers": "loading",
     "Pipeline": "pipeline",
-    "Result": "results",
+    "replay": "replaying",
+    "Result": "pipeline.results",
 }
 
 

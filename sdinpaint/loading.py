@@ -2,127 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from sdinpaint_weights.export import write_diffusers
-from sdinpaint_weights.layout import Layout
-from sdinpaint_weights.native import NativeState, check_complete, check_range, load_tensors, outside_keys
-from torch import nn
-from torch.overrides import TorchFunctionMode
+from sdinpaint_weights.native import check_range, load_tensors
 
-from sdinpaint.configs import (
-    check_fit,
-    diffusers_configs,
-    schedule_config,
-    text_config,
-    unet_config,
-    vae_config,
-    whole_number,
-)
-from sdinpaint.control import controlnet_config
-from sdinpaint.errors import CheckpointError, SettingError, warn
-from sdinpaint.families import FAMILIES, TEXT_ENCODERS, TOKENIZERS, Family, Prediction
-from sdinpaint.models import VAE, CLIPText, ControlNet, ControlNetConfig, UNet
+from sdinpaint.checkpoints.diffusers_configs import diffusers_configs
+from sdinpaint.checkpoints.opening import CONTROLNET, DTYPES, open_checkpoint
+from sdinpaint.checks import switch
+from sdinpaint.checks import whole_number as whole_setting
+from sdinpaint.errors import SettingError, warn
+from sdinpaint.families import TOKENIZERS, Prediction
+from sdinpaint.models.offloading import Offloading
 from sdinpaint.models.weights import release
-from sdinpaint.offloading import Offloading
-from sdinpaint.pipeline import Pipeline
-from sdinpaint.prediction import MARKERS, Evidence, find_prediction
+from sdinpaint.pipeline.pipeline import Pipeline
 from sdinpaint.progress import progress_bar
-from sdinpaint.settings import switch
-from sdinpaint.settings import whole_number as whole_setting
-from sdinpaint.sources import COMPONENTS, Json, Part, open_parts, read_json
-from sdinpaint.text.tokenizer import Tokenizer, find_tokenizer
+from sdinpaint.text.finding import find_tokenizer
+from sdinpaint.text.tokenizer import Tokenizer
 
-__all__ = ["Checkpoint", "build_models", "load", "open_checkpoint", "save_diffusers"]
+__all__ = ["load", "save_diffusers"]
 
-DEMO = Path(__file__).parent / "demo"
-CONTROLNET = "controlnet"
 MAX_TILE = 2**16
-MODELS: dict[str, Callable[[Any], nn.Module]] = dict(
-    zip((*COMPONENTS, CONTROLNET), (UNet, VAE, CLIPText, CLIPText, ControlNet), strict=True)
-)
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
-
-
-class _Skeleton(TorchFunctionMode):
-    """Makes new parameters on the meta device and leaves them unfilled.
-
-    Filling them there would import 800 modules of torch for nothing, and `torch.device("meta")` takes twice the time.
-    """
-
-    FILLING = frozenset({nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_})
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in self.FILLING:
-            return kwargs["tensor"]
-        if func is torch.empty:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint that was found and understood, and of which no tensor has been read."""
-
-    path: Path
-    parts: Mapping[str, Part]
-    family: Family
-    prediction: Evidence
-    """Whether the UNet predicts noise or v, and from what that was concluded."""
-    notes: tuple[str, ...]
-    """What was chosen on the caller's behalf, or left out, as sentences."""
-    outside: tuple[str, ...]
-    """Keys that belong to no component."""
-    controlnet: ControlNetConfig | None = None
-
-    @property
-    def folder(self) -> Path | None:
-        """The diffusers folder, None for a single file."""
-        return self.path if self.path.is_dir() else None
-
-    @property
-    def states(self) -> dict[str, NativeState]:
-        """The tensors of each component under native names."""
-        return {name: part.state for name, part in self.parts.items()}
-
-    @property
-    def layouts(self) -> dict[str, Layout]:
-        """What was concluded from the names of the file that each component is from."""
-        return {name: part.layout for name, part in self.parts.items()}
-
-    def build(self) -> dict[str, Any]:
-        """The models on the meta device, once every name and shape is known to fit. Raises: CheckpointError."""
-        beside = {} if self.controlnet is None else {CONTROLNET: self.controlnet}
-        models = build_models(self.family.components | beside, self.states)
-        check_fit(self.family, self.path)
-        return models
-
-
-def build_models(configs: Mapping[str, Any], states: Mapping[str, NativeState]) -> dict[str, Any]:
-    """The networks of these components on the meta device, once every name and shape is known to fit.
-
-    Raises: CheckpointError.
-    """
-    with _Skeleton():
-        models = {name: MODELS[name](config) for name, config in configs.items()}
-    for name, model in models.items():
-        check_complete(states[name], {key: tuple(value.shape) for key, value in model.state_dict().items()})
-    return models
 
 
 def load(
@@ -214,53 +115,6 @@ def load(
     )
 
 
-def open_checkpoint(
-    source: str | Path,
-    *,
-    config: str | Path | None = None,
-    vae: str | Path | None = None,
-    controlnet: str | Path | None = None,
-    base: str | Path | None = None,
-    prediction: Prediction | None = None,
-    ema: bool = False,
-    variant: str | None = None,
-    revision: str | None = None,
-    local_files_only: bool = False,
-    progress: bool = True,
-) -> Checkpoint:
-    """Find and understand a checkpoint, reading only headers. Raises: CheckpointError."""
-    find = partial(_existing, variant=variant, local_files_only=local_files_only, progress=progress)
-    path, configs = find(source, revision=revision), _config_folder(config)
-    parts = open_parts(path, config=configs, ema=ema, variant=variant)
-    outside = () if path.is_dir() else _outside(next(iter(parts.values())))
-    if base is not None:
-        place = find(base, tuple(name for name in COMPONENTS if name not in parts))
-        parts = open_parts(place, config=configs, ema=ema and "unet" not in parts, variant=variant) | parts
-    if vae is not None:
-        place = find(vae, ("vae",))
-        beside = None if place.is_dir() else configs or (path if path.is_dir() else None)
-        parts |= open_parts(place, ("vae",), config=beside, variant=variant)
-    _require(parts, ["unet"], path)
-    unet = parts["unet"]
-    settings = configs or unet.model
-    scheduler = {} if settings is None else read_json(settings / "scheduler/scheduler_config.json")
-    index = {} if settings is None else read_json(settings / "model_index.json")
-    weights = unet.state.weights
-    evidence = find_prediction(prediction, scheduler, weights.path, weights.metadata, weights)
-    trained = _released(unet.layout, evidence.prediction)
-    _require(parts, list(trained.components), path)
-    family = _family(trained, parts, scheduler, index, evidence, path)
-    used = {name: parts[name] for name in trained.components}
-    control = None
-    if controlnet is not None:
-        place = find(controlnet, (CONTROLNET,))
-        used |= open_parts(place, (CONTROLNET,), variant=variant)
-        part = used[CONTROLNET]
-        control = controlnet_config(part.state.shapes(), part.config, family.unet, place)
-    notes = tuple(_notes(used, family, evidence, scheduler, outside))
-    return Checkpoint(path, used, family, evidence, notes, outside, control)
-
-
 def save_diffusers(folder: str | Path, pipe: Pipeline, dtype: torch.dtype | None = None) -> None:
     """Write a pipeline as a diffusers folder, which diffusers' own pipelines load too.
 
@@ -273,89 +127,6 @@ def save_diffusers(folder: str | Path, pipe: Pipeline, dtype: torch.dtype | None
         write_diffusers(folder, states, diffusers_configs(pipe.family), dtype)
     for name, tokenizer in zip(TOKENIZERS, condition.tokenizers, strict=False):
         tokenizer.save(folder / name)
-
-
-def _released(layout: Layout, prediction: Prediction | None) -> Family:
-    """The released family that is closest to a UNet; without a known prediction, the first one of them."""
-    alike = [family for family in FAMILIES.values() if family.kind == layout.family]
-    fitting = [family for family in alike if family.unet.in_channels == layout.in_channels] or alike
-    return next((family for family in fitting if family.schedule.prediction == prediction), fitting[0])
-
-
-def _family(
-    base: Family, parts: Mapping[str, Part], scheduler: Json, index: Json, evidence: Evidence, path: Path
-) -> Family:
-    """`base` with the sizes that the weights have, and what the JSON files say beyond."""
-    shapes = {name: part.state.shapes() for name, part in parts.items()}
-    jsons = {name: part.config for name, part in parts.items()}
-    texts = [
-        text_config(shapes[name], jsons[name], text, path)
-        for name, text in zip(TEXT_ENCODERS, base.texts, strict=False)
-    ]
-    schedule = schedule_config(scheduler, base.schedule, path)
-    return replace(
-        base,
-        unet=unet_config(shapes["unet"], jsons["unet"], base.unet, path),
-        vae=vae_config(shapes["vae"], jsons["vae"], base.vae, path),
-        text=texts[0],
-        text_2=texts[1] if len(texts) > 1 else None,
-        schedule=replace(schedule, prediction=evidence.prediction or base.schedule.prediction),
-        size=8 * whole_number(jsons["unet"], "sample_size", base.size // 8, path),
-        zeros_for_none=base.zeros_for_none and bool(index.get("force_zeros_for_empty_prompt", True)),
-    )
-
-
-def _require(parts: Mapping[str, Part], components: Iterable[str], path: Path) -> None:
-    missing = [name for name in components if name not in parts]
-    if missing:
-        what = next(iter(parts.values())).layout.title if not path.is_dir() else "a folder with part of a model"
-        found = f"{what}: it holds no {' and no '.join(missing)}"
-        hint = "name a model that supplies what is missing: base=FILE_OR_FOLDER"
-        raise CheckpointError("CKPT_NO_COMPONENT", path, found, expected="a whole model", hint=hint)
-
-
-def _outside(part: Part) -> tuple[str, ...]:
-    return tuple(key for key in outside_keys(part.state.weights, part.layout) if key not in MARKERS)
-
-
-def _notes(
-    parts: Mapping[str, Part], family: Family, evidence: Evidence, scheduler: Json, outside: Sequence[str]
-) -> Iterator[str]:
-    """What a caller might not have meant, as sentences."""
-    if outside:
-        yield f"{len(outside)} tensors belong to no model and are ignored: {', '.join(outside[:5])}"
-    yield from dict.fromkeys(note for part in parts.values() for note in part.state.notes)
-    if evidence.prediction is None and family.kind == "sd2" and family.unet.in_channels == family.unet.out_channels:
-        yield f"{evidence.why}; taken as noise. For a model trained at 768 pixels give prediction='v'"
-    if scheduler.get("rescale_betas_zero_snr") or "ztsnr" in parts["unet"].state.weights:
-        yield "it was trained down to no signal at all, which is not built: runs start a little above that"
-
-
-def _config_folder(config: str | Path | None) -> Path | None:
-    if config is None:
-        return None
-    folder = Path(config)
-    if not folder.is_dir():
-        expected = "config= names a folder of JSON files"
-        raise CheckpointError("CKPT_NOT_FOUND", folder, "no such folder", expected=expected)
-    files = [*(f"{name}/config.json" for name in COMPONENTS), "scheduler/scheduler_config.json"]
-    if not any((folder / name).is_file() for name in files):
-        found, expected = "a folder with none of the JSON files", ", ".join(files)
-        raise CheckpointError("CKPT_BAD_CONFIG", config, found, expected=expected)
-    return folder
-
-
-def _existing(source: str | Path, components: tuple[str, ...] = COMPONENTS, **hub: Any) -> Path:
-    """The file or folder that a source names; one of the hub is fetched, as far as `components` need it."""
-    path = DEMO if str(source) == "demo" else Path(source)
-    if path.exists() or path.is_symlink():
-        return path
-    from sdinpaint.hub import fetch, is_hub_id  # noqa: PLC0415 - what is on this machine need not wait for it
-
-    if isinstance(source, str) and is_hub_id(source):
-        return fetch(source, components, **hub)
-    expected = "a .safetensors or .ckpt file, a diffusers folder, a model of the hub ('owner/name'), or 'demo'"
-    raise CheckpointError("CKPT_NOT_FOUND", source, "no such file or folder", expected=expected, hint="check the path")
 
 
 def _device(device: str | torch.device | None) -> torch.device:

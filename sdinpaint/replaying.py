@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from sdinpaint.errors import SettingError
-from sdinpaint.images import Picture, read_picture
+from sdinpaint.images.files import read_settings
+from sdinpaint.images.picture import Picture, read_picture
 from sdinpaint.loading import load
-from sdinpaint.manifest import ALSO, Manifest, arguments, differences, manifest_of, mask_from_text
 from sdinpaint.masks import Mask
-from sdinpaint.picture_io import read_settings
-from sdinpaint.pipeline import Pipeline
-from sdinpaint.results import Result
+from sdinpaint.masks.text import mask_from_text
+from sdinpaint.pipeline.pipeline import Pipeline
+from sdinpaint.pipeline.results import Result
+from sdinpaint.provenance.manifest import ALSO, Manifest, arguments, differences, manifest_of
 
 __all__ = ["Replay", "replay"]
 

@@ -13,6 +13,7 @@ import torch
 from builders import for_text_to_image, random_pipeline, small
 from hub_server import serve
 from huggingface_hub import constants
+from places import DATA
 from recordings import Replay
 from sdinpaint_weights.weights import Entry, Weights
 
@@ -20,7 +21,6 @@ from sdinpaint.families import SD15_INPAINT
 from sdinpaint.sampling import graphs
 from sdinpaint.text.tokenizer import train_tokenizer
 
-DATA = Path(__file__).parent / "data"
 CORPUS = [
     f"a {colour} {shape} on the {side}" for colour in ("red", "blue") for shape in ("fox", "cube") for side in "ab"
 ]

@@ -14,10 +14,10 @@ from builders import as_sd2, as_sdxl, fill, for_text_to_image, random_pipeline, 
 from costs import DRIFT, FALL, MODELS, RECORDED, SUMS, TORCH, Recorder, complaints, measure
 from torch.nn import functional as F
 
-from sdinpaint.batch import Batch
-from sdinpaint.control import Control
 from sdinpaint.models import ControlNet, ControlNetConfig, fused, layers, unet
-from sdinpaint.pipeline import Pipeline
+from sdinpaint.pipeline.control import Control
+from sdinpaint.pipeline.patch_sampling import Batch
+from sdinpaint.pipeline.pipeline import Pipeline
 from sdinpaint.sampling import Denoiser, Known, schedules
 from sdinpaint.text.conditioning import TextConditioner
 
@@ -280,7 +280,7 @@ def test_what_is_done_in_vain_is_named(pipes, recorded, monkeypatch, broken):
 
 
 def test_what_is_spared_is_to_be_recorded(pipes, recorded, monkeypatch):
-    monkeypatch.setattr("sdinpaint.autoencoding._is_finite", lambda outputs: True)
+    monkeypatch.setattr("sdinpaint.models.guarded_vae._is_finite", lambda outputs: True)
     before = recorded["costs"]["decode"]["aten.isfinite"]
     said = complaints(recorded["costs"]["decode"], cost(pipes, "decode"))
     assert any(line.startswith(f"aten.isfinite fell from {before} to 0, cheaper now") for line in said)

@@ -11,9 +11,10 @@ from builders import write_header
 from sdinpaint_weights.layout import identify
 from sdinpaint_weights.native import check_complete, native_state, outside_keys
 
-from sdinpaint.configs import diffusers_configs, schedule_config, text_config, unet_config, vae_config
+from sdinpaint.checkpoints.configs import schedule_config, text_config, unet_config, vae_config
+from sdinpaint.checkpoints.diffusers_configs import diffusers_configs
+from sdinpaint.checkpoints.opening import MODELS, open_checkpoint
 from sdinpaint.families import FAMILIES, SD2, SD2_INPAINT, SD2_V, SD15, SD15_INPAINT, SDXL, SDXL_INPAINT
-from sdinpaint.loading import MODELS, open_checkpoint
 
 FILES = {
     "sd15_base.ldm": SD15,

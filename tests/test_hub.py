@@ -13,10 +13,10 @@ from hub_server import MAIN, read_tree
 from safetensors.torch import load, save
 
 import sdinpaint
+from sdinpaint.checkpoints.opening import DEMO
+from sdinpaint.checkpoints.sources import COMPONENTS
 from sdinpaint.errors import CheckpointError
 from sdinpaint.hub import fetch, is_hub_id, wanted_files
-from sdinpaint.loading import DEMO
-from sdinpaint.sources import COMPONENTS
 
 SETTINGS = [
     "model_index.json",

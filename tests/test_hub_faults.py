@@ -20,12 +20,12 @@ from huggingface_hub import constants
 import sdinpaint
 from sdinpaint import SdInpaintWarning, cli
 from sdinpaint import hub as module
+from sdinpaint.checkpoints.sources import COMPONENTS
 from sdinpaint.cli import common
 from sdinpaint.errors import CheckpointError, TokenizerError
 from sdinpaint.hub import fetch
-from sdinpaint.sources import COMPONENTS
-from sdinpaint.text import tokenizer
-from sdinpaint.text.tokenizer import find_tokenizer
+from sdinpaint.text import finding
+from sdinpaint.text.finding import find_tokenizer
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -209,7 +209,7 @@ def test_offline_asks_nobody(hub, files, monkeypatch, way):
 
 def test_a_missing_vocabulary_is_reported_at_once(nowhere, monkeypatch):
     monkeypatch.delenv("SDINPAINT_TOKENIZER", raising=False)
-    monkeypatch.setattr(tokenizer, "PACKAGE_FILES", {})
+    monkeypatch.setattr(finding, "PACKAGE_FILES", {})
     started = time.monotonic()
     with pytest.raises(TokenizerError, match=r"the download from openai/.* failed: .*refused"):
         find_tokenizer()

@@ -36,7 +36,8 @@ from sdinpaint_weights.files import SourceFile
 from sdinpaint_weights.weights import Entry
 
 import sdinpaint
-from sdinpaint import SdInpaintWarning, loading
+from sdinpaint import SdInpaintWarning
+from sdinpaint.checkpoints import opening
 from sdinpaint.errors import CheckpointError, SettingError, TokenizerError
 from sdinpaint.families import SD15_INPAINT
 
@@ -304,7 +305,7 @@ def test_four_channels(family, vocabulary, tmp_path):
 
 
 def test_demo_is_a_name(saved, pipe, monkeypatch):
-    monkeypatch.setattr(loading, "DEMO", saved)
+    monkeypatch.setattr(opening, "DEMO", saved)
     assert same_models(load("demo"), pipe)
 
 

@@ -7,11 +7,10 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parents[1]
 PACKAGES = {
     "sdinpaint": ROOT / "sdinpaint",
     "sdinpaint_kernels": ROOT / "kernels" / "sdinpaint_kernels",

@@ -10,7 +10,7 @@ from closeness import same_picture
 from PIL import Image
 
 from sdinpaint.errors import CheckpointError, ImageError, SdInpaintError, SettingError
-from sdinpaint.picture_io import read_settings, save_png
+from sdinpaint.images.files import read_settings, save_png
 from sdinpaint.replaying import replay
 
 RNG = np.random.default_rng(2)

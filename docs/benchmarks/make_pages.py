@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sdinpaint.bench.pages import Places, write_pages
+from sdinpaint.bench.report.pages import Places, write_pages
 
 ROOT = Path(__file__).parents[2]
 

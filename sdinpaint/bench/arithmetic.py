@@ -9,7 +9,7 @@ import torch
 
 from sdinpaint.bench.cases import Case, StepInputs
 from sdinpaint.bench.floors import flop_count
-from sdinpaint.loading import open_checkpoint
+from sdinpaint.checkpoints.opening import open_checkpoint
 
 __all__ = ["float32_bytes", "flops_of"]
 

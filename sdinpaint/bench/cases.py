@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sdinpaint.checkpoints.opening import DTYPES
 from sdinpaint.families import Family
-from sdinpaint.loading import DTYPES
 from sdinpaint.sampling.schedules import train_sigmas
 
 __all__ = ["GUIDANCE", "PROMPT", "SEED", "TIMESTEP", "Case", "StepInputs", "picture_and_mask"]

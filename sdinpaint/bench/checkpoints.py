@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from sdinpaint.checkpoints.opening import DEMO, MODELS
 from sdinpaint.families import SD2_INPAINT, SD15_INPAINT, SDXL_INPAINT, Family
-from sdinpaint.loading import DEMO, MODELS, save_diffusers
-from sdinpaint.pipeline import Pipeline
+from sdinpaint.loading import save_diffusers
+from sdinpaint.pipeline.pipeline import Pipeline
 from sdinpaint.text.tokenizer import Tokenizer, train_tokenizer
 
 __all__ = ["DEMO_FAMILY", "FULL_SIZE", "checkpoint_of", "fill", "random_pipeline"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdinpaint.bench.cases import Case
 from sdinpaint.bench.child import Figures
-from sdinpaint.bench.systems import OURS
+from sdinpaint.bench.peers.systems import OURS
 from sdinpaint.errors import NumericError
 from sdinpaint.metrics import psnr
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from sdinpaint.bench.cases import Case
 from sdinpaint.bench.growth import peak_bytes
 from sdinpaint.bench.paintings import paint
-from sdinpaint.bench.systems import PEERS, open_system
+from sdinpaint.bench.peers.systems import PEERS, open_system
 from sdinpaint.errors import SdInpaintError
 
 __all__ = ["Figures", "first_picture", "import_seconds", "in_child"]

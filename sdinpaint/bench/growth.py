@@ -14,9 +14,9 @@ import torch
 
 from sdinpaint.bench.cases import Case
 from sdinpaint.bench.checkpoints import DEMO_FAMILY
-from sdinpaint.bench.systems import OURS
+from sdinpaint.bench.peers.systems import OURS
 from sdinpaint.loading import load
-from sdinpaint.pipeline import Pipeline
+from sdinpaint.pipeline.pipeline import Pipeline
 from sdinpaint.progress import progress_bar
 from sdinpaint.training.scenes import captions, object_mask, random_scene, render
 

@@ -18,10 +18,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sdinpaint.bench.cases import SEED, Case
-from sdinpaint.bench.commands import Command
 from sdinpaint.bench.floors import Floor, flop_count
-from sdinpaint.bench.rows import spread
-from sdinpaint.bench.systems import OURS, SdInpaint
+from sdinpaint.bench.peers.commands import Command
+from sdinpaint.bench.peers.systems import OURS, SdInpaint
+from sdinpaint.bench.report.rows import spread
 from sdinpaint.bench.timing import in_turns, ratio, timed
 from sdinpaint.errors import NumericError
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from sdinpaint.bench.cases import Case
 from sdinpaint.bench.child import Figures, in_child
-from sdinpaint.bench.commands import Command
 from sdinpaint.bench.paintings import DEFAULT, INPAINT, MODES, OUTPAINT
-from sdinpaint.bench.rows import spread
-from sdinpaint.bench.systems import OURS
+from sdinpaint.bench.peers.commands import Command
+from sdinpaint.bench.peers.systems import OURS
+from sdinpaint.bench.report.rows import spread
 from sdinpaint.errors import NumericError
 
 __all__ = ["MODES_PART", "measure_modes"]

@@ -15,8 +15,8 @@ from PIL import Image
 from sdinpaint.bench.cases import GUIDANCE, PROMPT, SEED, Case, picture_and_mask
 from sdinpaint.bench.growth import STATUS, peak_bytes
 from sdinpaint.loading import load
-from sdinpaint.pipeline import Pipeline
-from sdinpaint.results import Result
+from sdinpaint.pipeline.pipeline import Pipeline
+from sdinpaint.pipeline.results import Result
 
 __all__ = ["DEFAULT", "INPAINT", "MODES", "OUTPAINT", "paint"]
 

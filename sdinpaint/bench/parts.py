@@ -17,15 +17,15 @@ from sdinpaint.bench import checks
 from sdinpaint.bench.arithmetic import float32_bytes, flops_of
 from sdinpaint.bench.cases import Case
 from sdinpaint.bench.child import Figures, first_picture, import_seconds, in_child
-from sdinpaint.bench.commands import COMMAND, Command
 from sdinpaint.bench.floors import Floor
 from sdinpaint.bench.growth import free_bytes
 from sdinpaint.bench.kernels import measure_kernels
 from sdinpaint.bench.modes import measure_modes
+from sdinpaint.bench.peers.commands import COMMAND, Command
+from sdinpaint.bench.peers.systems import IMPORTS, OURS, PEERS, System, open_system
 from sdinpaint.bench.quality import QualityOptions
 from sdinpaint.bench.quality import measure_quality as measure_quality_of
-from sdinpaint.bench.rows import spread
-from sdinpaint.bench.systems import IMPORTS, OURS, PEERS, System, open_system
+from sdinpaint.bench.report.rows import spread
 from sdinpaint.bench.timing import in_turns, ratio, timed
 from sdinpaint.errors import NumericError, SdInpaintError
 from sdinpaint.loading import load

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdinpaint.metrics import ring_delta_e, seam
-from sdinpaint.pipeline import Pipeline
+from sdinpaint.pipeline.pipeline import Pipeline
 from sdinpaint.progress import progress_bar
 from sdinpaint.sampling import SAMPLERS
 from sdinpaint.training.evaluate import Case, held_out

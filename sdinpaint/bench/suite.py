@@ -10,16 +10,16 @@ from pathlib import Path
 
 from sdinpaint.bench.cases import Case
 from sdinpaint.bench.checkpoints import DEMO_FAMILY, FULL_SIZE, checkpoint_of
-from sdinpaint.bench.commands import Command
 from sdinpaint.bench.growth import growth_rows
-from sdinpaint.bench.pages import Places
 from sdinpaint.bench.parts import PARTS
-from sdinpaint.bench.rows import Row, append
-from sdinpaint.bench.systems import check_peers
+from sdinpaint.bench.peers.commands import Command
+from sdinpaint.bench.peers.systems import check_peers
+from sdinpaint.bench.report.pages import Places
+from sdinpaint.bench.report.rows import Row, append
+from sdinpaint.checkpoints.opening import DTYPES, open_checkpoint
+from sdinpaint.checks import check_name
 from sdinpaint.errors import SdInpaintError, SettingError
-from sdinpaint.loading import DTYPES, open_checkpoint
 from sdinpaint.progress import progress_bar
-from sdinpaint.sampling.presets import check_name
 
 __all__ = ["ALL", "DTYPE_NAMES", "GROWTH", "Options", "Outcome", "run"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import click
 
-from sdinpaint import __version__
 from sdinpaint.cli.benching import bench
 from sdinpaint.cli.checkpoints import convert, inspect, merge
 from sdinpaint.cli.common import Commands
@@ -12,6 +11,7 @@ from sdinpaint.cli.machine import demo, doctor
 from sdinpaint.cli.masking import mask
 from sdinpaint.cli.painting import inpaint, outpaint, vary
 from sdinpaint.cli.replaying import replay
+from sdinpaint.version import __version__
 
 __all__ = ["main"]
 

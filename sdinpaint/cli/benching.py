@@ -69,8 +69,8 @@ def bench(
         --peer-command 'sd -m {checkpoint} -i {image} --mask {mask} -p "{prompt}" --steps {steps} -o {out}' \\
         --peer-time 'generate_image completed in ([\\d.]+)s'
     """
-    from sdinpaint.bench.commands import Command
-    from sdinpaint.bench.pages import CHECKOUT, Places, tables, write_pages
+    from sdinpaint.bench.peers.commands import Command
+    from sdinpaint.bench.report.pages import CHECKOUT, Places, tables, write_pages
     from sdinpaint.bench.suite import Options, Outcome, run
 
     if len(lines) != len(times):

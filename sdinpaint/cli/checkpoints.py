@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from sdinpaint.cli.common import hub_options, json_option, quiet_option, together
-from sdinpaint.picture_io import SUFFIXES, read_settings
+from sdinpaint.images.files import SUFFIXES, read_settings
 
 __all__ = ["convert", "inspect", "merge"]
 
@@ -30,7 +30,7 @@ def inspect(path: str, as_json: bool, **options: Any) -> None:
       sdinpaint inspect sd-v1-5-inpainting.ckpt
       sdinpaint inspect out.png --json
     """
-    from sdinpaint.inspecting import inspect as report_on
+    from sdinpaint.checkpoints.inspecting import inspect as report_on
 
     if Path(path).suffix.lower() in SUFFIXES:
         click.echo(json.dumps(read_settings(path), indent=2))
@@ -70,7 +70,7 @@ def convert(source: str, target: Path, quiet: bool, **options: Any) -> None:
       sdinpaint convert sd-v1-5-inpainting.ckpt sd-inpainting/ --dtype fp16
       sdinpaint convert sd-inpainting/ sd-inpainting.safetensors
     """
-    from sdinpaint.converting import convert as write
+    from sdinpaint.checkpoints.converting import convert as write
 
     write(source, target, progress=not quiet, **options)
     _say_written(target, quiet)
@@ -92,7 +92,7 @@ def merge(custom: str, out: Path, quiet: bool, **options: Any) -> None:
     Example:
       sdinpaint merge custom.safetensors out.safetensors --base v1-5.ckpt --inpaint sd-v1-5-inpainting.ckpt
     """
-    from sdinpaint.merging import to_inpainting
+    from sdinpaint.checkpoints.merging import to_inpainting
 
     to_inpainting(custom, out, progress=not quiet, **options)
     _say_written(out, quiet)

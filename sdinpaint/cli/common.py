@@ -16,7 +16,7 @@ import click
 from tqdm import tqdm
 
 from sdinpaint.errors import ImageError, SdInpaintError, SdInpaintWarning
-from sdinpaint.picture_io import check_output_path
+from sdinpaint.images.files import check_output_path
 
 __all__ = [
     "BAD_INPUT",

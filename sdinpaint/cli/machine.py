@@ -23,7 +23,7 @@ def demo(out: Path) -> None:
     Example:
       sdinpaint demo --out out
     """
-    from sdinpaint.demonstration import demonstrate
+    from sdinpaint.cli.demonstration import demonstrate
 
     click.echo("Repainting drawn scenes with the included checkpoint ...")
     done = demonstrate(out)
@@ -42,7 +42,7 @@ def doctor(as_json: bool) -> None:
     Example:
       sdinpaint doctor
     """
-    from sdinpaint.doctor import examine
+    from sdinpaint.cli.doctor import examine
 
     found = examine()
     width = max(map(len, found))

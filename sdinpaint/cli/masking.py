@@ -14,10 +14,10 @@ from sdinpaint.cli.common import Option, check_output, json_option, together
 from sdinpaint.cli.edits import InOrder, apply_edits, edit_options, open_edits
 from sdinpaint.cli.values import BOX, COLOR, POINT, SIZE, STROKE
 from sdinpaint.errors import ImageError
-from sdinpaint.picture_io import save_png
+from sdinpaint.images.files import save_png
 
 if TYPE_CHECKING:
-    from sdinpaint.images import Picture
+    from sdinpaint.images.picture import Picture
     from sdinpaint.masks import Cover, Mask
 
 __all__ = ["mask"]
@@ -56,7 +56,7 @@ def mask() -> None:
 
 
 def _picture(image: str) -> Picture:
-    from sdinpaint.images import read_picture
+    from sdinpaint.images.picture import read_picture
 
     return read_picture(image)
 

@@ -12,7 +12,7 @@ import click
 
 from sdinpaint.cli.common import check_output, hub_options, json_option, quiet_option, together
 from sdinpaint.cli.values import CROP, SIZE
-from sdinpaint.picture_io import save_png
+from sdinpaint.images.files import save_png
 
 __all__ = ["LOADING", "inpaint", "model_options", "outpaint", "vary"]
 
@@ -221,11 +221,12 @@ def _paint(
     **options: Any,
 ) -> None:
     """Run a pipeline's method of that name for every seed."""
-    from sdinpaint.extending import canvas_for
-    from sdinpaint.images import read_picture
+    from sdinpaint.checks import check_prompt
+    from sdinpaint.images.canvas import canvas_for
+    from sdinpaint.images.picture import read_picture
     from sdinpaint.loading import load
     from sdinpaint.masks import Mask, read_mask
-    from sdinpaint.settings import Settings, check_prompt, check_seed, require_no_control
+    from sdinpaint.pipeline.settings import Settings, check_seed, require_no_control
 
     # All that can be wrong beside the model is found before the model is loaded.
     drawn = [check_seed(seed) for seed in seeds or (None,)]

@@ -10,7 +10,7 @@ import click
 
 from sdinpaint.cli.common import check_output
 from sdinpaint.cli.painting import LOADING, model_options
-from sdinpaint.picture_io import check_output_path
+from sdinpaint.images.files import check_output_path
 
 __all__ = ["replay"]
 
@@ -48,9 +48,9 @@ def replay(
     Example:
       sdinpaint replay out.png
     """
+    from sdinpaint.images.files import read_settings
     from sdinpaint.loading import load
-    from sdinpaint.manifest import manifest_of
-    from sdinpaint.picture_io import read_settings
+    from sdinpaint.provenance.manifest import manifest_of
     from sdinpaint.replaying import replay as make_again
 
     if out is not None:

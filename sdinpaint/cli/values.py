@@ -8,7 +8,7 @@ from typing import Any
 import click
 from PIL import ImageColor
 
-from sdinpaint.boxes import Box
+from sdinpaint.images.boxes import Box
 
 __all__ = ["BOX", "COLOR", "CROP", "POINT", "SIZE", "STROKE", "Value"]
 

@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sdinpaint.boxes import Box
-from sdinpaint.errors import MaskError, SettingError
-from sdinpaint.picture_io import MAX_PIXELS
+from sdinpaint.errors import MaskError
+from sdinpaint.images.boxes import Box
+from sdinpaint.images.files import MAX_PIXELS
 
-__all__ = ["require_box", "require_number", "require_points", "require_size", "require_whole"]
+__all__ = ["require_box", "require_points", "require_size"]
 
 FARTHEST = 100_000
 """Coordinates beyond this are mistakes; Pillow would take minutes over an ellipse, and wrap around further out."""
-
-
-def require_number(subject: str, name: str, value: Any, low: float = 0, high: float = math.inf) -> float:
-    """A finite number from `low` to `high`. Raises: SettingError naming `subject`, a verb, and its argument."""
-    try:
-        number = float(value) if isinstance(value, Real) and not isinstance(value, bool | np.bool_) else math.nan
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number) or not low <= number <= high:
-        expected = f"a number of at least {low:g}" if math.isinf(high) else f"a number from {low:g} to {high:g}"
-        raise SettingError(f"SETTING_{name.upper()}", f"{subject}: {name}", f"{value!r}", expected=expected)
-    return number
-
-
-def require_whole(subject: str, name: str, value: Any, low: int, high: float = math.inf) -> int:
-    """A whole number from `low` to `high`. Raises: SettingError naming `subject`, a verb, and its argument."""
-    number = require_number(subject, name, value, low, high)
-    if number != int(number):
-        raise SettingError(f"SETTING_{name.upper()}", f"{subject}: {name}", f"{value!r}", expected="a whole number")
-    return int(number)
 
 
 def require_size(subject: str, size: Any) -> tuple[int, int]:

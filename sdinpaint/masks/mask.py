@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from PIL import Image
 
-from sdinpaint import images
-from sdinpaint.boxes import Box
 from sdinpaint.errors import ImageError, MaskError
+from sdinpaint.images import picture
+from sdinpaint.images.boxes import Box
+from sdinpaint.images.files import check_output_path, write_picture
+from sdinpaint.images.sheets import tinted
 from sdinpaint.masks import picking, segmenting, shapes, verbs
 from sdinpaint.masks.checks import require_size
 from sdinpaint.masks.reading import Hole, Soft, Source, binarize, read_mask, read_own_size
 from sdinpaint.masks.report import Cover, MaskReport, report
-from sdinpaint.picture_io import check_output_path, write_picture
-from sdinpaint.sheets import tinted
 
 __all__ = ["Mask"]
 
@@ -119,20 +119,20 @@ class Mask:
         return cls(read_own_size(path, "mask"))
 
     @classmethod
-    def from_alpha(cls, image: images.Source, *, opaque: bool = False) -> Mask:
+    def from_alpha(cls, image: picture.Source, *, opaque: bool = False) -> Mask:
         """What is transparent in a picture is repainted; with `opaque` what is opaque."""
-        visible = cls(picking.by_alpha(images.read_picture(image)))
+        visible = cls(picking.by_alpha(picture.read_picture(image)))
         return visible if opaque else ~visible
 
     @classmethod
-    def from_color(cls, image: images.Source, color: str | Sequence[int], tolerance: float = 24) -> Mask:
+    def from_color(cls, image: picture.Source, color: str | Sequence[int], tolerance: float = 24) -> Mask:
         """The pixels of a colour: (red, green, blue) or a name; each may be off by `tolerance` of 255."""
-        return cls(picking.by_color(images.read_picture(image), color, tolerance))
+        return cls(picking.by_color(picture.read_picture(image), color, tolerance))
 
     @classmethod
-    def from_luminance(cls, image: images.Source, low: float = 0.5, high: float = 1.0) -> Mask:
+    def from_luminance(cls, image: picture.Source, low: float = 0.5, high: float = 1.0) -> Mask:
         """The pixels whose Rec. 601 luma is from `low` to `high`, where 0 is black and 1 is white."""
-        return cls(picking.by_luminance(images.read_picture(image), low, high))
+        return cls(picking.by_luminance(picture.read_picture(image), low, high))
 
     @classmethod
     def from_labels(cls, labels: Any, ids: int | Iterable[int], size: tuple[int, int] | None = None) -> Mask:
@@ -184,7 +184,7 @@ class Mask:
     @classmethod
     def grabcut(
         cls,
-        image: images.Source,
+        image: picture.Source,
         box: Sequence[int] | None = None,
         keep: Source | None = None,
         repaint: Source | None = None,
@@ -196,14 +196,14 @@ class Mask:
         return cls(segmenting.grabcut(rgb, box, kept, repainted, iterations))
 
     @classmethod
-    def flood(cls, image: images.Source, point: Sequence[float], tolerance: float = 0.1) -> Mask:
+    def flood(cls, image: picture.Source, point: Sequence[float], tolerance: float = 0.1) -> Mask:
         """What is coloured like the pixel at a point and joined to it. See segmenting.flood."""
         return cls(segmenting.flood(_pixels(image), point, tolerance))
 
     @classmethod
     def region(
         cls,
-        image: images.Source,
+        image: picture.Source,
         point: Sequence[float],
         scale: float = 200.0,
         sigma: float = 0.8,
@@ -215,7 +215,7 @@ class Mask:
     @classmethod
     def sam(
         cls,
-        image: images.Source,
+        image: picture.Source,
         model: Any,
         *,
         points: Sequence[Sequence[float]] = (),
@@ -229,7 +229,7 @@ class Mask:
         return cls(prompting.sam(_pixels(image), model, points, keep_points, box, threshold))
 
     @classmethod
-    def clipseg(cls, image: images.Source, text: str | Sequence[str], model: Any, threshold: float = 0.5) -> Mask:
+    def clipseg(cls, image: picture.Source, text: str | Sequence[str], model: Any, threshold: float = 0.5) -> Mask:
         """What a CLIPSeg model takes for the thing that `text` names. See prompting.clipseg."""
         from sdinpaint.masks import prompting  # noqa: PLC0415 - as in sam
 
@@ -294,7 +294,7 @@ class Mask:
         """A picture of mode L: white is repainted. Soft values are rounded to 256 levels."""
         return Image.fromarray(np.rint(self._array * 255).astype(np.uint8))
 
-    def over(self, image: images.Source) -> Image.Image:
+    def over(self, image: picture.Source) -> Image.Image:
         """A picture (RGB) with the mask over it in a bright colour."""
         rgb = _pixels(image)
         mask = read_mask(self, rgb.shape[:2])
@@ -314,8 +314,8 @@ class Mask:
         return stream.getvalue()
 
 
-def _pixels(image: images.Source) -> NDArray[np.uint8]:
-    return images.read_picture(image).opaque()
+def _pixels(image: picture.Source) -> NDArray[np.uint8]:
+    return picture.read_picture(image).opaque()
 
 
 def _scribble(mask: Source | None, rgb: NDArray[np.uint8], argument: str) -> Hole | None:

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
+from sdinpaint.checks import require_number
 from sdinpaint.errors import MaskError, SettingError
-from sdinpaint.images import Picture
-from sdinpaint.masks.checks import require_number
+from sdinpaint.images.files import decode, open_image
+from sdinpaint.images.picture import Picture
 from sdinpaint.masks.reading import Hole, Soft
-from sdinpaint.picture_io import decode, open_image
 
 __all__ = ["by_alpha", "by_color", "by_label", "by_luminance"]
 

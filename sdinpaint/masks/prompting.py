@@ -21,10 +21,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sdinpaint.checks import need, quietly, require_number
 from sdinpaint.errors import MaskError, NumericError, SettingError
-from sdinpaint.extras import need, quietly
 from sdinpaint.hub import is_hub_id
-from sdinpaint.masks.checks import require_number
 from sdinpaint.masks.reading import Hole
 from sdinpaint.masks.segmenting import Point, Rgb, require_box_inside, require_points_inside
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdinpaint.errors import MaskError, warn
-from sdinpaint.picture_io import DEEP_MODES, decode, open_image
+from sdinpaint.images.files import DEEP_MODES, decode, open_image
 
 __all__ = ["CELL", "Hole", "Soft", "Source", "binarize", "is_empty", "looks_inverted", "masked_image", "read_mask"]
 __all__ += ["read_own_size", "to_latent"]

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdinpaint.boxes import Box
+from sdinpaint.checks import need
 from sdinpaint.errors import MaskError, SettingError
-from sdinpaint.extras import need
-from sdinpaint.images import pad_to_multiple
+from sdinpaint.images.boxes import Box
+from sdinpaint.images.picture import pad_to_multiple
 from sdinpaint.masks.reading import CELL, Hole, binarize, looks_inverted, to_latent
 
 __all__ = ["Cover", "MaskReport", "report"]

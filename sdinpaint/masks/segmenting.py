@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdinpaint.boxes import Box
+from sdinpaint.checks import need, require_number, require_whole
 from sdinpaint.errors import MaskError
-from sdinpaint.extras import need
-from sdinpaint.masks.checks import require_box, require_number, require_points, require_whole
+from sdinpaint.images.boxes import Box
+from sdinpaint.masks.checks import require_box, require_points
 from sdinpaint.masks.reading import Hole
 
 __all__ = ["flood", "grabcut", "region", "require_box_inside", "require_points_inside"]

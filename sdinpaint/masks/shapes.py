@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from sdinpaint.checks import require_whole
 from sdinpaint.errors import MaskError
-from sdinpaint.masks.checks import FARTHEST, require_box, require_points, require_size, require_whole
+from sdinpaint.masks.checks import FARTHEST, require_box, require_points, require_size
 from sdinpaint.masks.reading import Hole
 
 __all__ = ["box", "ellipse", "polygon", "strokes"]

@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from sdinpaint.boxes import Box
+from sdinpaint.checks import need, require_number, require_whole
 from sdinpaint.errors import SettingError
-from sdinpaint.extras import need
-from sdinpaint.images import pad_to_multiple
-from sdinpaint.masks.checks import require_number, require_size, require_whole
+from sdinpaint.images.boxes import Box
+from sdinpaint.images.picture import pad_to_multiple
+from sdinpaint.masks.checks import require_size
 from sdinpaint.masks.reading import Hole, Soft, binarize, to_latent
 from sdinpaint.masks.report import Cover
 

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sdinpaint.checks import need
 from sdinpaint.errors import SettingError
-from sdinpaint.extras import need
 from sdinpaint.metrics.inputs import check_pictures
 
 __all__ = ["fid", "lpips"]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdinpaint.masks.checks import require_whole
+from sdinpaint.checks import require_whole
 from sdinpaint.metrics.colour import Lab, delta_e, to_lab
 from sdinpaint.metrics.inputs import check_hole, check_pictures
 from sdinpaint.metrics.likeness import gaussian, smoothed

@@ -2,8 +2,8 @@
 
 from sdinpaint.sampling import samplers, schedules
 from sdinpaint.sampling.denoiser import Conditioning, Denoiser
-from sdinpaint.sampling.known import Known, blend_known, blend_soft, restore_known, soft_masks, start_soft
-from sdinpaint.sampling.presets import SAMPLERS, Sampler, Spacing, find_sampler, find_spacing, schedule
+from sdinpaint.sampling.masked import Known, blend_known, blend_soft, restore_known, soft_masks, start_soft
+from sdinpaint.sampling.registry import SAMPLERS, Sampler, Spacing, find_sampler, find_spacing, schedule
 
 __all__ = [
     "SAMPLERS",

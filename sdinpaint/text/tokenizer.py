@@ -7,22 +7,18 @@ only if its merges are, by sha256, the ones that the released text encoders were
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-import huggingface_hub
 import tokenizers
 import torch
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from sdinpaint.errors import CheckpointError, SettingError, TokenizerError, warn
+from sdinpaint.errors import SettingError, warn
 from sdinpaint.text.vocabulary import (
-    CLIP_ROWS,
     END,
     START,
     SUFFIX,
@@ -30,41 +26,14 @@ from sdinpaint.text.vocabulary import (
     byte_symbols,
     clip_layout,
     read_vocabulary,
-    require_fitting,
 )
 
-__all__ = ["CONTEXT_LENGTH", "Tokenizer", "find_tokenizer", "train_tokenizer"]
+__all__ = ["CONTEXT_LENGTH", "Tokenizer", "train_tokenizer"]
 
 CONTEXT_LENGTH = 77
 
 # openai/CLIP clip/simple_tokenizer.py SimpleTokenizer.pat; the text is lower case by then
 WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-
-VARIABLE = "SDINPAINT_TOKENIZER"
-HUB_FILE = ("openai/clip-vit-large-patch14", "tokenizer.json")
-CACHED_FILES = (
-    HUB_FILE,
-    ("openai/clip-vit-large-patch14", "vocab.json"),
-    ("stable-diffusion-v1-5/stable-diffusion-inpainting", "tokenizer/vocab.json"),
-    ("stable-diffusion-v1-5/stable-diffusion-v1-5", "tokenizer/vocab.json"),
-    ("runwayml/stable-diffusion-inpainting", "tokenizer/vocab.json"),
-    ("runwayml/stable-diffusion-v1-5", "tokenizer/vocab.json"),
-    ("CompVis/stable-diffusion-v1-4", "tokenizer/vocab.json"),
-    ("stabilityai/stable-diffusion-2-inpainting", "tokenizer/vocab.json"),
-    ("stabilityai/stable-diffusion-xl-base-1.0", "tokenizer/vocab.json"),
-    ("diffusers/stable-diffusion-xl-1.0-inpainting-0.1", "tokenizer/vocab.json"),
-)
-PACKAGE_FILES = {
-    "open_clip": "bpe_simple_vocab_16e6.txt.gz",
-    "clip": "bpe_simple_vocab_16e6.txt.gz",
-    "refiners": "foundationals/clip/bpe_simple_vocab_16e6.txt.gz",
-}
-OWN_WAY = "sdinpaint.load(..., tokenizer='PATH')   # a tokenizer/ folder, tokenizer.json or bpe_*.txt.gz"
-CLIP_WAYS = f"""one of these:
-    pip install --no-deps open_clip_torch   # ships the vocabulary; it is found without being imported
-    hf download {" ".join(HUB_FILE)}   # once, with network
-    {OWN_WAY}
-    export {VARIABLE}=PATH   # the same for every run"""
 
 
 class Tokenizer:
@@ -190,78 +159,6 @@ def train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Tokenizer:
     encoder = _encoder(models.BPE(end_of_word_suffix=SUFFIX))
     encoder.train_from_iterator(corpus, trainer)
     return Tokenizer.from_merges([(left, right) for left, right in json.loads(encoder.to_str())["model"]["merges"]])
-
-
-def find_tokenizer(
-    explicit: Tokenizer | Path | str | None = None,
-    model_folder: Path | str | None = None,
-    embedding_rows: int = CLIP_ROWS,
-    offline: bool | None = None,
-    *,
-    pad_id: int | None = None,
-) -> Tokenizer:
-    """Find the vocabulary of a text encoder with `embedding_rows` rows; the first place that has one decides.
-
-    Looked at: `explicit`; the variable SDINPAINT_TOKENIZER (*); `model_folder`/tokenizer; the Hugging Face cache (*);
-    installed packages that ship it, none of which is imported (*); the hub (*), unless `offline` (None: as the
-    variable HF_HUB_OFFLINE says). (*): only for CLIP's 49,408 rows; other vocabularies come with their model.
-    Raises TokenizerError when there is none (listing the ways to get one), or when a given one does not fit.
-    """
-    if isinstance(explicit, Tokenizer):
-        require_fitting(explicit.vocab, explicit.merges, embedding_rows, "tokenizer")
-        return explicit
-    own = Path(model_folder, "tokenizer") if model_folder is not None else None
-    shared = os.environ.get(VARIABLE) if embedding_rows == CLIP_ROWS else None
-    given = explicit or shared or (own if own is not None and own.is_dir() else None)
-    if given is not None:
-        return _fitting(Path(given), embedding_rows, pad_id)
-    if embedding_rows == CLIP_ROWS:
-        return _find_clip(_offline() if offline is None else offline, pad_id)
-    found = f"the text encoder has {embedding_rows} embedding rows, so its vocabulary is not CLIP's, and none is given"
-    raise TokenizerError("TOKENIZER_NOT_FOUND", "tokenizer", found, expected="a tokenizer/ folder", hint=OWN_WAY)
-
-
-def _find_clip(offline: bool, pad_id: int | None) -> Tokenizer:
-    rejected = []
-    for path in (*_cached_files(), *_package_files()):
-        try:
-            return _fitting(path, CLIP_ROWS, pad_id)
-        except TokenizerError as error:
-            rejected.append(f"{error.subject} has {error.found}")
-    if not offline:
-        from sdinpaint.hub import fetch  # noqa: PLC0415 - who has the vocabulary need not wait for it
-
-        try:
-            return _fitting(fetch(":".join(HUB_FILE), progress=False), CLIP_ROWS, pad_id)
-        except (CheckpointError, TokenizerError) as error:
-            rejected.append(f"the download from {HUB_FILE[0]} failed: {error.found}")
-    found = "; ".join(["CLIP's vocabulary is not on this machine", *rejected])
-    expected = "the vocabulary of the text encoder, which a checkpoint in one file does not hold"
-    raise TokenizerError("TOKENIZER_NOT_FOUND", "tokenizer", found, expected=expected, hint=CLIP_WAYS)
-
-
-def _fitting(path: Path, rows: int, pad_id: int | None) -> Tokenizer:
-    return Tokenizer(*read_vocabulary(path, rows), pad_id=pad_id)
-
-
-def _cached_files() -> Iterator[Path]:
-    for repository, name in CACHED_FILES:
-        cached = huggingface_hub.try_to_load_from_cache(repository, name)
-        if isinstance(cached, str):
-            yield Path(cached)
-
-
-def _package_files() -> Iterator[Path]:
-    for package, name in PACKAGE_FILES.items():
-        # find_spec imports nothing for a top-level name; only a package, not a stray clip.py, has locations
-        spec = importlib.util.find_spec(package)
-        for location in (spec.submodule_search_locations or ()) if spec is not None else ():
-            if Path(location, name).is_file():
-                yield Path(location, name)
-
-
-def _offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def _encoder(model: models.BPE) -> tokenizers.Tokenizer:

@@ -11,7 +11,7 @@ import torch
 
 from sdinpaint.families import SD15_INPAINT
 from sdinpaint.loading import save_diffusers
-from sdinpaint.pipeline import Pipeline
+from sdinpaint.pipeline.pipeline import Pipeline
 from sdinpaint.training import autoencoder, curves, inpainting
 
 

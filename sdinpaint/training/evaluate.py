@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sdinpaint.pipeline import Pipeline
+from sdinpaint.pipeline.pipeline import Pipeline
 from sdinpaint.training.judge import judge
 from sdinpaint.training.scenes import COLORS, SHAPES, object_mask, random_scene, render, without
 

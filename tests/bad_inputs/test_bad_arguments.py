@@ -15,11 +15,11 @@ from PIL import Image
 from refusals import IMAGE, INF, MASK, NAN, inpaint, load, refused
 
 from sdinpaint import SdInpaintWarning
-from sdinpaint.batch import Batch
 from sdinpaint.errors import ImageError, MaskError, SettingError
-from sdinpaint.extending import ANCHORS, EXTENDING_FILLS
-from sdinpaint.fills import FILLS
-from sdinpaint.settings import BLENDS, COVERS, REGIONS
+from sdinpaint.images.canvas import ANCHORS, EXTENDING_FILLS
+from sdinpaint.images.fills import FILLS
+from sdinpaint.pipeline.patch_sampling import Batch
+from sdinpaint.pipeline.settings import BLENDS, COVERS, REGIONS
 
 
 @pytest.fixture

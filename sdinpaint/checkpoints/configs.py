@@ -1,0 +1,276 @@
+"""A checkpoint's configuration: sizes from the shapes of its tensors, and what shapes cannot tell from its JSON files.
+
+The weights decide: a number in a JSON file is used only where no shape tells it, and only if it fits the shapes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sdinpaint.errors import CheckpointError
+from sdinpaint.families import (
+    Family,
+    Prediction,
+    ScheduleConfig,
+    TextConfig,
+    UNetConfig,
+    VAEConfig,
+)
+from sdinpaint.models import ControlNetConfig
+from sdinpaint.sampling.schedules import train_sigmas
+
+Shapes = Mapping[str, tuple[int, ...]]
+Json = Mapping[str, Any]
+
+__all__ = [
+    "check_fit",
+    "controlnet_config",
+    "prediction_in",
+    "schedule_config",
+    "text_config",
+    "unet_config",
+    "vae_config",
+    "whole_number",
+]
+
+HEAD_DIM = 64  # of every CLIP text encoder
+PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v"}
+
+
+def unet_config(shapes: Shapes, json: Json, base: UNetConfig, where: Path) -> UNetConfig:
+    """The UNet of which these are the native shapes. Raises: CheckpointError for a number that fits no shape."""
+    try:
+        config = _unet_sizes(shapes, base)
+    except (KeyError, IndexError, ValueError, ZeroDivisionError):
+        config = base  # something is missing; comparing with the whole family names it best
+    channels = whole_number(json, "in_channels", config.in_channels, where)
+    if channels != config.in_channels:
+        _refuse(where, "in_channels", channels, f"{config.in_channels}, as the weights have")
+    groups = whole_number(json, "norm_num_groups", base.norm_groups, where)
+    heads = json.get("num_attention_heads") or json.get("attention_head_dim")  # the latter is the number of heads
+    widths = [config.model_channels * mult for mult in config.channel_mult]
+    _check_divides(where, "norm_num_groups", groups, widths)
+    if isinstance(heads, list):
+        dims = {
+            width // count for width, count in zip(widths, heads, strict=False) if isinstance(count, int) and count > 0
+        }
+        if len(dims) != 1:
+            _refuse(where, "attention_head_dim", heads, "numbers of heads that give one head size")
+        return replace(config, norm_groups=groups, num_heads=None, head_dim=dims.pop())
+    if heads is not None:
+        count = whole_number({"attention_head_dim": heads}, "attention_head_dim", 0, where)
+        _check_divides(where, "attention_head_dim", count, widths)
+        return replace(config, norm_groups=groups, num_heads=count, head_dim=None)
+    return replace(config, norm_groups=groups)
+
+
+def _unet_sizes(shapes: Shapes, base: UNetConfig) -> UNetConfig:
+    first = shapes["input_blocks.0.0.weight"]
+    rows = _count(shapes, r"input_blocks\.(\d+)\.")
+    halvings = [row for row in range(rows) if f"input_blocks.{row}.0.op.weight" in shapes]
+    levels = [range(a + 1, b) for a, b in zip([0, *halvings], [*halvings, rows], strict=True)]
+    widths = [shapes[f"input_blocks.{level[-1]}.0.in_layers.2.weight"][0] for level in levels]
+    contexts = [shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")]
+    projections = [len(shape) for name, shape in shapes.items() if name.endswith(".proj_in.weight")]
+    vector = shapes.get("label_emb.0.0.weight")
+    return replace(
+        base,
+        in_channels=first[1],
+        out_channels=shapes["out.2.weight"][0],
+        model_channels=first[0],
+        channel_mult=tuple(width // first[0] for width in widths),
+        num_res_blocks=len(levels[0]),
+        transformer_depth=tuple(
+            _count(shapes, rf"input_blocks\.{level[0]}\.1\.transformer_blocks\.(\d+)\.") for level in levels
+        ),
+        middle_depth=_count(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\."),
+        context_dim=contexts[0],
+        linear_projection=projections[0] == 2,
+        vector_dim=vector[1] if vector else None,
+    )
+
+
+def vae_config(shapes: Shapes, json: Json, base: VAEConfig, where: Path) -> VAEConfig:
+    """The autoencoder of which these are the native shapes. Raises: CheckpointError for a number that fits no shape."""
+    try:
+        config = _vae_sizes(shapes, base)
+    except (KeyError, IndexError, ValueError, ZeroDivisionError):
+        config = base
+    groups = whole_number(json, "norm_num_groups", base.norm_groups, where)
+    _check_divides(where, "norm_num_groups", groups, [config.channels * mult for mult in config.channel_mult])
+    return replace(
+        config, norm_groups=groups, scaling_factor=_positive(json, "scaling_factor", base.scaling_factor, where)
+    )
+
+
+def _vae_sizes(shapes: Shapes, base: VAEConfig) -> VAEConfig:
+    first, latent = shapes["encoder.conv_in.weight"], shapes["decoder.conv_in.weight"]
+    levels = _count(shapes, r"encoder\.down\.(\d+)\.")
+    widths = [shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(levels)]
+    return replace(
+        base,
+        in_channels=first[1],
+        latent_channels=latent[1],
+        channels=first[0],
+        channel_mult=tuple(width // first[0] for width in widths),
+        num_res_blocks=_count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
+    )
+
+
+def text_config(shapes: Shapes, json: Json, base: TextConfig, where: Path) -> TextConfig:
+    """The text encoder of which these are the native shapes. Raises: CheckpointError for a number that fits none."""
+    try:
+        tokens = shapes["text_model.embeddings.token_embedding.weight"]
+        config = replace(
+            base,
+            vocab_size=tokens[0],
+            width=tokens[1],
+            context_length=shapes["text_model.embeddings.position_embedding.weight"][0],
+            mlp_width=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
+            num_layers=_count(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
+            num_heads=max(tokens[1] // HEAD_DIM, 1),
+        )
+    except (KeyError, IndexError):
+        config = base
+    if base.projection_dim is not None:
+        config = replace(config, projection_dim=shapes.get("text_projection.weight", (base.projection_dim,))[0])
+    heads = whole_number(json, "num_attention_heads", config.num_heads, where)
+    _check_divides(where, "num_attention_heads", heads, [config.width])
+    activation = json.get("hidden_act", base.activation)
+    if activation not in ("quick_gelu", "gelu"):
+        _refuse(where, "hidden_act", activation, "'quick_gelu' or 'gelu'")
+    return replace(config, num_heads=heads, activation=activation)
+
+
+def schedule_config(json: Json, base: ScheduleConfig, where: Path) -> ScheduleConfig:
+    """The trained schedule as `scheduler_config.json` gives it. Raises: CheckpointError for a kind not built here."""
+    kind = json.get("beta_schedule", "scaled_linear")
+    if kind != "scaled_linear" or json.get("trained_betas") is not None:
+        _refuse(where, "beta_schedule", "trained_betas" if kind == "scaled_linear" else kind, "'scaled_linear'")
+    schedule = replace(
+        base,
+        train_steps=whole_number(json, "num_train_timesteps", base.train_steps, where),
+        beta_start=_positive(json, "beta_start", base.beta_start, where),
+        beta_end=_positive(json, "beta_end", base.beta_end, where),
+        prediction=prediction_in(json, where) or base.prediction,
+        steps_offset=whole_number({"steps_offset": 1, **json}, "steps_offset", base.steps_offset, where, low=0),
+        end_at_zero=bool(json.get("set_alpha_to_one", base.end_at_zero)),
+    )
+    if not bool(train_sigmas(schedule).isfinite().all()):
+        _refuse(where, "beta_end", schedule.beta_end, "betas below 1 that leave some signal at the last step")
+    return schedule
+
+
+def prediction_in(json: Json, where: Path) -> Prediction | None:
+    """What `scheduler_config.json` says the UNet predicts; None where it says nothing. Raises: CheckpointError."""
+    if "prediction_type" not in json:
+        return None
+    name = json["prediction_type"]
+    if not isinstance(name, str) or name not in PREDICTIONS:
+        _refuse(where, "prediction_type", name, " or ".join(map(repr, PREDICTIONS)))
+    return PREDICTIONS[name]
+
+
+def check_fit(family: Family, where: Path) -> None:
+    """Compare the components with each other. Raises: CheckpointError naming the two that do not fit."""
+    unet, vae = family.unet, family.vae
+    width = sum(text.width for text in family.texts)
+    if unet.context_dim != width:
+        made = " + ".join(str(text.width) for text in family.texts)
+        found = f"the UNet reads text states {unet.context_dim} wide, the text encoder makes them {made} wide"
+        raise CheckpointError("CKPT_MISMATCH", where, found, hint="take both from one model")
+    rows = {text.vocab_size for text in family.texts}
+    if len(rows) > 1:
+        found = f"text encoders of {' and '.join(str(text.vocab_size) for text in family.texts)} tokens"
+        raise CheckpointError("CKPT_MISMATCH", where, found, expected="one vocabulary", hint="take both from one model")
+    pooled = family.texts[-1].projection_dim
+    if unet.vector_dim is not None and (pooled is None or unet.vector_dim <= pooled or (unet.vector_dim - pooled) % 12):
+        found = f"the UNet reads a vector of {unet.vector_dim} numbers, the pooled text has {pooled}"
+        expected = "the pooled text, and as many cosines and sines for each of six sizes"
+        raise CheckpointError("CKPT_MISMATCH", where, found, expected=expected, hint="take both from one model")
+    takes_mask = unet.out_channels + 1 + vae.latent_channels
+    if unet.out_channels != vae.latent_channels or unet.in_channels not in (unet.out_channels, takes_mask):
+        found = f"a UNet of {unet.in_channels} to {unet.out_channels} channels, a VAE of {vae.latent_channels}"
+        expected = "9 to 4 channels (inpainting) or 4 to 4 (text to image), and a VAE of 4"
+        raise CheckpointError("CKPT_CHANNELS", where, found, expected=expected, hint="give an inpainting checkpoint")
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    """One more than the largest number that `pattern` finds; 0 where it finds none."""
+    compiled = re.compile(pattern)
+    return max((int(match[1]) + 1 for name in shapes if (match := compiled.match(name))), default=0)
+
+
+def whole_number(json: Json, name: str, default: int, where: Path, low: int = 1) -> int:
+    """A whole number of a JSON table, `default` where it has none. Raises: CheckpointError."""
+    value = json.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= 2**20:
+        _refuse(where, name, value, f"a whole number from {low}")
+    return int(value)
+
+
+def _positive(json: Json, name: str, default: float, where: Path) -> float:
+    value = json.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
+        _refuse(where, name, value, "a positive number")
+    return float(value)
+
+
+def _check_divides(where: Path, name: str, number: int, widths: list[int]) -> None:
+    if any(width % number for width in widths):
+        _refuse(where, name, number, f"a number that divides the widths {widths}")
+
+
+def _refuse(where: Path, name: str, value: object, expected: str) -> None:
+    hint = "give the configuration that belongs to these weights: config=FOLDER"
+    raise CheckpointError("CKPT_BAD_CONFIG", where, f"{name} is {value!r}", expected=expected, hint=hint)
+
+
+HINT_WIDTHS = (16, 32, 96, 256)
+"""Of all released ones; a file's own are read off its shapes."""
+HINT_WEIGHT = re.compile(r"input_hint_block\.(\d+)\.weight")
+ALIKE = ("model_channels", "channel_mult", "num_res_blocks", "context_dim", "vector_dim")
+"""What a ControlNet shares with its UNet."""
+BUILT = {"controlnet_conditioning_channel_order": "rgb", "global_pool_conditions": False}
+"""Settings of diffusers that change what is computed, with what is built here; no shape tells them."""
+KINDS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
+"""By the width of the text states."""
+
+
+def controlnet_config(shapes: Shapes, json: Json, unet: UNetConfig, where: Path) -> ControlNetConfig:
+    """The ControlNet of which these are the native shapes, for this UNet.
+
+    Raises: CheckpointError for one of another family or kind, and for a number that fits no shape.
+    """
+    for name, built in BUILT.items():
+        if json.get(name) not in (None, built):
+            said, hint = f"{name} is {json[name]!r}", "give another ControlNet"
+            raise CheckpointError("CKPT_BAD_CONFIG", where, said, expected=repr(built), hint=hint)
+    # its way down is the UNet's; of the way up, which it lacks, only the last layer tells a size
+    end = {"out.2.weight": (unet.out_channels, unet.model_channels, 3, 3)}
+    found = unet_config({**shapes, **end}, json, unet, where)
+    if any(getattr(found, name) != getattr(unet, name) for name in ALIKE):
+        hint = "give a ControlNet that was trained for the family of the checkpoint"
+        raise CheckpointError(
+            "CKPT_MISMATCH",
+            where,
+            f"a ControlNet for {_kind(found)}",
+            expected=f"one for {_kind(unet)}, as the UNet has them",
+            hint=hint,
+        )
+    rows = sorted(int(match[1]) for name in shapes if (match := HINT_WEIGHT.fullmatch(name)))
+    widths = tuple(shapes[f"input_hint_block.{row}.weight"][0] for row in rows[:-1:2])
+    return ControlNetConfig(unet=replace(found, in_channels=unet.out_channels), hint_widths=widths or HINT_WIDTHS)
+
+
+def _kind(unet: UNetConfig) -> str:
+    name = KINDS.get(unet.context_dim, "an unknown model")
+    return f"{name}: text states {unet.context_dim} wide, {unet.model_channels} channels times {unet.channel_mult}"

@@ -1,0 +1,326 @@
+"""Write checkpoints in another layout or dtype, tensor by tensor: memory does not grow with their size."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from sdinpaint_weights.atomic import atomic_folder
+from sdinpaint_weights.edits import apply, shape_after
+from sdinpaint_weights.export import FILES, Target, export_plan
+from sdinpaint_weights.files import SourceFile
+from sdinpaint_weights.native import NativeState
+from sdinpaint_weights.stream import Item, not_written, require_space, write_stream
+
+from sdinpaint.checkpoints.configs import controlnet_config, unet_config, vae_config
+from sdinpaint.checkpoints.diffusers_configs import controlnet_json, diffusers_configs
+from sdinpaint.checkpoints.opening import CONTROLNET, DTYPES, Checkpoint, build_models, open_checkpoint
+from sdinpaint.checkpoints.sources import COMPONENTS, Part, open_parts
+from sdinpaint.errors import CheckpointError, SettingError, TokenizerError, warn
+from sdinpaint.families import FAMILIES, SD15, TOKENIZERS, TextConfig
+from sdinpaint.progress import progress_bar
+from sdinpaint.text.finding import find_tokenizer
+from sdinpaint.version import __version__
+
+__all__ = ["LAYOUTS", "Model", "check_request", "convert", "native_items", "source_files", "write_model"]
+
+LAYOUTS = ("diffusers", "ldm")
+PICKLES = (".ckpt", ".pth", ".pt", ".bin")
+"""Endings that other programs take for a pickle, which is not written."""
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is to be written: tensors under native names, none of them read yet, and what belongs beside them."""
+
+    path: Path
+    """The checkpoint that it is made from, or that it follows most."""
+    kind: str
+    """"sd1", "sd2" or "sdxl"; "sd" for a VAE alone."""
+    components: Mapping[str, Sequence[Item]]
+    tables: Mapping[str, Json]
+    """The JSON files of a diffusers folder by their path in it."""
+    tokenizers: Mapping[str, tuple[Path | None, TextConfig]]
+    """Of a diffusers folder: where the model has them, and the text encoders that they are for."""
+    sources: tuple[SourceFile, ...]
+    """Every file that a tensor is read from."""
+    metadata: Mapping[str, str]
+    """What else the files written say about themselves."""
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    layout: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    *,
+    ema: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    **opening: Any,
+) -> None:
+    """Write a checkpoint in another layout or dtype: as a diffusers folder, or as one file as the releases are ("ldm").
+
+    source: what `load` takes, or a VAE or ControlNet alone. layout: "diffusers" or "ldm"; None: as the target's name
+    says, "ldm" if it ends with .safetensors. dtype: float32, float16 or bfloat16; None keeps that of every tensor, and
+    with it every bit. ema: the averaged weights of the UNet. overwrite: replace what an earlier conversion wrote.
+    opening: what else `load` takes to open a source: config, vae, base, prediction, variant, revision,
+    local_files_only. The target appears when it is whole; its metadata holds the SHA-256 of the source. Memory does not
+    grow with the size of the checkpoint.
+    Raises: CheckpointError, SettingError.
+    """
+    target = Path(target)
+    layout, dtype = check_request(target, layout, dtype, (source,), overwrite)
+    model = _open_alone(Path(source), **opening)
+    if model is None:
+        model = model_of(open_checkpoint(source, ema=ema, progress=progress, **opening), ema, opening.get("config"))
+    write_model(model, target, layout, dtype, progress=progress)
+
+
+def model_of(checkpoint: Checkpoint, ema: bool = False, config: str | Path | None = None) -> Model:
+    """A checkpoint as it is, once every name and shape is known to fit; with a warning for what is left behind.
+
+    config: a folder whose tokenizers are taken, if it has some, for a single file.
+    """
+    checkpoint.build()
+    for sentence in (*checkpoint.notes, *_left_out(checkpoint)):
+        warn(f"{checkpoint.path}: {sentence}")
+    family, states = checkpoint.family, checkpoint.states
+    home = checkpoint.parts["text_encoder"].model or (None if config is None else Path(config))
+    return Model(
+        path=checkpoint.path,
+        kind=family.kind,
+        components={name: native_items(state) for name, state in states.items()},
+        tables=diffusers_configs(family),
+        tokenizers={name: (_own(home, name), text) for name, text in zip(TOKENIZERS, family.texts, strict=False)},
+        sources=source_files(states.values()),
+        metadata={
+            "source": checkpoint.path.name,
+            "family": family.name,
+            "ema": "yes" if ema or checkpoint.layouts["unet"].ema_only else "no",
+            "modelspec.prediction_type": {"eps": "epsilon", "v": "v"}[family.schedule.prediction],
+        },
+    )
+
+
+def _own(home: Path | None, name: str) -> Path | None:
+    return home / name if home is not None and (home / name).is_dir() else None
+
+
+def _left_out(checkpoint: Checkpoint) -> Iterator[str]:
+    """What of a checkpoint is not among the tensors of its model, though it is no constant either."""
+    ends = ("position_ids", "logit_scale")
+    unused = [key for state in checkpoint.states.values() for key in state.dropped if not key.endswith(ends)]
+    if unused:
+        yield f"{len(unused)} tensors that no path through the model meets are left out: {', '.join(unused[:5])}"
+    others = {name for layout in checkpoint.layouts.values() for name in layout.components} - {*checkpoint.parts}
+    if others:
+        yield f"its {' and '.join(sorted(others))} is left out"
+
+
+def _open_alone(
+    path: Path, *, config: str | Path | None = None, variant: str | None = None, **_: object
+) -> Model | None:
+    """A VAE or a ControlNet alone; None for all else, which is for `open_checkpoint` to open or to explain."""
+    if not path.exists():
+        return None
+    parts = open_parts(
+        path, (*COMPONENTS, CONTROLNET), config=None if config is None else Path(config), variant=variant
+    )
+    if [*parts] not in (["vae"], [CONTROLNET]):
+        return None
+    ((name, part),) = parts.items()
+    table = (_vae_table if name == "vae" else _controlnet_table)(part, path)
+    kind = part.layout.family
+    metadata = {"source": path.name, "family": kind}
+    files = source_files([part.state])
+    return Model(path, kind, {name: native_items(part.state)}, {"config.json": table}, {}, files, metadata)
+
+
+def _vae_table(part: Part, path: Path) -> Json:
+    config = vae_config(part.state.shapes(), part.config, SD15.vae, path)
+    build_models({"vae": config}, {"vae": part.state})
+    if part.config.get("scaling_factor") is None:
+        found = f"{path}: nothing says by which factor its latents are scaled"
+        message = f"{found}; {config.scaling_factor} is written, as SD1 and SD2 have it (SDXL: 0.13025)"
+        warn(message)
+    return diffusers_configs(replace(SD15, vae=config))["vae/config.json"]
+
+
+def _controlnet_table(part: Part, path: Path) -> Json:
+    shapes = part.state.shapes()
+    released = next(family.unet for family in FAMILIES.values() if family.kind == part.layout.family)
+    # It shares the sizes of its way down with the UNet that it is for, which is not at hand.
+    unet = unet_config({**shapes, "out.2.weight": (released.out_channels,)}, part.config, released, path)
+    config = controlnet_config(shapes, part.config, unet, path)
+    build_models({CONTROLNET: config}, {CONTROLNET: part.state})
+    return controlnet_json(config)
+
+
+def native_items(state: NativeState) -> list[Item]:
+    """The tensors of a component under native names; each is read when its turn comes, and nothing stays mapped."""
+
+    def item(name: str, shape: tuple[int, ...]) -> Item:
+        source = state.sources[name]
+        return Item(
+            name,
+            state.weights.dtype(source.key),
+            shape,
+            lambda: apply(source.edit, [state.weights.copy(source.key)]),
+            state.weights.path,
+        )
+
+    return [item(name, shape) for name, shape in state.shapes().items()]
+
+
+def source_files(states: Iterable[NativeState]) -> tuple[SourceFile, ...]:
+    """The files that hold these components, each once."""
+    files = (entry.storage.file for state in states for entry in state.weights.entries.values())
+    return tuple({file.path: file for file in files}.values())
+
+
+def check_request(
+    target: Path, layout: str | None, dtype: str | torch.dtype | None, sources: Iterable[str | Path], overwrite: bool
+) -> tuple[str, torch.dtype | None]:
+    """Layout and dtype to write; what cannot be written, or would destroy something, is refused before a file is read.
+
+    Raises: SettingError, CheckpointError.
+    """
+    wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and wanted not in DTYPES.values():
+        raise SettingError("SETTING_DTYPE", "dtype", f"{dtype!r}", expected="float32, float16 or bfloat16")
+    named = "ldm" if target.suffix == ".safetensors" else "diffusers"
+    if layout not in (None, *LAYOUTS):
+        raise SettingError("SETTING_LAYOUT", "layout", f"{layout!r}", expected=" or ".join(map(repr, LAYOUTS)))
+    if layout not in (None, named) or target.suffix in PICKLES:
+        expected = "a name that ends with .safetensors" if layout == "ldm" else "a folder's name"
+        found = f"{str(target)!r} for the layout {layout or named!r}"
+        hint = "rename it: one .safetensors file, the layout 'ldm', or a folder, the layout 'diffusers'"
+        raise SettingError("SETTING_TARGET", "target", found, expected=expected, hint=hint)
+    here = target.resolve()
+    for source in map(Path, sources):
+        if here == source.resolve() or here in source.resolve().parents:
+            found = f"it is, or holds, the source {str(source)!r}"
+            raise SettingError("SETTING_TARGET", "target", found, hint="choose another name")
+    if target.exists() and (not overwrite or target.is_dir() != (named == "diffusers")):
+        found = f"a {'folder' if target.is_dir() else 'file'} of that name is there already"
+        hint = "choose another name, or let one of the same layout be replaced: overwrite=True, --overwrite"
+        raise CheckpointError("CKPT_EXISTS", target, found, hint=hint)
+    return named, wanted
+
+
+def write_model(
+    model: Model, target: Path, layout: str, dtype: torch.dtype | None = None, *, progress: bool = True
+) -> None:
+    """Write a model in a layout; `check_request` has been asked before. Raises: CheckpointError."""
+    components = {name: _planned(name, items, layout, model, dtype) for name, items in model.components.items()}
+    _check_replaceable(target, {*map(Path, model.tables), *(_file(name, model) for name in components)})
+    size = sum(item.size for items in components.values() for item in items)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        require_space(target.parent, size)
+        total = size + sum(file.size for file in model.sources)
+        with progress_bar(total, f"write {target.name}", "B", show=progress, unit_scale=True) as bar:
+            metadata = _metadata(model, layout, bar.update)
+            if layout == "ldm":
+                write_stream(target, [item for items in components.values() for item in items], metadata, bar.update)
+            else:
+                _write_folder(model, target, components, metadata, bar.update)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise not_written(target, error) from error
+
+
+def _planned(component: str, items: Sequence[Item], layout: str, model: Model, dtype: torch.dtype | None) -> list[Item]:
+    """The tensors of a component under a layout's names, joined and turned as it has them."""
+    native = {item.name: item for item in items}
+
+    def item(target: Target) -> Item:
+        parts = [native[name] for name in target.names]
+        return Item(
+            target.key.removeprefix("first_stage_model.") if _is_alone(model) else target.key,
+            dtype or reduce(torch.promote_types, (part.dtype for part in parts)),
+            shape_after(target.edit, [part.shape for part in parts]),
+            lambda: apply(target.edit, [part.produce() for part in parts]),
+            parts[0].source,
+        )
+
+    shapes = {name: part.shape for name, part in native.items()}
+    return [item(target) for target in export_plan(component, shapes, layout, model.kind)]
+
+
+def _write_folder(
+    model: Model,
+    target: Path,
+    components: Mapping[str, list[Item]],
+    metadata: Mapping[str, str],
+    on_bytes: Callable[[int], object],
+) -> None:
+    with atomic_folder(target) as folder:
+        for name, items in components.items():
+            write_stream(folder / _file(name, model), items, metadata, on_bytes)
+        for name, table in model.tables.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        for name, (own, text) in model.tokenizers.items():
+            _write_tokenizer(folder / name, own, text, target)
+
+
+def _check_replaceable(target: Path, written: set[Path]) -> None:
+    """Refuse to replace a folder that holds what no conversion wrote."""
+    for path in target.rglob("*"):
+        name = path.relative_to(target)
+        if path.is_file() and name not in written and name.parts[0] not in TOKENIZERS:
+            found = f"it holds {str(name)!r}, which a conversion would not write"
+            raise CheckpointError(
+                "CKPT_EXISTS", target, found, hint="choose another name, or remove the folder yourself"
+            )
+
+
+def _write_tokenizer(folder: Path, own: Path | None, text: TextConfig, target: Path) -> None:
+    if own is not None:
+        folder.mkdir()
+        for file in filter(Path.is_file, own.iterdir()):
+            shutil.copyfile(file, folder / file.name)  # without its mode: a store may be read-only
+        return
+    try:
+        tokenizer = find_tokenizer(embedding_rows=text.vocab_size, offline=True, pad_id=text.pad_id)
+    except TokenizerError as error:
+        message = f"{target}: no {folder.name} is written, and transformers needs one: {error.found}"
+        warn(f"{message}; copy the model's own there")
+    else:
+        tokenizer.save(folder)
+
+
+def _metadata(model: Model, layout: str, on_bytes: Callable[[int], object]) -> dict[str, str]:
+    """What a file says about itself; source_sha256 has the lines of `sha256sum`."""
+    root = model.path if model.path.is_dir() else model.path.parent
+
+    def name(path: Path) -> str:
+        return (path.relative_to(root) if path.is_relative_to(root) else Path(path.name)).as_posix()
+
+    return {
+        "format": "pt",
+        "made_by": f"sdinpaint {__version__}",
+        "source_sha256": "\n".join(f"{file.sha256(on_bytes)}  {name(file.path)}" for file in model.sources),
+        "layout": layout,
+        **model.metadata,
+    }
+
+
+def _file(component: str, model: Model) -> Path:
+    """Where a diffusers folder has a component's weights."""
+    path = Path(FILES[component])
+    return Path(path.name) if _is_alone(model) else path
+
+
+def _is_alone(model: Model) -> bool:
+    return len(model.components) == 1

@@ -1,0 +1,205 @@
+"""What a checkpoint is, and why: read from headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from sdinpaint_weights.folder import open_folder_component
+from sdinpaint_weights.layout import Layout, identify
+from sdinpaint_weights.native import outside_keys
+from sdinpaint_weights.reader import open_weights
+from sdinpaint_weights.weights import Weights
+
+from sdinpaint.checkpoints.opening import Checkpoint, open_checkpoint
+from sdinpaint.checkpoints.sources import COMPONENTS
+from sdinpaint.errors import SdInpaintError
+from sdinpaint.families import KINDS
+
+__all__ = ["Report", "inspect"]
+
+Tensors = list[tuple[tuple[int, ...], torch.dtype]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What `inspect` found; every field is plain data."""
+
+    path: str
+    title: str
+    family: str
+    layout: str
+    in_channels: int | None
+    prediction: str | None
+    prediction_why: str
+    has_ema: bool
+    has_tokenizer: bool
+    """Whether the vocabulary is there too; a single file never holds it."""
+    parameters: dict[str, int]
+    """Component -> count."""
+    dtypes: dict[str, dict[str, int]]
+    """Component -> {dtype: tensors}."""
+    junk: tuple[str, ...]
+    """Keys that belong to no component."""
+    sha256: dict[str, str]
+    """Weights file -> SHA-256 of all its bytes; empty where that was not asked for."""
+    why: tuple[str, ...]
+    problem: str
+    """What keeps it from loading; empty if nothing does."""
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of all tensors, or "mixed"."""
+        kinds = {kind for counts in self.dtypes.values() for kind in counts}
+        return kinds.pop() if len(kinds) == 1 else "mixed"
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field by name."""
+        return {**asdict(self), "dtype": self.dtype}
+
+    def __str__(self) -> str:
+        total = sum(self.parameters.values())
+        why = f" ({self.prediction_why})" if self.prediction_why else ""
+        lines = [
+            f"{self.path}: {self.title}",
+            f"  family      {self.family}, layout {self.layout}, {self.in_channels or 'no'} input channels",
+            f"  prediction  {self.prediction or 'unknown'}{why}",
+            f"  averages    {'EMA weights of the UNet are there' if self.has_ema else 'no EMA weights'}",
+            f"  vocabulary  {'in the folder' if self.has_tokenizer else 'not included'}",
+            f"  parameters  {total:,}",
+        ]
+        for component, count in self.parameters.items():
+            kinds = ", ".join(f"{kind} x {tensors}" for kind, tensors in self.dtypes[component].items())
+            lines.append(f"    {component:<14} {count:>13,}  {kinds}")
+        if self.junk:
+            lines.append(f"  junk        {len(self.junk)} tensors of no model, e.g. {', '.join(self.junk[:5])}")
+        lines += [f"  sha256      {digest}  {file}" for file, digest in self.sha256.items()]
+        lines += [f"  because     {sentence}" for sentence in self.why if sentence not in self.problem]
+        lines.append(
+            f"  does not load: {self.problem}" if self.problem else "  loads       every tensor is accounted for"
+        )
+        return "\n".join(lines)
+
+
+def inspect(
+    source: str | Path,
+    *,
+    hash: bool = False,
+    variant: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Report:
+    """Say what a checkpoint file or folder is, why, and what keeps it from loading if anything does.
+
+    Reads headers only; `hash` reads the weights files once through, for their SHA-256.
+    Raises: CheckpointError for what is no readable weights file or folder.
+    """
+    try:
+        checkpoint = open_checkpoint(source, variant=variant, revision=revision, local_files_only=local_files_only)
+    except SdInpaintError as error:
+        return _report_foreign(Path(source), variant, error, hash)
+    problem = ""
+    try:
+        checkpoint.build()
+    except SdInpaintError as error:
+        problem = str(error)
+    return _report(checkpoint, problem, hash)
+
+
+def _report(checkpoint: Checkpoint, problem: str, hashed: bool) -> Report:
+    family, unet, states = checkpoint.family, checkpoint.layouts["unet"], checkpoint.states
+    tensors = {
+        name: [(shape, state.weights.dtype(state.sources[key].key)) for key, shape in state.shapes().items()]
+        for name, state in states.items()
+    }
+    reasons = dict.fromkeys(sentence for layout in checkpoint.layouts.values() for sentence in layout.why)
+    notes = dict.fromkeys(note for state in states.values() for note in state.notes)
+    return Report(
+        path=str(checkpoint.path),
+        title=unet.title if checkpoint.folder is None else f"a {KINDS[family.kind]} model in a diffusers folder",
+        family=family.name,
+        layout=unet.naming if checkpoint.folder is None else "diffusers",
+        in_channels=family.unet.in_channels,
+        prediction=family.schedule.prediction,
+        prediction_why=checkpoint.prediction.why,
+        has_ema=unet.has_ema,
+        has_tokenizer=(checkpoint.path / "tokenizer").is_dir(),
+        **_counts(tensors),
+        junk=checkpoint.outside,
+        sha256=_sha256(checkpoint.path, [state.weights for state in states.values()]) if hashed else {},
+        why=(*reasons, *notes),
+        problem=problem,
+    )
+
+
+def _report_foreign(path: Path, variant: str | None, error: SdInpaintError, hashed: bool) -> Report:
+    """What can be read, but not loaded: what it is instead, or what of it is there. Raises: `error` otherwise."""
+    parts = _readable(path, variant)
+    if not parts:
+        raise error
+    layouts = {name: identify(weights.shapes()) for name, weights in parts.items()}
+    main = layouts.get("unet", next(iter(layouts.values())))
+    tensors = {
+        component: found
+        for name, weights in parts.items()
+        for component, found in _by_component(name, weights, layouts[name]).items()
+    }
+    return Report(
+        path=str(path),
+        title="a diffusers folder" if path.is_dir() else main.title,
+        family=main.family,
+        layout="diffusers" if path.is_dir() else main.layout,
+        in_channels=main.in_channels,
+        prediction=None,
+        prediction_why="",
+        has_ema=main.has_ema,
+        has_tokenizer=(path / "tokenizer").is_dir(),
+        **_counts(tensors),
+        junk=tuple(
+            key
+            for name, weights in parts.items()
+            if layouts[name].prefixes
+            for key in outside_keys(weights, layouts[name])
+        ),
+        sha256=_sha256(path, parts.values()) if hashed else {},
+        why=tuple(sentence for layout in layouts.values() for sentence in layout.why),
+        problem=str(error),
+    )
+
+
+def _readable(path: Path, variant: str | None) -> dict[str, Weights]:
+    """The weights files that are there, by component for a folder. Raises: CheckpointError where one is damaged."""
+    if path.is_dir():
+        return {name: open_folder_component(path / name, variant) for name in COMPONENTS if (path / name).is_dir()}
+    return {"tensors": open_weights(path)} if path.exists() else {}
+
+
+def _by_component(name: str, weights: Weights, layout: Layout) -> dict[str, Tensors]:
+    """The tensors of one weights file by the component that they belong to, as far as they belong to one."""
+    prefixes = layout.prefixes or {name: ""}
+    found: dict[str, Tensors] = {component: [] for component in prefixes}
+    for key in weights:
+        component = next((component for component, prefix in prefixes.items() if key.startswith(prefix)), None)
+        if component is not None:
+            found[component].append((weights.shape(key), weights.dtype(key)))
+    return found
+
+
+def _counts(tensors: Mapping[str, Tensors]) -> dict[str, Any]:
+    """The fields `parameters` and `dtypes`."""
+    kinds = {name: Counter(str(dtype).removeprefix("torch.") for _, dtype in found) for name, found in tensors.items()}
+    return {
+        "parameters": {name: sum(prod(shape) for shape, _ in found) for name, found in tensors.items()},
+        "dtypes": {name: dict(counts) for name, counts in kinds.items()},
+    }
+
+
+def _sha256(root: Path, parts: Iterable[Weights]) -> dict[str, str]:
+    files = {entry.storage.file.path: entry.storage.file for weights in parts for entry in weights.entries.values()}
+    names = {path: str(path.relative_to(root)) if path != root else path.name for path in sorted(files)}
+    return {name: files[path].sha256() for path, name in names.items()}

@@ -1,0 +1,170 @@
+"""The networks of one checkpoint, and what they do: encode prompts and images, denoise, decode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from sdinpaint.checks import as_list
+from sdinpaint.errors import SettingError
+from sdinpaint.families import Family
+from sdinpaint.models.forking import let_children_compute
+from sdinpaint.models.guarded_vae import Autoencoding
+from sdinpaint.models.offloading import Offloading
+from sdinpaint.sampling import Conditioning, Denoiser, Known, schedules
+from sdinpaint.sampling.denoiser import ControlFunction
+from sdinpaint.sampling.graphs import Graphs
+from sdinpaint.text.conditioning import PictureSize, TextConditioner
+from sdinpaint.text.tokenizer import Tokenizer
+
+
+class LatentDiffusion:
+    """The networks of one checkpoint by name, and each step of latent diffusion with them."""
+
+    def __init__(
+        self,
+        family: Family,
+        unet: nn.Module,
+        vae: nn.Module,
+        text: nn.Module | Sequence[nn.Module],
+        tokenizer: Tokenizer,
+        *,
+        controlnet: nn.Module | None = None,
+        source: str = "",
+        offloading: Offloading | None = None,
+        tile: int | None = None,
+    ) -> None:
+        let_children_compute()
+        self.family = family
+        self.unet, self.vae, self.controlnet = unet, vae, controlnet
+        self._autoencoding = Autoencoding(self.vae)
+        self.condition = TextConditioner(family, _encoders(text), tokenizer)
+        self.source = source
+        self.offloading, self.tile = offloading, tile
+        # recordings hold the addresses of weights, which are others whenever a model comes back
+        recorded = None if offloading is None else False
+        self.graphs, self.control_graphs = Graphs(recorded), Graphs(recorded)
+
+    @property
+    def text(self) -> nn.Module:
+        """The text encoder; for SDXL both of them, in a list. What is assigned here, or to the list, is what runs."""
+        encoders = self.condition.encoders
+        return encoders[0] if len(encoders) == 1 else encoders
+
+    @text.setter
+    def text(self, text: nn.Module | Sequence[nn.Module]) -> None:
+        encoders = _encoders(text)
+        if len(encoders) != len(self.condition.encoders):
+            found, expected = f"{len(encoders)} text encoders", f"{len(self.condition.encoders)}, as the family has"
+            raise SettingError("SETTING_TEXT", "text", found, expected=expected)
+        self.condition.encoders = nn.ModuleList(encoders)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Prompts -> int64 ids (B, 77), padded as the (first) text encoder was trained."""
+        return self.condition.tokenizers[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models compute."""
+        return next(self.unet.parameters()).device if self.offloading is None else self.offloading.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the UNet computes in."""
+        return next(self.unet.parameters()).dtype if self.offloading is None else self.offloading.dtype
+
+    @property
+    def train_sigmas(self) -> Tensor:
+        """The trained noise levels, rising: CPU float64 (1000,)."""
+        return schedules.train_sigmas(self.family.schedule)
+
+    @property
+    def takes_mask(self) -> bool:
+        """Whether the UNet sees the mask and the masked picture (9 channels) or only noisy latents (4)."""
+        return self.family.unet.in_channels == self.family.unet.out_channels + 1 + self.family.vae.latent_channels
+
+    def __repr__(self) -> str:
+        where = f"source={self.source!r}, device={self.device}, dtype={self.dtype}"
+        return f"{type(self).__name__}({self.family.name!r}, {where})"
+
+    def using(self, *models: nn.Module) -> AbstractContextManager[None]:
+        """Keep models of an offloaded pipeline on the device until the end, for calls of their own or for many steps.
+
+        All methods of the pipeline bring what they need; without offloading, everything is there already.
+        """
+        return nullcontext() if self.offloading is None else self.offloading.using(*models)
+
+    def encode_prompts(
+        self, prompts: Iterable[str | Sequence[str | None] | None], size: PictureSize | tuple[int, int] | None = None
+    ) -> list[Conditioning]:
+        """One Conditioning per entry: context (B, 77, D), of batch 1 for a string and of its length for a list.
+
+        size: (height, width) in pixels of the picture to come, or all that SDXL is told of it; None: the model's own.
+        None as a prompt is "", and for SDXL no prompt at all.
+        """
+        if size is None:
+            size = (self.family.size, self.family.size)
+        told = size if isinstance(size, PictureSize) else PictureSize(size)
+        with self.using(*self.condition.encoders):
+            return [self.condition(as_list(entry), told) for entry in prompts]
+
+    def denoiser(
+        self,
+        known: Known,
+        cond: Conditioning,
+        uncond: Conditioning | None = None,
+        *,
+        guidance_scale: float = 7.5,
+        control: ControlFunction | None = None,
+        sigmas: Tensor | None = None,
+    ) -> Denoiser:
+        """denoise(x, sigma) -> x0 for this picture and these prompts.
+
+        `control`: a `Control`, for a ControlNet. `sigmas`: of the run, which spares a GPU some launches in every step.
+        """
+        # on a CPU nothing is gained
+        ahead = sigmas if self.device.type == "cuda" else None
+        return Denoiser(
+            self.unet,
+            self.train_sigmas,
+            self.family.schedule.prediction,
+            cond,
+            uncond,
+            guidance_scale=guidance_scale,
+            extra=(known.mask, known.masked_latents) if self.takes_mask else None,
+            control=control,
+            dtype=self.dtype,
+            sigmas=ahead,
+            graphs=self.graphs,
+            using=partial(self.using, self.unet),
+        )
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, 4, H, W) -> image float32 (B, 3, 8H, 8W), about [-1, 1].
+
+        An autoencoder that overflows its dtype is run again in float32, with a warning. Raises: NumericError.
+        """
+        with self.using(self.vae):
+            return self._through_vae().decode(latents, tile=self.tile)
+
+    def sample_latents(self, image: Tensor, draw: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """image (B, 3, 8H, 8W) -> latents float32: the posterior's mean, or its sample with draw(mean) as noise."""
+        with self.using(self.vae):
+            mean, std = self._through_vae().encode(image, tile=self.tile)
+        return mean if draw is None else mean + std * draw(mean)
+
+    def _through_vae(self) -> Autoencoding:
+        """The autoencoder, with what is known of its overflows; `vae` may have been replaced by another one."""
+        if self._autoencoding.vae is not self.vae:
+            self._autoencoding = Autoencoding(self.vae)
+        return self._autoencoding
+
+
+def _encoders(text: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
+    """One text encoder or several as a list."""
+    return list(text) if isinstance(text, Sequence | nn.ModuleList) else [text]

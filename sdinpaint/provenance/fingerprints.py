@@ -1,0 +1,94 @@
+"""Fingerprints: the sha256 of weights, vocabularies and pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sdinpaint.checkpoints.sources import COMPONENTS
+from sdinpaint.images.picture import Picture
+from sdinpaint.latent_diffusion import LatentDiffusion
+from sdinpaint.masks.text import Soft
+from sdinpaint.models.weights import Snapshot, all_weights
+from sdinpaint.text.tokenizer import Tokenizer
+
+__all__ = ["fingerprint", "weights_of"]
+
+_THREADS = 4
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[Snapshot, str]] = WeakKeyDictionary()
+"""The weights with which a module was seen last, and their fingerprint."""
+_VOCABULARIES: WeakKeyDictionary[Tokenizer, str] = WeakKeyDictionary()
+COMPILED = "_orig_mod."
+"""The part of a weight's name that `torch.compile` adds; the weight stays the same."""
+
+
+def fingerprint(module: nn.Module) -> str:
+    """sha256 of a model's weights by name, dtype, shape and bytes, wherever and in whatever layout they are.
+
+    Beside the weights, a few of them at a time are copied, where they are not contiguous and on the CPU.
+    """
+    state = sorted((name.replace(COMPILED, ""), tensor) for name, tensor in module.state_dict().items())
+    with ThreadPoolExecutor(_THREADS) as pool:  # hashlib lets them run side by side
+        digests = pool.map(_bytes_sha256, (tensor for _, tensor in state))
+        rows = [
+            (name, str(getattr(tensor, "dtype", "")), list(getattr(tensor, "shape", ())), digest)
+            for (name, tensor), digest in zip(state, digests, strict=True)
+        ]
+    return _json_sha256(rows)
+
+
+def weights_of(pipe: LatentDiffusion) -> dict[str, str]:
+    """The fingerprint of each component by its name, and of the vocabulary, as they are now.
+
+    What was taken before serves again where the weights are known to be the same, bit for bit.
+    """
+    modules: dict[str, nn.Module] = dict(zip(COMPONENTS, (pipe.unet, pipe.vae, *pipe.condition.encoders), strict=False))
+    if pipe.controlnet is not None:
+        modules["controlnet"] = pipe.controlnet
+    found = {}
+    for name, module in modules.items():
+        known = _KNOWN.get(module)
+        if known is None or not known[0].holds(all_weights(module)):
+            snapshot = Snapshot(all_weights(module))
+            with pipe.using(module):
+                known = _KNOWN[module] = snapshot, fingerprint(module)
+        found[name] = known[1]
+    if pipe.tokenizer not in _VOCABULARIES:
+        _VOCABULARIES[pipe.tokenizer] = _vocabulary_sha256(pipe.tokenizer)
+    return found | {"tokenizer": _VOCABULARIES[pipe.tokenizer]}
+
+
+def _bytes_sha256(tensor: Any) -> str:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_quantized:  # what quantized layers hold in their state
+        buffer = io.BytesIO()
+        torch.save(tensor, buffer)
+        return hashlib.sha256(buffer.getbuffer()).hexdigest()
+    flat = tensor.cpu().contiguous().flatten().view(torch.uint8)  # numpy has no bfloat16
+    return hashlib.sha256(flat.numpy().data).hexdigest()
+
+
+def _vocabulary_sha256(tokenizer: Tokenizer) -> str:
+    padding = tokenizer.pad_id, tokenizer.pad_is_special
+    return _json_sha256([sorted(tokenizer.vocab.items()), list(tokenizer.merges), padding])
+
+
+def _json_sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def pixels_sha256(given: Picture | Soft) -> str:
+    planes = [given] if isinstance(given, np.ndarray) else [given.rgb, given.alpha]
+    digest = hashlib.sha256()
+    for plane in planes:
+        if plane is not None:
+            digest.update(f"{plane.dtype} {plane.shape} ".encode())
+            digest.update(np.ascontiguousarray(plane).data)
+    return digest.hexdigest()

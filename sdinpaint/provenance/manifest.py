@@ -1,0 +1,254 @@
+"""The manifest of a picture: what it was made of and with, as plain JSON values, so that it can be made again.
+
+It holds what `environment` says, the kind of the run, and records of what went in by their names. It lies as "manifest"
+among the settings of the run, in a `Result` and in the picture files that are written of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import torch
+
+from sdinpaint.errors import CheckpointError, SettingError
+from sdinpaint.images.files import SHORTENED
+from sdinpaint.images.picture import Picture
+from sdinpaint.latent_diffusion import LatentDiffusion
+from sdinpaint.masks import Mask, binarize
+from sdinpaint.masks.text import Soft, mask_to_text
+from sdinpaint.provenance.fingerprints import pixels_sha256, weights_of
+from sdinpaint.version import __version__
+
+__all__ = ["DRAWS", "Manifest", "arguments", "check_input", "check_manifest", "differences", "environment"]
+__all__ += ["NOT_STORED", "check_again", "manifest_of", "mask_record", "picture_record", "record"]
+__all__ += ["require_same_weights"]
+
+Manifest = Mapping[str, Any]
+
+FORM = 1
+"""Raised when what a manifest holds is no longer understood by versions before."""
+DRAWS = "torch CPU mt19937, one generator per picture: picture's latents, start, masked picture's latents, steps"
+"""How noise is drawn, and in which order."""
+COMPARED = ("family", "dtype", "device", "draws", "torch", "sdinpaint")
+"""What may change a picture, beside the weights."""
+EDITED = "the picture was saved by another version of sdinpaint, or its settings were edited: run it from its prompt"
+
+_INPUT: dict[str, Any] = {"path": (str, NoneType), "size": [int, int], "sha256": str}
+_INPUTS = {"inpaint": ("image", "mask"), "vary": ("image",), "outpaint": ("image",)}
+"""What went in, by the kind of the run, which is the name of the pipeline's method."""
+_MANIFEST: dict[str, Any] = {"form": int, "kind": str, "model": str, "weights": {}, **dict.fromkeys(COMPARED, str)}
+_SETTINGS: dict[str, Any] = {"prompt": str, "negative_prompt": (str, NoneType), "seed": int, "manifest": {}}
+ALSO = ("noise", "control_image")
+"""Inputs that no file holds."""
+NOT_STORED = ("image", "mask", "control_image", "noise", "progress", "on_step")
+"""Arguments of a run that are no settings."""
+
+
+def environment(pipe: LatentDiffusion) -> dict[str, Any]:
+    """What a pipeline makes pictures with: versions, device, dtype, model, and the fingerprint of every component."""
+    cuda = pipe.device.type == "cuda"
+    return {
+        "form": FORM,
+        "sdinpaint": __version__,
+        "torch": str(torch.__version__),
+        "device": torch.cuda.get_device_name(pipe.device) if cuda else pipe.device.type,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "family": pipe.family.name,
+        "model": pipe.source,
+        "weights": weights_of(pipe),
+        "draws": DRAWS,
+    }
+
+
+def picture_record(picture: Picture, path: str | Path | None = None) -> dict[str, Any]:
+    """Path as given, size (height, width), and sha256 of the pixels with their alpha."""
+    given = None if path is None else str(path)
+    return {"path": given, "size": list(picture.size), "sha256": pixels_sha256(picture)}
+
+
+def mask_record(mask: Soft, path: str | Path | None = None) -> dict[str, Any]:
+    """As of a picture; the share that is repainted; and where that is small enough, the mask itself as `png`."""
+    given, png = None if path is None else str(path), mask_to_text(mask)
+    share = round(float(binarize(mask).mean()), 6)
+    record = {"path": given, "size": list(mask.shape), "sha256": pixels_sha256(mask), "share": share}
+    return record if png is None else record | {"png": png}
+
+
+def record(
+    made_with: Mapping[str, Any],
+    kind: str,
+    also: Sequence[str],
+    *,
+    image: Picture,
+    mask: Mask,
+    mask_path: str | None,
+    **results: Any,
+) -> dict[str, Any]:
+    """Describe an image that the method `kind` of a pipeline made, by all that went into it.
+
+    Args:
+        made_with: the pipeline's `environment` when the run began.
+        kind: "inpaint", "vary" or "outpaint".
+        also: names of what else went in.
+        image: the image that was given, or that one extended.
+        mask: the mask that was given, from the file `mask_path` if from any.
+        results: what is to be said of the image that was made.
+
+    Returns: the manifest, as plain JSON values.
+    """
+    inputs: dict[str, Any] = {"image": picture_record(as_given(image), image.path)}
+    if kind == "inpaint":
+        inputs["mask"] = mask_record(mask.array, mask_path)
+    return {**made_with, "kind": kind, **inputs, "also": list(also), **results}
+
+
+def check_again(
+    manifest: Manifest | Sequence[Manifest] | None,
+    pipe: LatentDiffusion,
+    inputs: Sequence[Mapping[str, Picture | Mask]],
+) -> None:
+    """Refuse to repeat a run with other weights, pictures or masks. Raises: CheckpointError, SettingError."""
+    if manifest is None:
+        return
+    manifests = [manifest] if isinstance(manifest, Mapping) else manifest
+    if not isinstance(manifests, list | tuple):
+        expected = "result.settings['manifest']"
+        raise SettingError("MANIFEST_BROKEN", "manifest", f"a {type(manifest).__name__}", expected=expected)
+    if len(manifests) != len(inputs):
+        found, expected = f"of {len(manifests)} pictures", f"one for each of {len(inputs)}"
+        raise SettingError("MANIFEST_COUNT", "manifest", found, expected=expected)
+    for made, given in zip(manifests, inputs, strict=True):
+        require_same_weights(made, pipe)
+        for name in _INPUTS[made["kind"]]:
+            if name in given:
+                one = given[name]
+                check_input(made[name], one.array if isinstance(one, Mask) else one, name)
+
+
+def as_given(picture: Picture) -> Picture:
+    """The picture before it was extended."""
+    if picture.old is None:
+        return picture
+    part = picture.old.slices
+    return replace(picture, rgb=picture.rgb[part], alpha=None if picture.alpha is None else picture.alpha[part])
+
+
+def manifest_of(settings: Any) -> Manifest:
+    """The manifest among the settings that a picture file holds, once these are known to be whole.
+
+    Raises: SettingError naming the key.
+    """
+    _require(settings, {}, "settings")
+    if SHORTENED in settings:
+        found, expected = "shortened, because they did not fit into the picture", "whole settings"
+        hint = "run it again from its prompt, seed and settings"
+        raise SettingError("MANIFEST_SHORTENED", "settings", found, expected=expected, hint=hint)
+    _require(settings, _SETTINGS, "settings")
+    return check_manifest(settings["manifest"])
+
+
+def check_manifest(manifest: Any) -> Manifest:
+    """The manifest, once all that is asked of it here is known to be there. Raises: SettingError naming the key."""
+    _require(manifest, {"form": int}, "manifest")
+    if manifest["form"] != FORM:
+        found, hint = str(manifest["form"]), f"replay it with the version that wrote it: this is {__version__}"
+        raise SettingError("MANIFEST_FORM", "manifest.form", found, expected=str(FORM), hint=hint)
+    _require(manifest, _MANIFEST, "manifest")
+    if manifest["kind"] not in _INPUTS:
+        found, expected, hint = f"{manifest['kind']!r}", "one of " + ", ".join(_INPUTS), EDITED
+        raise SettingError("MANIFEST_BROKEN", "manifest.kind", found, expected=expected, hint=hint)
+    _require(manifest["weights"], dict.fromkeys(manifest["weights"], str), "manifest.weights")
+    _require(manifest, dict.fromkeys(_INPUTS[manifest["kind"]], _INPUT), "manifest")
+    also = manifest.get("also", [])
+    _require(also, [str] * len(also) if isinstance(also, list) else [], "manifest.also")
+    return dict(manifest)
+
+
+def arguments(settings: Any, *methods: Callable[..., Any]) -> dict[str, Any]:
+    """The settings that a picture file holds, once each is known to be an argument of one of a pipeline's methods.
+
+    Raises: SettingError naming the key.
+    """
+    manifest_of(settings)
+    parameters = [name for method in methods for name in inspect.signature(method).parameters]
+    known = [name for name in dict.fromkeys(parameters) if name not in NOT_STORED]
+    for name in settings:
+        if name not in known:
+            found, hint = "a setting that this version does not have", f"update sdinpaint: this is {__version__}"
+            raise SettingError("MANIFEST_SETTING", f"settings.{name}", found, expected=", ".join(known), hint=hint)
+    return dict(settings)
+
+
+def differences(manifest: Manifest, pipe: LatentDiffusion) -> list[str]:
+    """What of a manifest is not so here, in words, weights first. Raises: SettingError naming a broken key."""
+    made, here = check_manifest(manifest), environment(pipe)
+    other = [f"{key}: made with {made[key]}, here {here[key]}" for key in COMPARED if made[key] != here[key]]
+    return _weight_differences(made["weights"], here["weights"]) + other
+
+
+def require_same_weights(manifest: Manifest, pipe: LatentDiffusion) -> None:
+    """Refuse a manifest of other weights. Raises: CheckpointError that says which differ; SettingError."""
+    made = check_manifest(manifest)
+    if different := _weight_differences(made["weights"], weights_of(pipe)):
+        expected, hint = "the weights that made the picture", f"load them: {made['model']!r}, with what it had beside"
+        raise CheckpointError(
+            "MANIFEST_WEIGHTS", pipe.source or "model", "; ".join(different), expected=expected, hint=hint
+        )
+
+
+def check_input(record: Mapping[str, Any], given: Picture | Soft, argument: str) -> None:
+    """Refuse another picture or mask than the recorded one. Raises: SettingError naming `argument`."""
+    _require(record, _INPUT, argument)
+    digest, (height, width) = pixels_sha256(given), given.size if isinstance(given, Picture) else given.shape
+    if digest != record["sha256"]:
+        found = f"other pixels than then: {height} rows, {width} columns, sha256 {_short(digest)}"
+        rows, columns = record["size"]
+        expected = f"{rows} rows, {columns} columns, sha256 {_short(record['sha256'])}"
+        hint = f"give the file that was used, {record['path'] or 'of which no path is known'}"
+        raise SettingError("MANIFEST_INPUT", argument, found, expected=expected, hint=hint)
+
+
+def _weight_differences(made: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
+    return [
+        f"{name}: made with {_short(made.get(name))}, loaded {_short(here.get(name))}"
+        for name in {**here, **made}
+        if made.get(name) != here.get(name)
+    ]
+
+
+def _short(digest: str | None) -> str:
+    return "none" if digest is None else f"{digest[:12]}..."
+
+
+def _require(value: Any, form: Any, key: str) -> None:
+    """Check a JSON value: a form is a type, several types, a list of forms, or forms by key, beside which more may be.
+
+    Raises: SettingError.
+    """
+    if isinstance(form, dict):
+        fits, parts = isinstance(value, dict), [(f"{key}.{name}", name, inner) for name, inner in form.items()]
+    elif isinstance(form, list):
+        fits = isinstance(value, list) and len(value) == len(form)
+        parts = [(f"{key}[{index}]", index, inner) for index, inner in enumerate(form)]
+    else:
+        fits, parts = isinstance(value, form) and not isinstance(value, bool), []
+    if not fits:
+        raise SettingError("MANIFEST_BROKEN", key, f"{value!r:.60}", expected=_in_words(form), hint=EDITED)
+    for name, part, inner in parts:
+        if isinstance(value, dict) and part not in value:
+            raise SettingError("MANIFEST_BROKEN", name, "is missing", expected=_in_words(inner), hint=EDITED)
+        _require(value[part], inner, name)
+
+
+def _in_words(form: Any) -> str:
+    if isinstance(form, tuple):
+        return " or ".join(map(_in_words, form))
+    if isinstance(form, list):
+        return f"a list of {len(form)}"
+    words = {str: "a text", int: "a whole number", NoneType: "null"}
+    return "an object" if isinstance(form, dict) else words[form]

@@ -1,0 +1,316 @@
+"""What a person reads of the benchmarks: the tables, where a peer leads and why, the pictures, the README."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image, ImageColor
+from places import ROOT
+
+from sdinpaint.bench.report.bars import MOST_CALLS, draw_bars, draw_floors, draw_modes
+from sdinpaint.bench.report.figures import COLORS
+from sdinpaint.bench.report.leads import UNWRITTEN, leads, read_reasons
+from sdinpaint.bench.report.pages import BEGIN, END, Places, headline, tables, with_headline, write_pages
+from sdinpaint.bench.report.rows import append, latest
+from sdinpaint.bench.report.tables import number, table
+from sdinpaint.errors import SdInpaintWarning, SettingError
+
+README = f"# A library\n\n{BEGIN}\nan older table\n{END}\n\nmore\n"
+
+
+def row(system="sdinpaint", p50=8.0, ratio=None, **changes):
+    return {
+        "part": "step",
+        "what": "guided step",
+        "family": "sd15",
+        "dtype": "float32",
+        "stored": "float32",
+        "device": "cpu",
+        "size": 512,
+        "steps": None,
+        "quick": False,
+        "system": system,
+        "p20": 0.9 * p50,
+        "p50": p50,
+        "p80": 1.1 * p50,
+        "unit": "s",
+        "ratio": ratio,
+        "check": "finite",
+        **changes,
+    }
+
+
+def curve(**changes):
+    powers = {"seconds": 1.25, "cpu_seconds": 1.5, "bytes": None}
+    return {
+        **row(part="growth", what="pixels", size=256, steps=2),
+        "grows": "pixels",
+        "amount": [256**2, 512**2],
+        "exponent": powers,
+        "last_exponent": {**powers, "seconds": 1.75},
+        "ended_by": "seconds",
+        "limits": {"seconds": 300.0, "bytes": 16e9},
+        "reaches": {"seconds": 1000.0**2, "bytes": None},
+        **changes,
+    }
+
+
+BESIDE = [row("diffusers", 10.0, 0.8), row(), row("openvino", 7.9, 1.0125)]
+
+
+def lines(said):
+    """The lines of a Markdown table as {heading: cell}."""
+    heading, _, *rest = [line.strip("|\n").split("|") for line in said.splitlines() if line.startswith("|")]
+    return [{name.strip(): cell.strip() for name, cell in zip(heading, line, strict=True)} for line in rest]
+
+
+# Tables
+
+
+def test_a_table_has_a_line_for_every_row_ours_first_and_a_worse_ratio_bold():
+    rows = [*BESIDE, row(dtype="bfloat16", p50=1234.5, percent_of_floor=81.26, stored=None)]
+    found = lines(table(rows))
+    assert [line["system"] for line in found] == ["sdinpaint", "diffusers", "openvino", "sdinpaint"]
+    assert [line["sdinpaint / it"] for line in found] == ["", "0.800", "**1.01**", ""]
+    assert [line["% of floor"] for line in found] == ["", "", "", "81.3"]
+    assert found[1]["p50 (p20-p80)"] == "10.0 (9.00-11.0)"
+    assert found[3]["p50 (p20-p80)"] == "1234 (1111-1358)"
+
+
+def test_tables_have_a_heading_for_every_part_family_and_device():
+    rows = [row(), row(family="sdxl"), row(part="picture", what="picture", steps=4), row(device="cuda"), row("x")]
+    said = tables(rows)
+    assert [line for line in said.splitlines() if line and not line.startswith("|")] == [
+        "step: sd15, cpu",
+        "step: sdxl, cpu",
+        "picture: sd15, cpu",
+        "step: sd15, cuda",
+    ]
+    assert "| picture, 4 steps |" in said
+
+
+def test_a_name_with_a_bar_does_not_add_a_cell():
+    assert "| command 1: a\\|b |" in table([row("command 1: a|b", ratio=0.5)])
+
+
+def test_curves_tell_their_powers_and_where_they_end():
+    [line] = lines(table([curve()]))
+    assert (line["from"], line["to"]) == ("256 x 256", "512 x 512")
+    assert line["power of time; of its last two points"] == "1.25; 1.75"
+    assert line["of memory"] == ""
+    assert line["ended by"] == "seconds"
+    assert line["where the power meets the limits"] == "300 s at 1000 x 1000"
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(None, ""), (0.01234, "0.0123"), (8.0, "8.00"), (100.4, "100"), (1e6, "1000000")]
+)
+def test_numbers_are_short(value, said):
+    assert number(value) == said
+
+
+# Where a peer leads
+
+
+@pytest.mark.parametrize(
+    ("changes", "leads_in"),
+    [
+        ({"ratio": 1.01}, True),
+        ({"ratio": 1.0}, False),
+        ({"ratio": 0.9}, False),
+        ({"ratio": None}, False),
+        ({"ratio": 1.2, "unit": "1/min"}, False),
+        ({"ratio": 0.8, "unit": "1/min"}, True),
+    ],
+)
+def test_a_peer_leads_where_ours_takes_more_or_brings_less(changes, leads_in):
+    assert ("| diffusers |" in leads([row("diffusers", **changes)], [])) == leads_in
+
+
+def test_every_lead_has_the_first_reason_that_is_for_it_or_says_that_there_is_none():
+    led = [
+        row("openvino", ratio=1.1, dtype=dtype, part=part)
+        for part, dtype in [("step", "float32"), ("step", "bfloat16"), ("load", "float32"), ("vae", "float32")]
+    ]
+    reasons = [
+        {"part": "step", "dtype": "bfloat16", "reason": "narrow", "next": "one"},
+        {"part": "step", "system": "openvino", "reason": "wide", "next": "two"},
+        {"part": "load", "system": "diffusers", "reason": "another's", "next": "three"},
+    ]
+    found = lines(leads(led, reasons))
+    assert [line["reason"] for line in found] == ["wide", "narrow", UNWRITTEN, UNWRITTEN]
+    assert [line["next idea"] for line in found] == ["two", "one", "", ""]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[[lead]]\nreason = "it is"\n',
+        '[[lead]]\nreason = "it is"\nnext = ""\nsytem = "openvino"\n',
+        '[lead]\nreason = "it is"\nnext = ""\n',
+        "[[lead]\n",
+    ],
+)
+def test_a_file_of_reasons_that_cannot_be_used_is_an_error(text, tmp_path):
+    (tmp_path / "leads.toml").write_text(text)
+    with pytest.raises(SettingError) as caught:
+        read_reasons(tmp_path / "leads.toml")
+    assert caught.value.code == "BENCH_REASONS"
+
+
+def test_the_reasons_of_the_repository_can_be_read():
+    read_reasons(ROOT / "docs" / "benchmarks" / "leads.toml")
+    assert (ROOT / "docs" / "benchmarks" / "leads.toml").is_file()
+
+
+# The page and its pictures
+
+
+@pytest.fixture
+def places(tmp_path):
+    """With rows of a step and a curve of growth."""
+    found = Places(tmp_path / "rows", tmp_path / "pages", tmp_path / "README.md")
+    found.pages.mkdir()
+    found.readme.write_text(README)
+    for one in BESIDE:
+        append(found.rows / "step.jsonl", one)
+    return found
+
+
+def test_a_page_shows_all_rows_their_pictures_the_leads_and_where_they_come_from(places):
+    reason = '[[lead]]\npart = "step"\nreason = "fewer copies"\nnext = "none"\n'
+    (places.pages / "leads.toml").write_text(reason)
+    write_pages(places, ["step: it differs"])
+    said = (places.pages / "bench.md").read_text()
+    assert tables(BESIDE).split("\n", 1)[1] in said
+    assert "fewer copies" in said
+    assert UNWRITTEN not in said
+    assert "- step: sdinpaint 0" in said
+    assert "Refused: step: it differs" in said
+    assert "(step-sd15-cpu.png)" in said
+    assert {path.name for path in places.pages.iterdir()} == {"bench.md", "leads.toml", "step-sd15-cpu.png"}
+    assert headline(BESIDE) in places.readme.read_text()
+
+
+def test_a_checkpoint_of_any_name_has_a_picture(places):
+    append(places.rows / "step.jsonl", row(family="mine (2)/é.ckpt"))
+    write_pages(places)
+    assert (places.pages / "step-mine__2__é.ckpt-cpu.png").is_file()
+
+
+def test_without_matplotlib_there_is_the_page_and_a_warning(places, monkeypatch):
+    def missing(*_):
+        raise SettingError("SETTING_EXTRA", "drawing", "needs matplotlib", hint="pip install")
+
+    monkeypatch.setattr("sdinpaint.bench.report.pages.draw_bars", missing)
+    with pytest.warns(SdInpaintWarning, match="pip install"):
+        write_pages(places)
+    assert (places.pages / "bench.md").is_file()
+
+
+def test_without_rows_nothing_is_written(places):
+    write_pages(Places(places.pages, places.pages, places.readme))
+    assert [*places.pages.iterdir()] == []
+    assert places.readme.read_text() == README
+
+
+def bar_lengths(path):
+    """The widest run of each system's colour, in its order."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    return [int((pixels == ImageColor.getrgb(color)).all(-1).sum(1).max()) for color in COLORS]
+
+
+def test_bars_are_as_long_as_what_they_show(tmp_path):
+    draw_bars(BESIDE, tmp_path / "bars.png")
+    ours, first, second, *rest = bar_lengths(tmp_path / "bars.png")
+    assert ours / first == pytest.approx(8 / 10, abs=0.02)
+    assert second / first == pytest.approx(7.9 / 10, abs=0.02)
+    assert rest == [0, 0, 0]
+
+
+def test_modes_have_a_bar_each(tmp_path):
+    rows = [row(part="modes", what=what, p50=p50) for what, p50 in (("default", 8.0), ("offload", 2.0))]
+    draw_modes(rows, tmp_path / "modes.png")
+    draw_bars(rows, tmp_path / "bars.png")
+    assert Image.open(tmp_path / "modes.png").size[1] < Image.open(tmp_path / "bars.png").size[1]
+    assert bar_lengths(tmp_path / "modes.png")[0] > 100
+
+
+def call(index, percent=20.0, **changes):
+    return row(part="kernels", what=f"call {index}", percent_of_floor=percent, **{"count": 1, **changes})
+
+
+def test_bars_of_kernels_are_percent_of_floor(tmp_path):
+    draw_floors([call(1, 80.0, p50=3.0), call(1, 40.0, p50=5.0, system="torch")], tmp_path / "floors.png")
+    ours, torchs, *_ = bar_lengths(tmp_path / "floors.png")
+    assert torchs / ours == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize(("p50", "count", "shown"), [(3.0, 1, True), (0.5, 9, True), (0.5, 1, False)])
+def test_bars_of_kernels_are_of_the_calls_that_take_most(tmp_path, p50, count, shown):
+    rows = [call(index, p50=1.0) for index in range(MOST_CALLS)]
+    beside = [call("one more", p50=p50, count=count), call("one more", system="torch")]
+    draw_floors([*beside, *rows] if not shown else [*rows, *beside], tmp_path / "floors.png")
+    assert (bar_lengths(tmp_path / "floors.png")[1] > 0) == shown
+
+
+# The README
+
+
+def test_the_readme_shows_ours_and_the_ratio_to_each_peer():
+    rows = [
+        *BESIDE,
+        row(part="load", what="load, with the weights in memory", dtype="bfloat16", stored="float16", p50=1.2),
+        row(part="memory", what="step, peak memory", unit="GB", p50=4.1),
+        row("diffusers", part="memory", what="step, peak memory", unit="GB", ratio=0.9),
+    ]
+    assert lines(headline(rows)) == [
+        {
+            "": "guided step",
+            "dtype": "float32",
+            "sdinpaint": "8.00 s",
+            "/ diffusers": "0.800",
+            "/ openvino": "**1.01**",
+        },
+        {
+            "": "load, weights in memory",
+            "dtype": "bfloat16 from float16",
+            "sdinpaint": "1.20 s",
+            "/ diffusers": "",
+            "/ openvino": "",
+        },
+        {
+            "": "peak memory of a step",
+            "dtype": "float32",
+            "sdinpaint": "4.10 GB",
+            "/ diffusers": "0.900",
+            "/ openvino": "",
+        },
+    ]
+
+
+@pytest.mark.parametrize(
+    "other", [{"family": "sdxl"}, {"device": "cuda"}, {"quick": True}, {"what": "another step"}, {"system": "openvino"}]
+)
+def test_the_readme_shows_nothing_of_other_rows(other):
+    assert headline([row(**other)]) == ""
+
+
+def test_the_table_of_a_readme_is_made_anew_between_its_markers():
+    made = with_headline(README, BESIDE)
+    assert made == README.replace("an older table\n", headline(BESIDE))
+    assert with_headline(made, BESIDE) == made
+    assert with_headline(made, [row(p50=7.0), *BESIDE[::2]]) != made
+
+
+@pytest.mark.parametrize("readme", ["# A library\n", f"{BEGIN} and no end\n", f"{END} before {BEGIN}\n"])
+def test_a_readme_without_markers_stays_as_it_is(readme):
+    assert with_headline(readme, BESIDE) == readme
+
+
+def test_the_table_of_the_repository_is_what_its_rows_give():
+    rows = latest(sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme == with_headline(readme, rows)
+    assert BEGIN in readme or not headline(rows)

@@ -1,0 +1,100 @@
+"""The table of defects: what diffusers is said to do it still does, and what is claimed of sdinpaint holds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from places import ROOT
+
+pytestmark = pytest.mark.peer
+
+BENCHMARKS = ROOT / "benchmarks"
+EXACT = {
+    "7-pixel line in the mask": (12.5, 0),
+    "4 x 4 square in the mask": (75, 0),
+    "6 x 6 square in the mask": (43.75, 0),
+    "8 x 8 square in the mask": (0, 0),
+    "pasted back, edits: 1": ([0, 0], [0, 0]),
+    "pasted back, edits: 2": ([0, 0], [0, 0]),
+    "masked region alone, edits: 1": ([0, 0], [0, 0]),
+    "masked region alone, edits: 2": ([0, 0], [0, 0]),
+    "steps run of 50": ([0.58], []),
+    "steps run of 20": ([], []),
+    "steps run of 7": ([0.1], []),
+    "empty mask: what is said": ("nothing", "a warning"),
+    "empty mask, masked region alone": (
+        "ValueError: Coordinate 'right' is less than 'left'",
+        "MaskError: mask: nothing in it is repainted",
+    ),
+    "empty mask: the crop": ([480, 480, 32, 32], "MaskError: mask: nothing in it is repainted"),
+    "mask in alpha, black paint": ([0, 0], [100, 0]),
+    "mask in alpha, white paint": ([100, 100], [100, 0]),
+    "picture of 128 x 96": ("128 x 128", "128 x 96"),
+    "picture of 100 x 83": ("128 x 128", "100 x 83"),
+    "picture of 96 x 128 stored sideways": ("128 x 128, sideways", "96 x 128, upright"),
+    "guidance_scale of infinity": ("a black picture", "SettingError: guidance_scale: inf"),
+}
+"""Row -> what is measured in diffusers and in sdinpaint."""
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """The rows of a quick run by their names: (diffusers, sdinpaint)."""
+    path = tmp_path_factory.mktemp("defects") / "rows.jsonl"
+    subprocess.run([sys.executable, BENCHMARKS / "defects.py", "--quick", "--to", path], check=True)
+    read = map(json.loads, path.read_text().splitlines())
+    return {row["what"]: (row["diffusers"], row["sdinpaint"]) for row in read}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_measured_in_both(rows, name):
+    assert rows[name] == EXACT[name]
+
+
+def test_a_faint_pixel_inflates_their_crop_alone(rows):
+    theirs, ours = rows["crop with a faint pixel in the mask"]
+    assert theirs > 3
+    assert ours == 1
+
+
+@pytest.mark.parametrize(("name", "share"), [("by default", 95), ("pasted back, soft mask", 15)])
+@pytest.mark.parametrize("edits", [1, 2])
+def test_they_change_known_pixels(rows, name, share, edits):
+    theirs, ours = rows[f"{name}, edits: {edits}"]
+    assert theirs[0] > share
+    assert ours == [0, 0]
+
+
+def test_an_item_of_a_batch_is_its_single_run(rows):
+    for name in ("one picture", "three pictures"):
+        _, (latents, share, levels) = rows[f"batch of {name} against single runs"]
+        assert latents < 1e-4  # the size of float32's rounding
+        assert share < 0.1
+        assert levels <= 1
+    theirs, _ = rows["batch of one picture against single runs"]
+    assert theirs[0] > 0.01
+
+
+def test_an_empty_mask_costs_them_a_picture(rows):
+    theirs, ours = rows["empty mask"]
+    assert theirs[0] == 2
+    assert theirs[1] > 95
+    assert ours == [0, 0, 0]
+
+
+def test_what_cannot_be_meant_is_refused(rows):
+    nothing_repainted, ours = rows["mask by a red brush on black"]
+    assert nothing_repainted == [0, 0]
+    assert ours.startswith("MaskError: mask: 25.0% of it is coloured")
+    picture, ours = rows["NaN in a corner of the picture"]
+    assert "picture" in picture
+    assert ours.endswith("values are nan or inf")
+
+
+def test_every_recorded_row_is_in_the_table():
+    recorded = map(json.loads, (BENCHMARKS / "results" / "defects.jsonl").read_text().splitlines())
+    table = (BENCHMARKS / "README.md").read_text()
+    assert all(f"| {row['what']} | {row['unit']} |" in table for row in recorded)

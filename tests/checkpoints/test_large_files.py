@@ -1,0 +1,112 @@
+"""Files of full size, which take no room on the disk: what they are is told at once, from their headers alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+
+import pytest
+from released import read
+from sdinpaint_weights.files import SourceFile
+
+from sdinpaint.checkpoints.inspecting import inspect
+from sdinpaint.checkpoints.opening import open_checkpoint
+
+BYTES = {"F32": 4, "F16": 2}
+FILES = {
+    "sd15_inpainting.ldm": ("F32", 4.27, "sd15-inpainting", 1_066_249_707),
+    "sd15_inpainting.ldm_with_ema": ("F32", 7.70, "sd15-inpainting", 1_066_249_707),
+    "sd2_inpainting.ldm": ("F32", 5.21, "sd2-inpainting", 1_289_966_827),
+    "sdxl_base.sgm": ("F16", 6.94, "sdxl", 3_468_837_867),
+    "sdxl_inpainting.sgm": ("F32", 13.88, "sdxl-inpainting", 3_468_852_267),
+}
+"""Inventory -> dtype of its floats, GB, family, and parameters that are loaded."""
+XL_FOLDER = {
+    "unet/diffusion_pytorch_model": "unet",
+    "vae/diffusion_pytorch_model": "vae",
+    "text_encoder/model": "text_encoder",
+    "text_encoder_2/model": "text_encoder_2",
+}
+
+
+def sparse(path, inventory, dtype):
+    """A safetensors file with a released file's names and shapes, whose data is one hole."""
+    header, end = {}, 0
+    for name, (shape, kind) in read(inventory).items():
+        code, size = ("I64", 8) if kind == "int64" else ("I32", 4) if kind == "int32" else (dtype, BYTES[dtype])
+        begin, end = end, end + size * math.prod(shape)
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(file.tell() + end)
+    return path
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Lets no tensor be read, and lists how many bytes of headers are."""
+    counts = []
+    plain = SourceFile.read
+
+    def read_and_count(file, offset, count):
+        counts.append(count)
+        return plain(file, offset, count)
+
+    monkeypatch.setattr(SourceFile, "read", read_and_count)
+    for name in ("map", "loaded", "crc32", "sha256"):
+        monkeypatch.setattr(SourceFile, name, lambda *_: pytest.fail("a tensor was read"))
+    return counts
+
+
+def inspected(source):
+    """The report, and the CPU seconds that it took: those of a waiting machine do not count."""
+    started = time.process_time()
+    report = inspect(source)
+    return report, time.process_time() - started
+
+
+@pytest.mark.parametrize("inventory", FILES)
+def test_a_single_file_is_told_from_its_header(tmp_path, counted, inventory):
+    dtype, size, family, parameters = FILES[inventory]
+    path = sparse(tmp_path / "model.safetensors", inventory, dtype)
+    on_disk = path.stat()
+    assert on_disk.st_size / 1e9 == pytest.approx(size, abs=0.005)
+    assert on_disk.st_blocks * 512 < 2e6
+    inspect(path)  # what is imported on the way does not count
+    counted.clear()
+    report, seconds = inspected(path)
+    assert report.problem == ""
+    assert report.family == family
+    assert sum(report.parameters.values()) == parameters
+    assert sum(counted) < 2e6
+    assert seconds < 1
+    assert path.stat().st_blocks == on_disk.st_blocks
+    for model in open_checkpoint(path).build().values():
+        assert all(tensor.is_meta for tensor in model.state_dict().values())
+
+
+def test_a_folder_is_told_from_its_headers(tmp_path, counted):
+    for file, component in XL_FOLDER.items():
+        sparse(tmp_path / f"{file}.safetensors", f"sdxl_inpainting.diffusers.{component}", "F32")
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    assert size / 1e9 == pytest.approx(13.88, abs=0.005)
+    assert (tmp_path / "unet/diffusion_pytorch_model.safetensors").stat().st_size > 10e9
+    inspect(tmp_path)
+    counted.clear()
+    report, seconds = inspected(tmp_path)
+    assert report.problem == ""
+    assert report.family == "sdxl-inpainting"
+    assert sum(counted) < 2e6
+    assert seconds < 1
+
+
+def test_reading_a_tensor_is_seen(tmp_path, counted):
+    """Broken on purpose: one tensor is read."""
+    path = sparse(tmp_path / "model.safetensors", "sd15_inpainting.ldm", "F16")
+    checkpoint = open_checkpoint(path)
+    with pytest.raises(pytest.fail.Exception, match="a tensor was read"):
+        checkpoint.states["vae"].weights.tensor("first_stage_model.quant_conv.bias")
