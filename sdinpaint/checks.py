@@ -1,4 +1,4 @@
-"""Libraries that only some functions need, which are installed as extras."""
+"""What is checked of values that people give, and of the libraries that are installed as extras."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import numpy as np
 
 from sdinpaint.errors import SettingError
 
-__all__ = ["as_list", "check_prompt", "need", "quietly", "require_number", "require_whole", "switch", "whole_number"]
+__all__ = ["DTYPES", "as_list", "check_name", "check_prompt", "dtype_name", "need", "number", "quietly"]
+__all__ += ["require_number", "require_whole", "switch", "whole_number"]
 
 
 def need(module: str, *, extra: str, what: str) -> Any:
@@ -43,6 +44,28 @@ def quietly(*libraries: Any) -> Iterator[None]:
             log.set_verbosity(level)
             if bars:
                 log.enable_progress_bar()
+
+
+DTYPES = {"float32": ("fp32", "single"), "float16": ("fp16", "half"), "bfloat16": ("bf16",)}
+"""The dtypes that models compute and are written in, by torch's name, with the other names that they go by."""
+
+
+def dtype_name(dtype: object) -> str:
+    """Translate a dtype, torch's or any of its names, to torch's name for it.
+
+    Args:
+        dtype: a name, such as "float16", "fp16" or "half", or a `torch.dtype`.
+
+    Returns: a key of `DTYPES`.
+
+    Raises: SettingError that lists the names.
+    """
+    said = str(dtype).removeprefix("torch.").lower()
+    for name, others in DTYPES.items():
+        if said in (name, *others):
+            return name
+    hint = "fp32, fp16, half and bf16 name them too"
+    raise SettingError("SETTING_DTYPE", "dtype", f"{dtype!r}", expected="float32, float16 or bfloat16", hint=hint)
 
 
 def check_name(code: str, subject: str, name: object, names: Iterable[str]) -> None:
@@ -111,6 +134,7 @@ def switch(name: str, value: Any) -> bool:
 
 
 def number(name: str, value: Any, low: float, high: float) -> float:
+    """Check that a setting is a finite number from `low` to `high`. Raises: SettingError that names it."""
     bounds = "a finite number" if math.isinf(low) else f"a number from {low:g} to {high:g}"
     try:
         number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan

@@ -9,7 +9,7 @@ from sdinpaint_weights.export import write_diffusers
 from sdinpaint_weights.native import check_range, load_tensors
 
 from sdinpaint.checkpoints.diffusers_configs import diffusers_configs
-from sdinpaint.checkpoints.opening import CONTROLNET, DTYPES, open_checkpoint
+from sdinpaint.checkpoints.opening import CONTROLNET, find_dtype, open_checkpoint
 from sdinpaint.checks import switch
 from sdinpaint.checks import whole_number as whole_setting
 from sdinpaint.errors import SettingError, warn
@@ -145,7 +145,4 @@ def _device(device: str | torch.device | None) -> torch.device:
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     if dtype is None or dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.float16
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found is None or found not in DTYPES.values():
-        raise SettingError("SETTING_DTYPE", "dtype", f"{dtype!r}", expected="float32, float16 or bfloat16")
-    return found
+    return find_dtype(dtype)

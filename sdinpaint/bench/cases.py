@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdinpaint.checkpoints.opening import DTYPES
+from sdinpaint.checkpoints.opening import find_dtype
 from sdinpaint.families import Family
 from sdinpaint.sampling.schedules import train_sigmas
 
@@ -44,7 +44,7 @@ class Case:
     @property
     def torch_dtype(self) -> torch.dtype:
         """What the models compute in."""
-        return DTYPES[self.dtype]
+        return find_dtype(self.dtype)
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,16 @@ from sdinpaint.bench.peers.commands import Command
 from sdinpaint.bench.peers.systems import check_peers
 from sdinpaint.bench.report.pages import Places
 from sdinpaint.bench.report.rows import Row, append
-from sdinpaint.checkpoints.opening import DTYPES, open_checkpoint
-from sdinpaint.checks import check_name
+from sdinpaint.checkpoints.opening import find_dtype, open_checkpoint
+from sdinpaint.checks import check_name, dtype_name
 from sdinpaint.errors import SdInpaintError, SettingError
 from sdinpaint.progress import progress_bar
 
-__all__ = ["ALL", "DTYPE_NAMES", "GROWTH", "Options", "Outcome", "run"]
+__all__ = ["ALL", "GROWTH", "Options", "Outcome", "run"]
 
 ALL, QUALITY, GROWTH = "all", "quality", "growth"
 BY_NAME = (GROWTH, "modes")
 """Parts that run only where they are asked for: of a full-size model, they take as long as all others."""
-DTYPE_NAMES = ("float32", "float16", "bfloat16")
 STEPS, ROUNDS = 20, 5
 QUICK_SIZE, QUICK_STEPS, QUICK_ROUNDS = 256, 2, 2
 
@@ -58,8 +57,8 @@ class Options:
         check_name("BENCH_PART", "part", self.part, [*PARTS, GROWTH, ALL])
         for family in self.families:
             check_name("BENCH_FAMILY", "family", family, [*FULL_SIZE, DEMO_FAMILY])
-        for dtype in (*self.dtypes, *filter(None, [self.stored])):
-            check_name("SETTING_DTYPE", "dtype", dtype, DTYPE_NAMES)
+        object.__setattr__(self, "dtypes", tuple(map(dtype_name, self.dtypes)))
+        object.__setattr__(self, "stored", self.stored and dtype_name(self.stored))
         for name in ("steps", "rounds"):
             if (given := getattr(self, name)) is not None and given < 1:
                 raise SettingError("BENCH_COUNT", name, f"{given}", expected="1 or more")
@@ -109,7 +108,7 @@ def _plan(options: Options) -> Iterator[tuple[str, str, str | None, str]]:
 
 
 def _source(options: Options, family: str, dtype: str, given: str | None) -> AbstractContextManager[str]:
-    return checkpoint_of(family, DTYPES[options.stored or dtype]) if given is None else nullcontext(given)
+    return checkpoint_of(family, find_dtype(options.stored or dtype)) if given is None else nullcontext(given)
 
 
 def _case(options: Options, family: str, dtype: str, source: str) -> Case:

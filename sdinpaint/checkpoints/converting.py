@@ -20,7 +20,7 @@ from sdinpaint_weights.stream import Item, not_written, require_space, write_str
 
 from sdinpaint.checkpoints.configs import controlnet_config, unet_config, vae_config
 from sdinpaint.checkpoints.diffusers_configs import controlnet_json, diffusers_configs
-from sdinpaint.checkpoints.opening import CONTROLNET, DTYPES, Checkpoint, build_models, open_checkpoint
+from sdinpaint.checkpoints.opening import CONTROLNET, Checkpoint, build_models, find_dtype, open_checkpoint
 from sdinpaint.checkpoints.sources import COMPONENTS, Part, open_parts
 from sdinpaint.errors import CheckpointError, SettingError, TokenizerError, warn
 from sdinpaint.families import FAMILIES, SD15, TOKENIZERS, TextConfig
@@ -193,9 +193,7 @@ def check_request(
 
     Raises: SettingError, CheckpointError.
     """
-    wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if dtype is not None and wanted not in DTYPES.values():
-        raise SettingError("SETTING_DTYPE", "dtype", f"{dtype!r}", expected="float32, float16 or bfloat16")
+    wanted = None if dtype is None else find_dtype(dtype)
     named = "ldm" if target.suffix == ".safetensors" else "diffusers"
     if layout not in (None, *LAYOUTS):
         raise SettingError("SETTING_LAYOUT", "layout", f"{layout!r}", expected=" or ".join(map(repr, LAYOUTS)))

@@ -25,25 +25,24 @@ from sdinpaint.checkpoints.configs import (
 )
 from sdinpaint.checkpoints.prediction import MARKERS, Evidence, find_prediction
 from sdinpaint.checkpoints.sources import COMPONENTS, Json, Part, open_parts, read_json
+from sdinpaint.checks import dtype_name
 from sdinpaint.errors import CheckpointError
 from sdinpaint.families import FAMILIES, TEXT_ENCODERS, Family, Prediction
 from sdinpaint.models import VAE, CLIPText, ControlNet, ControlNetConfig, UNet
 
-__all__ = ["Checkpoint", "build_models", "open_checkpoint"]
+__all__ = ["Checkpoint", "build_models", "find_dtype", "open_checkpoint"]
 
 DEMO = Path(__file__).parents[1] / "demo"
 CONTROLNET = "controlnet"
 MODELS: dict[str, Callable[[Any], nn.Module]] = dict(
     zip((*COMPONENTS, CONTROLNET), (UNet, VAE, CLIPText, CLIPText, ControlNet), strict=True)
 )
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
+
+
+def find_dtype(dtype: object) -> torch.dtype:
+    """The dtype of that name, see `checks.dtype_name`. Raises: SettingError."""
+    found: torch.dtype = getattr(torch, dtype_name(dtype))
+    return found
 
 
 class _Skeleton(TorchFunctionMode):

@@ -7,7 +7,7 @@ import click
 from sdinpaint.cli.benching import bench
 from sdinpaint.cli.checkpoints import convert, inspect, merge
 from sdinpaint.cli.common import Commands
-from sdinpaint.cli.machine import demo, doctor
+from sdinpaint.cli.machine import demo, doctor, samplers
 from sdinpaint.cli.masking import mask
 from sdinpaint.cli.painting import inpaint, outpaint, vary
 from sdinpaint.cli.replaying import replay
@@ -33,5 +33,5 @@ def main() -> None:
     """
 
 
-for command in (inpaint, vary, outpaint, replay, mask, inspect, convert, merge, bench, demo, doctor):
+for command in (inpaint, vary, outpaint, replay, mask, inspect, convert, merge, bench, samplers, demo, doctor):
     main.add_command(command)

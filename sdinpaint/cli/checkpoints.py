@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from sdinpaint.cli.common import hub_options, json_option, quiet_option, together
+from sdinpaint.cli.values import DTYPE
 from sdinpaint.images.files import SUFFIXES, read_settings
 
 __all__ = ["convert", "inspect", "merge"]
@@ -40,7 +41,7 @@ def inspect(path: str, as_json: bool, **options: Any) -> None:
 
 
 writing_options = together(
-    click.option("--dtype", type=click.Choice(("fp32", "fp16", "bf16")), help="Default: each tensor's own."),
+    click.option("--dtype", type=DTYPE, help="float32, float16 or bfloat16. Default: each tensor keeps its own."),
     click.option("--vae", metavar="PATH", help="Another autoencoder."),
     click.option("--config", metavar="FOLDER", help="JSON files in the diffusers layout that it needs."),
     click.option("--prediction", type=click.Choice(("eps", "v")), help="Where nothing in the checkpoint tells."),
@@ -67,7 +68,7 @@ def convert(source: str, target: Path, quiet: bool, **options: Any) -> None:
 
     \b
     Examples:
-      sdinpaint convert sd-v1-5-inpainting.ckpt sd-inpainting/ --dtype fp16
+      sdinpaint convert sd-v1-5-inpainting.ckpt sd-inpainting/ --dtype float16
       sdinpaint convert sd-inpainting/ sd-inpainting.safetensors
     """
     from sdinpaint.checkpoints.converting import convert as write

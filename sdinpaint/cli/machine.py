@@ -9,7 +9,7 @@ import click
 
 from sdinpaint.cli.common import json_option
 
-__all__ = ["demo", "doctor"]
+__all__ = ["demo", "doctor", "samplers"]
 
 
 @click.command()
@@ -31,6 +31,32 @@ def demo(out: Path) -> None:
     click.echo(f"Look at them: {done.path}")
     click.echo("\nThe same on a picture of yours, with released weights (white in the mask is repainted):")
     click.echo('  sdinpaint inpaint photo.jpg --mask mask.png --prompt "a red fox" --model MODEL --out out.png')
+
+
+@click.command()
+@json_option
+def samplers(as_json: bool) -> None:
+    """List the samplers: their spacings, the default first, and the names that other programs have for them.
+
+    \b
+    Example:
+      sdinpaint samplers
+    """
+    from sdinpaint.sampling import SAMPLERS
+
+    spacings = {name: [one.spacing, *sorted({*one.spacings} - {one.spacing})] for name, one in SAMPLERS.items()}
+    if as_json:
+        rows = {
+            name: {"spacings": spacings[name], "eta": one.eta if one.stochastic else None, "aliases": one.aliases}
+            for name, one in SAMPLERS.items()
+        }
+        click.echo(json.dumps(rows, indent=2))
+        return
+    for name, one in SAMPLERS.items():
+        eta = f"eta {one.eta:g} unless another is given" if one.stochastic else "adds no noise in its steps"
+        also = ", ".join(one.aliases)
+        click.echo(f"{name}: {eta}\n  spacings: {', '.join(spacings[name])}\n  also: {also}")
+    click.echo("A last word Karras names that spacing: 'DPM++ 2M Karras' is dpmpp_2m with the spacing karras.")
 
 
 @click.command()

@@ -11,12 +11,11 @@ from typing import Any
 import click
 
 from sdinpaint.cli.common import check_output, hub_options, json_option, quiet_option, together
-from sdinpaint.cli.values import CROP, SIZE
+from sdinpaint.cli.values import CROP, DTYPE_OR_AUTO, SAMPLER, SIZE
 from sdinpaint.images.files import save_png
 
 __all__ = ["LOADING", "inpaint", "model_options", "outpaint", "vary"]
 
-SAMPLERS = ("ddim", "euler", "euler_ancestral", "dpmpp_2m")
 SPACINGS = ("leading", "linspace", "trailing", "karras")
 COVERS = ("max", "nearest")
 FILLS = ("original", "noise", "blur", "edge", "telea", "neutral")
@@ -25,7 +24,6 @@ ANCHORS = ("top-left", "top", "top-right", "left", "center", "right", "bottom-le
 EXTENDING = ("left", "right", "top", "bottom", "size", "anchor", "overlap", "fill")
 REGIONS = ("together", "each")
 BLENDS = ("none", "feather", "poisson")
-DTYPES = ("auto", "float32", "float16", "bfloat16")
 LOADING = (
     *("config", "vae", "controlnet", "base", "tokenizer", "prediction", "variant", "revision"),
     *("local_files_only", "ema", "device", "dtype", "offload"),
@@ -51,7 +49,13 @@ run_options = together(
     click.option(
         "--guidance", "--cfg-scale", "guidance_scale", default=7.5, show_default=True, help="Weight of the prompt."
     ),
-    click.option("--sampler", type=click.Choice(SAMPLERS), default="ddim", show_default=True),
+    click.option(
+        "--sampler",
+        type=SAMPLER,
+        default="ddim",
+        show_default=True,
+        help="Sampler, by our name or another program's, such as 'Euler a'; `sdinpaint samplers` lists them.",
+    ),
     click.option("--spacing", type=click.Choice(SPACINGS), help="Of the steps. Default: the sampler's own."),
     click.option("--eta", type=float, help="Fresh noise in each step, 0 to 1. Default: the sampler's own."),
     click.option(
@@ -109,7 +113,10 @@ hole_options = together(
 model_options = together(
     click.option("--device", metavar="NAME", help="cpu, cuda or cuda:1. Default: the GPU where there is one."),
     click.option(
-        "--dtype", type=click.Choice(DTYPES), default="auto", help="Default: float32 on a CPU, float16 on a GPU."
+        "--dtype",
+        type=DTYPE_OR_AUTO,
+        default="auto",
+        help="What the models compute in: float32, float16 or bfloat16. Default: float32 on a CPU, float16 on a GPU.",
     ),
     click.option(
         "--offload", is_flag=True, help="Keep models out of memory while they are not used: less memory, more time."

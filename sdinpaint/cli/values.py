@@ -8,9 +8,11 @@ from typing import Any
 import click
 from PIL import ImageColor
 
+from sdinpaint.checks import dtype_name
+from sdinpaint.errors import SettingError
 from sdinpaint.images.boxes import Box
 
-__all__ = ["BOX", "COLOR", "CROP", "POINT", "SIZE", "STROKE", "Value"]
+__all__ = ["BOX", "COLOR", "CROP", "DTYPE", "DTYPE_OR_AUTO", "POINT", "SAMPLER", "SIZE", "STROKE", "Value"]
 
 
 class Value(click.ParamType):  # type: ignore[type-arg]  # older versions of click take none
@@ -27,6 +29,41 @@ class Value(click.ParamType):  # type: ignore[type-arg]  # older versions of cli
             return self.read(value)
         except ValueError:
             self.fail(f"{value!r} is not {self.name}, such as {self.example}", param, ctx)
+
+
+class SamplerName(click.ParamType):  # type: ignore[type-arg]  # older versions of click take none
+    """The name of a sampler, ours or another program's."""
+
+    name = "NAME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The name as it was typed, which the library understands."""
+        from sdinpaint.sampling import resolve
+
+        try:
+            resolve(value)
+        except SettingError as error:
+            self.fail("; ".join(filter(None, (f"{error.found} is not {error.expected}", error.hint))), param, ctx)
+        return value
+
+
+class DtypeName(click.ParamType):  # type: ignore[type-arg]  # older versions of click take none
+    """The name of a dtype, as torch says it or shorter; `also` are words that stand for something else."""
+
+    name = "DTYPE"
+
+    def __init__(self, *also: str) -> None:
+        self.also = also
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Torch's name for it."""
+        if value in self.also:
+            return value
+        try:
+            return dtype_name(value)
+        except SettingError as error:
+            words = "".join(f"{word}, " for word in self.also)
+            self.fail(f"{error.found} is not {words}{error.expected}; {error.hint}", param, ctx)
 
 
 def _whole(text: str, count: int) -> tuple[int, ...]:
@@ -60,4 +97,6 @@ BOX = Value("LEFT,TOP,RIGHT,BOTTOM", "100,50,300,400", lambda text: Box(*_whole(
 STROKE = Value("'X,Y X,Y ...'", "'10,10 40,30 60,30'", _stroke)
 COLOR = Value("COLOR", "255,0,128 or '#ff0080' or red", _color)
 CROP = Value("auto|none|PIXELS", "64", _crop)
+DTYPE, DTYPE_OR_AUTO = DtypeName(), DtypeName("auto")
+SAMPLER = SamplerName()
 SIZE = Value("WIDTHxHEIGHT", "640x480", _size)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Never
+from typing import Any, Never, overload
 
 import numpy as np
 import torch
@@ -102,8 +102,9 @@ class Recipe:
 
 
 class Result:
-    """The new pictures in the order of the inputs, and what they were made with.
+    """The new images in the order of the inputs, and what they were made with.
 
+    `len(result)`, `for image in result` and `result[i]` are of the images.
     `settings` holds all of it: `pipe.inpaint(image, mask, **result.settings)` makes the same pictures again, and so do
     `pipe.vary(image, ...)` and `pipe.outpaint(image, ...)`; noise and a `control_image` are given again too.
     A pickled result holds pictures and settings, and no model: `again` and `best_of` need the pipeline that made it.
@@ -112,6 +113,28 @@ class Result:
     def __init__(self, paintings: Sequence[Painting], recipe: Recipe) -> None:
         self.paintings = list(paintings)
         self.recipe = recipe.having_read([painting.job for painting in self.paintings])
+
+    def __repr__(self) -> str:
+        shown = ", ".join(map(str, self.seeds[:4])) + ", ..." * (len(self) > 4)
+        sizes = {image.size for image in self.images}
+        size = "{}x{}".format(*sizes.pop()) if len(sizes) == 1 else "several sizes"
+        count, s = len(self), "s" * (len(self) > 1)
+        return f"Result({count} image{s}, {size}, seed{s} {shown})"
+
+    def __len__(self) -> int:
+        return len(self.paintings)
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        return iter(self.images)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Image.Image]: ...
+
+    def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
+        return self.images[index]
 
     def __getstate__(self) -> dict[str, Any]:
         settings = self.settings  # which says what the pipeline was, as long as there is one

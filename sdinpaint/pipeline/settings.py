@@ -14,7 +14,7 @@ from sdinpaint.images.blending import BLENDS
 from sdinpaint.images.crops import AUTO
 from sdinpaint.images.files import MAX_PIXELS
 from sdinpaint.images.fills import FILLS
-from sdinpaint.sampling import find_sampler, find_spacing, schedules
+from sdinpaint.sampling import find_sampler, resolve, schedules
 from sdinpaint.sampling.masked import ROUNDING
 
 __all__ = ["CONTROL_ONLY", "MASK_ONLY", "Settings", "check_seed", "common_length", "require_no_control"]
@@ -77,10 +77,11 @@ class Settings:
     control_end: float = 1.0
 
     def __post_init__(self) -> None:
-        sampler = find_sampler(self.sampler)
-        find_spacing(self.sampler, self.spacing)
         put = object.__setattr__
-        put(self, "spacing", self.spacing or sampler.spacing)
+        name, spacing = resolve(self.sampler, self.spacing)
+        put(self, "sampler", name)
+        put(self, "spacing", spacing)
+        sampler = find_sampler(name)
         put(self, "eta", sampler.eta if self.eta is None else self.eta)
         put(self, "steps", whole_number("steps", self.steps, 1, MAX_STEPS))
         for name, (low, high) in BOUNDS.items():

@@ -3,7 +3,7 @@
 from sdinpaint.sampling import samplers, schedules
 from sdinpaint.sampling.denoiser import Conditioning, Denoiser
 from sdinpaint.sampling.masked import Known, blend_known, blend_soft, restore_known, soft_masks, start_soft
-from sdinpaint.sampling.registry import SAMPLERS, Sampler, Spacing, find_sampler, find_spacing, schedule
+from sdinpaint.sampling.registry import SAMPLERS, Sampler, Spacing, find_sampler, find_spacing, resolve, schedule
 
 __all__ = [
     "SAMPLERS",
@@ -16,6 +16,7 @@ __all__ = [
     "blend_soft",
     "find_sampler",
     "find_spacing",
+    "resolve",
     "restore_known",
     "samplers",
     "schedule",

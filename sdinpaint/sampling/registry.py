@@ -1,7 +1,9 @@
-"""The samplers by the names that users know: a step rule, its spacings and its end point each."""
+"""The registry of samplers: each name stands for a step rule, its spacings and its end point."""
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +11,7 @@ from functools import partial
 from torch import Tensor
 
 from sdinpaint.checks import check_name
+from sdinpaint.errors import SettingError
 from sdinpaint.families import ScheduleConfig
 from sdinpaint.sampling import samplers, schedules
 
@@ -36,6 +39,8 @@ class Sampler:
     spacing: str
     """The default, one of `spacings`."""
     spacings: Mapping[str, Spacing]
+    aliases: tuple[str, ...]
+    """The names that other programs have for it: web interfaces, k-diffusion, and the classes of diffusers."""
     ends_at_zero: bool
     """Whether it ends at sigma 0 even where the family's `ScheduleConfig.end_at_zero` is false."""
 
@@ -63,10 +68,22 @@ _DPM_SPACINGS = {
 
 SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler(
-        run=samplers.ddim, eta=0.0, stochastic=True, spacing="leading", spacings=_DDIM_SPACINGS, ends_at_zero=False
+        run=samplers.ddim,
+        eta=0.0,
+        stochastic=True,
+        spacing="leading",
+        spacings=_DDIM_SPACINGS,
+        aliases=("DDIM", "DDIMScheduler"),
+        ends_at_zero=False,
     ),
     "euler": Sampler(
-        run=samplers.euler, eta=0.0, stochastic=True, spacing="leading", spacings=_EULER_SPACINGS, ends_at_zero=True
+        run=samplers.euler,
+        eta=0.0,
+        stochastic=True,
+        spacing="leading",
+        spacings=_EULER_SPACINGS,
+        aliases=("Euler", "k_euler", "sample_euler", "EulerDiscreteScheduler"),
+        ends_at_zero=True,
     ),
     "euler_ancestral": Sampler(
         run=samplers.euler_ancestral,
@@ -74,27 +91,78 @@ SAMPLERS: dict[str, Sampler] = {
         stochastic=True,
         spacing="leading",
         spacings=_EULER_SPACINGS,
+        aliases=("Euler a", "k_euler_a", "sample_euler_ancestral", "EulerAncestralDiscreteScheduler"),
         ends_at_zero=True,
     ),
     "dpmpp_2m": Sampler(
-        run=samplers.dpmpp_2m, eta=0.0, stochastic=False, spacing="linspace", spacings=_DPM_SPACINGS, ends_at_zero=True
+        run=samplers.dpmpp_2m,
+        eta=0.0,
+        stochastic=False,
+        spacing="linspace",
+        spacings=_DPM_SPACINGS,
+        aliases=("DPM++ 2M", "dpm_2m", "k_dpmpp_2m", "sample_dpmpp_2m", "DPMSolverMultistepScheduler"),
+        ends_at_zero=True,
     ),
 }
 
 
+_SPACING_SUFFIXES = {"karras": "karras", "k": "karras"}
+"""The last word of a name that says how the steps are spaced: "DPM++ 2M Karras", dpmpp_2m_k."""
+
+
+def resolve(sampler: object, spacing: str | None = None) -> tuple[str, str]:
+    """Translate a sampler's name, ours or another program's, to the names of the registry.
+
+    Args:
+        sampler: a name in `SAMPLERS`, or one of its `aliases`, in any spelling of case, spaces and dashes; a last word
+            "Karras" names the spacing.
+        spacing: a name in the sampler's `spacings`; None for the one that the name says, or the sampler's own.
+
+    Returns: the names of the sampler and the spacing.
+
+    Raises: SettingError that suggests the closest name.
+    """
+    name, said = _split(sampler)
+    if name is None:
+        known = [*SAMPLERS, *(alias for one in SAMPLERS.values() for alias in one.aliases)]
+        spellings = {_spelling(one): one for one in reversed(known)}
+        close = difflib.get_close_matches(_spelling(str(sampler)), spellings, n=1)
+        hint = f"did you mean {spellings[close[0]]!r}?" if close else ""
+        expected = "one of " + ", ".join(SAMPLERS)
+        raise SettingError("SETTING_SAMPLER", "sampler", f"{sampler!r}", expected=expected, hint=hint)
+    if spacing is not None:
+        check_name("SETTING_SPACING", "spacing", spacing, SAMPLERS[name].spacings)
+        if said not in (None, spacing):
+            found, hint = f"{spacing!r} beside the sampler {sampler!r}", "give one of the two"
+            raise SettingError("SETTING_SPACING", "spacing", found, expected=f"{said!r}, or nothing", hint=hint)
+    return name, spacing or said or SAMPLERS[name].spacing
+
+
+def _split(sampler: object) -> tuple[str | None, str | None]:
+    """The name in the registry and the spacing that a name says; None for what it does not say."""
+    if not isinstance(sampler, str):
+        return None, None
+    names = {_spelling(alias): name for name, one in SAMPLERS.items() for alias in (name, *one.aliases)}
+    words = re.split(r"[\s_-]+", sampler.strip())
+    spacing = _SPACING_SUFFIXES.get(words[-1].lower()) if len(words) > 1 else None
+    base = sampler if spacing is None else " ".join(words[:-1])
+    return names.get(_spelling(base)), spacing
+
+
+def _spelling(name: str) -> str:
+    """A name without what programs write differently: case, spaces, dashes, and "++" for "pp"."""
+    return re.sub(r"[\s_-]", "", name.lower().replace("++", "pp"))
+
+
 def find_sampler(name: str) -> Sampler:
-    """The entry of `SAMPLERS`. Raises: SettingError that lists the names."""
-    check_name("SETTING_SAMPLER", "sampler", name, SAMPLERS)
-    return SAMPLERS[name]
+    """The entry of `SAMPLERS` for a name or an alias. Raises: SettingError that suggests the closest name."""
+    return SAMPLERS[resolve(name)[0]]
 
 
 def find_spacing(sampler: str, spacing: str | None = None) -> Spacing:
     """A sampler's spacing, its default where None. Raises: SettingError that lists the names."""
-    found = find_sampler(sampler)
-    if spacing is None:
-        spacing = found.spacing
-    check_name("SETTING_SPACING", "spacing", spacing, found.spacings)
-    return found.spacings[spacing]
+    name, spacing = resolve(sampler, spacing)
+    return SAMPLERS[name].spacings[spacing]
 
 
 def schedule(sampler: str, spacing: str | None, config: ScheduleConfig, steps: int) -> Tensor:

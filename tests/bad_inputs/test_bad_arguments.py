@@ -150,7 +150,7 @@ SETTINGS = [
     ("guidance_scale", [NAN, INF, -INF, "7.5", None, False, 10**400], "SETTING_GUIDANCE"),
     ("seed", [-2, 2**63, 1.5, True, "5", NAN, b"5", -1.5], "SETTING_SEED"),
     ("eta", [NAN, INF, -0.1, "0"], "SETTING_ETA"),
-    ("sampler", ["dimm", "DDIM", "", None, 3, []], "SETTING_SAMPLER"),
+    ("sampler", ["dimm", "DDIM a", "", None, 3, [], "Karras"], "SETTING_SAMPLER"),
     ("spacing", ["leadin", "Karras", "", 3], "SETTING_SPACING"),
     ("cover", ["all", "Max", "", None, 1, True, np.array(["max", "nearest"])], "SETTING_COVER"),
     ("fill", ["black", "Blur", "reflect", "", None, 0, ["blur"], np.array(["blur", "edge"])], "SETTING_FILL"),

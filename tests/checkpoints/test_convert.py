@@ -38,7 +38,7 @@ import sdinpaint
 from sdinpaint.checkpoints import converting
 from sdinpaint.checkpoints.converting import convert
 from sdinpaint.checkpoints.diffusers_configs import controlnet_json
-from sdinpaint.checkpoints.opening import open_checkpoint
+from sdinpaint.checkpoints.opening import find_dtype, open_checkpoint
 from sdinpaint.cli import main
 from sdinpaint.errors import CheckpointError, SdInpaintWarning, SettingError
 from sdinpaint.families import SD15_INPAINT
@@ -189,7 +189,7 @@ def test_what_belongs_to_no_model_is_left_out_with_a_warning(models, tmp_path):
 def test_a_dtype_is_that_of_every_tensor(models, tmp_path, dtype):
     _, folder, _ = models("sdxl")
     convert(folder, tmp_path / "folder", dtype=dtype, progress=False)
-    wanted = converting.DTYPES.get(dtype, dtype)
+    wanted = find_dtype(dtype)
     assert_same_bits(
         tensors_of(tmp_path / "folder"), {key: tensor.to(wanted) for key, tensor in tensors_of(folder).items()}
     )

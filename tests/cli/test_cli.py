@@ -23,7 +23,6 @@ from places import ROOT
 
 import sdinpaint
 from sdinpaint import Mask, cli
-from sdinpaint.checkpoints.opening import DTYPES
 from sdinpaint.cli import painting
 from sdinpaint.errors import SdInpaintWarning
 from sdinpaint.images.files import read_settings
@@ -172,9 +171,7 @@ def test_json_is_one_object(model):
 
 
 def test_options_are_those_of_the_library():
-    assert set(painting.SAMPLERS) == set(SAMPLERS)
     assert set(painting.SPACINGS) == {name for sampler in SAMPLERS.values() for name in sampler.spacings}
-    assert set(painting.DTYPES) - {"auto"} <= set(DTYPES)
     chosen = {"cover": painting.COVERS, "fill": painting.FILLS, "regions": painting.REGIONS, "blend": painting.BLENDS}
     assert chosen == WORDS
     settings = {field.name for field in fields(Settings)}
@@ -281,6 +278,26 @@ def test_a_model_that_is_none_is_refused():
         assert done.exit_code == 3
         assert model in done.stderr
         assert written() == {"model.ckpt"}
+
+
+def test_samplers_are_listed():
+    told = run("samplers").stdout
+    for name, one in SAMPLERS.items():
+        assert name in told
+        assert all(word in told for word in (*one.spacings, *one.aliases))
+    rows = json.loads(run("samplers", "--json").stdout)
+    assert {name: row["spacings"][0] for name, row in rows.items()} == {n: s.spacing for n, s in SAMPLERS.items()}
+
+
+def test_a_sampler_may_have_the_name_that_another_program_gives_it(model):
+    assert inpaint(model, sampler="DPM++ 2M Karras").exit_code == 0
+    made = read_settings("out.png")
+    assert (made["sampler"], made["spacing"]) == ("dpmpp_2m", "karras")
+
+
+def test_the_package_is_the_command_line():
+    done = subprocess.run([sys.executable, "-m", "sdinpaint", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "sdinpaint,")
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,18 @@ def test_scores_are_those_of_the_metrics(two):
         assert scores.changed > 0.9
 
 
+def test_a_result_is_a_sequence_of_its_images_and_says_in_a_line_what_it_is(pipe, one, two):
+    assert (len(one), len(two)) == (1, 2)
+    assert [*two] == two.images == two[:] == [two[0], two[-1]]
+    with pytest.raises(IndexError):
+        two[2]
+    width, height = one.image.size
+    assert repr(one) == f"Result(1 image, {width}x{height}, seed {one.seeds[0]})"
+    assert repr(two).startswith("Result(2 images, ")
+    many = pipe.inpaint(one.paintings[0].job.picture, one.paintings[0].job.mask, "a", seed=[*range(9)], steps=1)
+    assert repr(many).endswith("seeds 0, 1, 2, 3, ...)")
+
+
 def test_reports_are_those_of_the_masks_for_the_cover_of_the_run(pipe, two):
     assert two.reports == [MASK.report("max"), OTHER.report("max")]
     assert inpaint(pipe, cover="nearest").reports == [MASK.report("nearest")]

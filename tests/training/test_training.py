@@ -135,7 +135,7 @@ def test_examples_are_what_their_captions_say():
 
 def test_both_stages_train_and_export(tmp_path):
     vae = autoencoder.train(tmp_path / "autoencoder", steps=2, batch=2, progress=False)
-    unet, text = inpainting.train(tmp_path / "inpainting", vae, steps=2, batch=2, bank=64, progress=False)
+    unet, text = inpainting.train(tmp_path / "inpainting", vae, steps=2, batch=2, bank=4, progress=False)
     assert all(bool(p.isfinite().all()) for model in (unet, text, vae) for p in model.parameters())
     assert unet.config.in_channels == 9
     assert text.config.vocab_size == inpainting.vocabulary().vocab_size
