@@ -64,7 +64,8 @@ def dtype_name(dtype: object) -> str:
     for name, others in DTYPES.items():
         if said in (name, *others):
             return name
-    hint = "fp32, fp16, half and bf16 name them too"
+    close = difflib.get_close_matches(said, [name for row in DTYPES.items() for name in (row[0], *row[1])], n=1)
+    hint = f"did you mean {close[0]!r}?" if close else "fp32, fp16, half and bf16 name them too"
     raise SettingError("SETTING_DTYPE", "dtype", f"{dtype!r}", expected="float32, float16 or bfloat16", hint=hint)
 
 

@@ -1,11 +1,12 @@
-"""Libraries that are installed as extras: what is said without them, and that their noise is put back as it was."""
+"""Values and libraries: what goes by several names, what is said of what is missing, and that noise is put back."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 from huggingface_hub.utils import are_progress_bars_disabled
 
-from sdinpaint.checks import need, quietly
+from sdinpaint.checks import dtype_name, need, quietly
 from sdinpaint.errors import SettingError
 
 
@@ -38,3 +39,25 @@ def test_libraries_are_quiet_meanwhile_and_as_before_after_that(fails):
     except RuntimeError:
         assert fails
     assert state() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [
+        ("float32", ["float32", "fp32", "single", "FP32", torch.float32]),
+        ("float16", ["float16", "fp16", "half", torch.half, "torch.float16"]),
+        ("bfloat16", ["bfloat16", "bf16", "BF16", torch.bfloat16]),
+    ],
+)
+def test_a_dtype_goes_by_many_names(name, names):
+    assert {dtype_name(each) for each in names} == {name}
+
+
+@pytest.mark.parametrize(
+    ("said", "hint"), [("floa32", "'float32'"), ("bf61", "'bf16'"), (torch.int8, "half"), (3, "half")]
+)
+def test_another_dtype_is_refused_with_the_closest_name(said, hint):
+    with pytest.raises(SettingError) as caught:
+        dtype_name(said)
+    assert caught.value.code == "SETTING_DTYPE"
+    assert hint in caught.value.hint

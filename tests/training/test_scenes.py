@@ -197,7 +197,7 @@ def test_the_judge_is_right_about_renders():
 def test_the_judge_is_right_about_blurred_and_noisy_renders():
     rng = np.random.default_rng(13)
     color, shape = right_share(
-        (judge(degraded(picture, rng), hole, empty), thing) for _, thing, hole, picture, empty in drawn(150, seed=13)
+        (judge(degraded(picture, rng), hole, empty), thing) for _, thing, hole, picture, empty in drawn(80, seed=13)
     )
     assert color >= 0.93
     assert shape >= 0.93
