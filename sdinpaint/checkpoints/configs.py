@@ -235,10 +235,10 @@ def _refuse(where: Path, name: str, value: object, expected: str) -> None:
 
 
 HINT_WIDTHS = (16, 32, 96, 256)
-"""Of all released ones; a file's own are read off its shapes."""
+"""Channels of the hint's convolutions in all released ControlNets; a file's own are read off its shapes."""
 HINT_WEIGHT = re.compile(r"input_hint_block\.(\d+)\.weight")
 ALIKE = ("model_channels", "channel_mult", "num_res_blocks", "context_dim", "vector_dim")
-"""What a ControlNet shares with its UNet."""
+"""Names of the settings that a ControlNet shares with its UNet."""
 BUILT = {"controlnet_conditioning_channel_order": "rgb", "global_pool_conditions": False}
 """Settings of diffusers that change what is computed, with what is built here; no shape tells them."""
 KINDS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}

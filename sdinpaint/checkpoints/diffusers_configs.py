@@ -149,7 +149,7 @@ def _scheduler_json(family: Family) -> dict[str, object]:
 
 
 def _scheduler_class(family: Family) -> str:
-    """As in the releases; either can be made of the other's table."""
+    """Name the scheduler as the releases name it; diffusers can make either of the other's table."""
     return "DDIMScheduler" if family.text_2 is None else "EulerDiscreteScheduler"
 
 

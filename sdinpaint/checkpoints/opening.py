@@ -74,7 +74,7 @@ class Checkpoint:
     prediction: Evidence
     """Whether the UNet predicts noise or v, and from what that was concluded."""
     notes: tuple[str, ...]
-    """What was chosen on the caller's behalf, or left out, as sentences."""
+    """Sentences that say what was chosen on the caller's behalf, or left out."""
     outside: tuple[str, ...]
     """Keys that belong to no component."""
     controlnet: ControlNetConfig | None = None
@@ -91,7 +91,7 @@ class Checkpoint:
 
     @property
     def layouts(self) -> dict[str, Layout]:
-        """What was concluded from the names of the file that each component is from."""
+        """The layout of the file that each component is from, concluded from the names in it."""
         return {name: part.layout for name, part in self.parts.items()}
 
     def build(self) -> dict[str, Any]:

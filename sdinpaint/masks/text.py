@@ -33,7 +33,7 @@ def mask_to_text(mask: Soft) -> str | None:
 
 
 def mask_from_text(text: str, argument: str = "mask") -> Soft:
-    """What `mask_to_text` wrote, bit for bit. Raises: MaskError, ImageError."""
+    """Read the mask that `mask_to_text` wrote, as it was: the PNG is lossless. Raises: MaskError, ImageError."""
     expected, hint = "a grey PNG in base64", "give the mask file that was used"
     try:
         image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
