@@ -1,10 +1,11 @@
-"""What is checked of values that people give, and of the libraries that are installed as extras."""
+"""Validators for the values that callers give, and for the libraries that extras install."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
@@ -14,12 +15,24 @@ import numpy as np
 
 from sdinpaint.errors import SettingError
 
-__all__ = ["DTYPES", "as_list", "check_name", "check_prompt", "dtype_name", "need", "number", "quietly"]
-__all__ += ["require_number", "require_whole", "switch", "whole_number"]
+__all__ = ["DTYPES", "as_list", "check_choice", "check_number", "check_prompt", "check_switch", "check_whole"]
+__all__ += ["dtype_name", "quietly", "require_extra"]
 
 
-def need(module: str, *, extra: str, what: str) -> Any:
-    """The module of that name, for `what`. Raises: SettingError that says how to install `extra`."""
+def require_extra(module: str, *, extra: str, what: str) -> Any:
+    """Import a module that an extra installs.
+
+    Args:
+        module: name of the module.
+        extra: name of the extra.
+        what: what needs the module, which the error names.
+
+    Returns:
+        The module.
+
+    Raises:
+        SettingError: it cannot be imported; the hint says how to install the extra.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -31,7 +44,11 @@ def need(module: str, *, extra: str, what: str) -> Any:
 
 @contextmanager
 def quietly(*libraries: Any) -> Iterator[None]:
-    """Let diffusers or transformers show nothing meanwhile; then all is as before, the hub's bars too."""
+    """Silence diffusers or transformers until the end of the block, their progress bars too.
+
+    Args:
+        libraries: the imported modules.
+    """
     logs = [library.utils.logging for library in libraries]
     before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
     for log in logs:
@@ -56,9 +73,11 @@ def dtype_name(dtype: object) -> str:
     Args:
         dtype: a name, such as "float16", "fp16" or "half", or a `torch.dtype`.
 
-    Returns: a key of `DTYPES`.
+    Returns:
+        A key of `DTYPES`.
 
-    Raises: SettingError that lists the names.
+    Raises:
+        SettingError: it lists the names.
     """
     said = str(dtype).removeprefix("torch.").lower()
     for name, others in DTYPES.items():
@@ -69,37 +88,110 @@ def dtype_name(dtype: object) -> str:
     raise SettingError("SETTING_DTYPE", "dtype", f"{dtype!r}", expected="float32, float16 or bfloat16", hint=hint)
 
 
-def check_name(code: str, subject: str, name: object, names: Iterable[str]) -> None:
-    """Refuse a name that is none of `names`. Raises: SettingError that lists them, with the closest one."""
-    known = list(names)
-    if not isinstance(name, str) or name not in known:
-        close = difflib.get_close_matches(str(name), known, n=1)
+def check_choice(name: str, value: Any, choices: Iterable[str], *, code: str = "", of: str = "") -> str:
+    """Check that an argument is one of some words.
+
+    Args:
+        name: name of the argument.
+        value: what was given.
+        choices: the words.
+        code: code of the error; by default SETTING_ and the argument's name.
+        of: name of the function whose argument it is, where the argument's name alone would not tell.
+
+    Returns:
+        The value.
+
+    Raises:
+        SettingError: it lists the words, and suggests the closest one.
+    """
+    known = list(choices)
+    if not isinstance(value, str) or value not in known:
+        close = difflib.get_close_matches(str(value), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else ""
-        raise SettingError(code, subject, f"{name!r}", expected="one of " + ", ".join(known), hint=hint)
+        expected = "one of " + ", ".join(known)
+        raise SettingError(code or _code(name), _subject(name, of), f"{value!r}", expected=expected, hint=hint)
+    return value
 
 
-def require_number(subject: str, name: str, value: Any, low: float = 0, high: float = math.inf) -> float:
-    """A finite number from `low` to `high`. Raises: SettingError naming `subject`, a verb, and its argument."""
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, of: str = "") -> float:
+    """Check that an argument is a finite number from `low` to `high`, both included.
+
+    Args:
+        name: name of the argument.
+        value: what was given; a bool is no number.
+        low: lowest value.
+        high: highest value.
+        of: name of the function whose argument it is, where the argument's name alone would not tell.
+
+    Returns:
+        The value as a float.
+
+    Raises:
+        SettingError: it names the argument and the bounds.
+    """
     try:
         number = float(value) if isinstance(value, Real) and not isinstance(value, bool | np.bool_) else math.nan
     except OverflowError:
         number = math.inf
     if not math.isfinite(number) or not low <= number <= high:
-        expected = f"a number of at least {low:g}" if math.isinf(high) else f"a number from {low:g} to {high:g}"
-        raise SettingError(f"SETTING_{name.upper()}", f"{subject}: {name}", f"{value!r}", expected=expected)
+        raise SettingError(_code(name), _subject(name, of), f"{value!r}", expected=f"a {_bounds('number', low, high)}")
     return number
 
 
-def require_whole(subject: str, name: str, value: Any, low: int, high: float = math.inf) -> int:
-    """A whole number from `low` to `high`. Raises: SettingError naming `subject`, a verb, and its argument."""
-    number = require_number(subject, name, value, low, high)
-    if number != int(number):
-        raise SettingError(f"SETTING_{name.upper()}", f"{subject}: {name}", f"{value!r}", expected="a whole number")
-    return int(number)
+def check_whole(name: str, value: Any, low: int, high: float = math.inf, *, of: str = "") -> int:
+    """Check that an argument is a whole number from `low` to `high`, both included, of any type.
+
+    Args:
+        name: name of the argument.
+        value: what was given; 3.0 is a whole number, and a bool is none.
+        low: lowest value.
+        high: highest value.
+        of: name of the function whose argument it is, where the argument's name alone would not tell.
+
+    Returns:
+        The value as an int.
+
+    Raises:
+        SettingError: it names the argument and the bounds.
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool | np.bool_)
+    if not is_number or not low <= value <= min(high, sys.maxsize) or value != int(value):
+        expected = f"a {_bounds('whole number', low, high)}"
+        raise SettingError(_code(name), _subject(name, of), f"{value!r}", expected=expected)
+    return int(value)
+
+
+def check_switch(name: str, value: Any) -> bool:
+    """Check that an argument is True or False, also numpy's.
+
+    Args:
+        name: name of the argument.
+        value: what was given.
+
+    Returns:
+        The value as a bool.
+
+    Raises:
+        SettingError: it names the argument.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise SettingError(_code(name), name, f"{value!r}", expected="True or False")
+    return bool(value)
 
 
 def check_prompt(name: str, prompt: Any) -> str:
-    """A prompt; None is the empty one. Raises: SettingError."""
+    """Check that a prompt is valid text.
+
+    Args:
+        name: name of the argument.
+        prompt: what was given; None is the empty prompt.
+
+    Returns:
+        The prompt.
+
+    Raises:
+        SettingError: it is no string, or not valid Unicode.
+    """
     if prompt is None:
         return ""
     if not isinstance(prompt, str):
@@ -114,34 +206,26 @@ def check_prompt(name: str, prompt: Any) -> str:
 
 
 def as_list(value: Any) -> list[Any]:
-    """A list or tuple as a list; anything else as the list of that one."""
+    """Return a list or tuple as a list, and anything else as a list of that one.
+
+    Args:
+        value: any value.
+
+    Returns:
+        A new list.
+    """
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def whole_number(name: str, value: Any, low: int, high: int) -> int:
-    """A whole number in these bounds, of any type. Raises: SettingError that names it."""
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not low <= value <= high or value != int(value):
-        expected = f"a whole number from {low} to {high}"
-        raise SettingError(f"SETTING_{name.upper()}", name, f"{value!r}", expected=expected)
-    return int(value)
+def _code(name: str) -> str:
+    return "SETTING_GUIDANCE" if name == "guidance_scale" else f"SETTING_{name.upper()}"
 
 
-def switch(name: str, value: Any) -> bool:
-    """True or False, also of numpy. Raises: SettingError that names it."""
-    if not isinstance(value, bool | np.bool_):
-        raise SettingError(f"SETTING_{name.upper()}", name, f"{value!r}", expected="True or False")
-    return bool(value)
+def _subject(name: str, of: str) -> str:
+    return f"{of}: {name}" if of else name
 
 
-def number(name: str, value: Any, low: float, high: float) -> float:
-    """Check that a setting is a finite number from `low` to `high`. Raises: SettingError that names it."""
-    bounds = "a finite number" if math.isinf(low) else f"a number from {low:g} to {high:g}"
-    try:
-        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number) or not low <= number <= high:
-        code = "SETTING_GUIDANCE" if name == "guidance_scale" else f"SETTING_{name.upper()}"
-        raise SettingError(code, name, f"{value!r}", expected=bounds)
-    return number
+def _bounds(kind: str, low: float, high: float) -> str:
+    if math.isinf(low):
+        return f"finite {kind}"
+    return f"{kind} of at least {low:g}" if math.isinf(high) else f"{kind} from {low:.16g} to {high:.16g}"

@@ -4,35 +4,42 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 from sdinpaint_weights.errors import CheckpointError, SdInpaintError
 
 __all__ = [
+    "Cancelled",
     "CheckpointError",
     "ImageError",
     "MaskError",
     "NumericError",
+    "Remark",
     "SdInpaintError",
     "SdInpaintWarning",
     "SettingError",
     "TokenizerError",
+    "keeping_warnings",
     "warn",
 ]
 
-PASSED = ("sdinpaint", "sdinpaint_weights", "torch")
-"""Packages whose lines a warning does not point at; torch's are between, for its inference mode."""
+PASSED = ("sdinpaint", "sdinpaint_weights", "torch", "contextlib")
+"""Packages whose lines a warning does not point at; torch's decorators are between, for its gradient modes."""
 
 
 class ImageError(SdInpaintError, OSError, ValueError):
-    """A picture that cannot be read or written, or that is not a usable picture."""
+    """An image that cannot be read or written, or that is not usable."""
 
 
 class MaskError(SdInpaintError, ValueError):
-    """A mask that does not fit its picture or whose meaning is unclear."""
+    """A mask that does not fit its image, or whose meaning is unclear."""
 
 
 class SettingError(SdInpaintError, ValueError):
-    """An argument outside of what it may be."""
+    """An argument that is not one of the allowed values."""
 
 
 class TokenizerError(SdInpaintError, OSError, ValueError):
@@ -40,16 +47,69 @@ class TokenizerError(SdInpaintError, OSError, ValueError):
 
 
 class NumericError(SdInpaintError, ArithmeticError):
-    """A model produced NaN or infinity; no picture is made of it."""
+    """A model produced NaN or infinity; no image is made of it."""
+
+
+class Cancelled(SdInpaintError):
+    """A run that a callback has stopped: raise it from `on_step` or `on_event`, and nothing is made of the run."""
+
+    def __init__(self, reason: str = "a callback stopped it") -> None:
+        super().__init__("CANCELLED", "run", reason)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Cancelled, (self.found,)
 
 
 class SdInpaintWarning(UserWarning):
     """Something was done that the caller may not have meant."""
 
 
-def warn(message: str) -> None:
-    """Warn whoever called the library: the warning points at that line."""
-    level, frame = 1, sys._getframe()
+@dataclass(frozen=True)
+class Remark:
+    """A warning, kept as a value.
+
+    Args:
+        message: the sentence.
+        index: index of the image in its batch that the sentence is about; None where it is about the whole run.
+    """
+
+    message: str
+    index: int | None = None
+
+    def __str__(self) -> str:
+        return self.message
+
+
+_kept: ContextVar[list[Remark] | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def keeping_warnings() -> Iterator[list[Remark]]:
+    """Keep the warnings of the library until the end of the block, beside showing them as Python does.
+
+    Yields:
+        A list that grows with every call of `warn` in this thread.
+    """
+    kept: list[Remark] = []
+    token = _kept.set(kept)
+    try:
+        yield kept
+    finally:
+        _kept.reset(token)
+
+
+def warn(message: str, index: int | None = None) -> None:
+    """Warn whoever called the library: the warning points at that line, and is told at every call.
+
+    Args:
+        message: a sentence.
+        index: index of the image in its batch that the sentence is about.
+    """
+    frame = sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in PASSED:
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, SdInpaintWarning, stacklevel=level)
+        frame = frame.f_back
+    if (kept := _kept.get()) is not None:
+        kept.append(Remark(message, index))
+    # without a registry, in which Python notes what it has shown: one warning per image of a loop, not per line
+    name, where = frame.f_globals.get("__name__", ""), frame.f_code.co_filename
+    warnings.warn_explicit(message, SdInpaintWarning, where, frame.f_lineno, module=name)

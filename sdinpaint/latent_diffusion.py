@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from sdinpaint.checks import as_list
 from sdinpaint.errors import SettingError
 from sdinpaint.families import Family
+from sdinpaint.load_options import LoadOptions
 from sdinpaint.models.forking import let_children_compute
 from sdinpaint.models.guarded_vae import Autoencoding
 from sdinpaint.models.offloading import Offloading
 from sdinpaint.sampling import Conditioning, Denoiser, Known, schedules
-from sdinpaint.sampling.denoiser import ControlFunction
 from sdinpaint.sampling.graphs import Graphs
+from sdinpaint.sampling.step_runner import ControlFunction
 from sdinpaint.text.conditioning import PictureSize, TextConditioner
 from sdinpaint.text.tokenizer import Tokenizer
 
@@ -37,13 +38,14 @@ class LatentDiffusion:
         source: str = "",
         offloading: Offloading | None = None,
         tile: int | None = None,
+        loaded: LoadOptions | None = None,
     ) -> None:
         let_children_compute()
         self.family = family
         self.unet, self.vae, self.controlnet = unet, vae, controlnet
         self._autoencoding = Autoencoding(self.vae)
         self.condition = TextConditioner(family, _encoders(text), tokenizer)
-        self.source = source
+        self.source, self.loaded = source, loaded
         self.offloading, self.tile = offloading, tile
         # recordings hold the addresses of weights, which are others whenever a model comes back
         recorded = None if offloading is None else False
@@ -120,15 +122,31 @@ class LatentDiffusion:
         uncond: Conditioning | None = None,
         *,
         guidance_scale: float = 7.5,
+        guidance_rescale: float = 0.0,
+        guidance_start: float = 0.0,
+        guidance_end: float = 1.0,
         control: ControlFunction | None = None,
         sigmas: Tensor | None = None,
     ) -> Denoiser:
-        """denoise(x, sigma) -> x0 for this picture and these prompts.
+        """Bind the UNet to an image and its prompts, as a function denoise(x, sigma) -> x0.
 
-        `control`: a `Control`, for a ControlNet. `sigmas`: of the run, which spares a GPU some launches in every step.
+        Args:
+            known: inpainting conditioning, which `encode_image` gives.
+            cond: conditioning by the prompt.
+            uncond: conditioning by the negative prompt; None for no guidance.
+            guidance_scale: weight of the prompt; 1 is no guidance.
+            guidance_rescale: from 0 to 1, how far a guided prediction is given the contrast of an unguided one.
+            guidance_start: share of the steps before guidance begins; needs `sigmas`.
+            guidance_end: share of the steps after which guidance ends; needs `sigmas`.
+            control: a `Control`, for a ControlNet.
+            sigmas: noise levels of the run (n + 1,), where they are known.
+
+        Returns:
+            The denoiser, which samplers take.
+
+        Raises:
+            SettingError: the conditions do not fit together, or guidance is out of its bounds.
         """
-        # on a CPU nothing is gained
-        ahead = sigmas if self.device.type == "cuda" else None
         return Denoiser(
             self.unet,
             self.train_sigmas,
@@ -136,10 +154,14 @@ class LatentDiffusion:
             cond,
             uncond,
             guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            guidance_start=guidance_start,
+            guidance_end=guidance_end,
             extra=(known.mask, known.masked_latents) if self.takes_mask else None,
             control=control,
             dtype=self.dtype,
-            sigmas=ahead,
+            sigmas=sigmas,
+            embed_ahead=self.device.type == "cuda",  # on a CPU nothing is gained
             graphs=self.graphs,
             using=partial(self.using, self.unet),
         )

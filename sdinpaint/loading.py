@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,24 +11,21 @@ from sdinpaint_weights.native import check_range, load_tensors
 
 from sdinpaint.checkpoints.diffusers_configs import diffusers_configs
 from sdinpaint.checkpoints.opening import CONTROLNET, find_dtype, open_checkpoint
-from sdinpaint.checks import switch
-from sdinpaint.checks import whole_number as whole_setting
 from sdinpaint.errors import SettingError, warn
 from sdinpaint.families import TOKENIZERS, Prediction
+from sdinpaint.load_options import LoadOptions
 from sdinpaint.models.offloading import Offloading
 from sdinpaint.models.weights import release
+from sdinpaint.pipeline.events import Event, Listener, event_bars
 from sdinpaint.pipeline.pipeline import Pipeline
-from sdinpaint.progress import progress_bar
 from sdinpaint.text.finding import find_tokenizer
 from sdinpaint.text.tokenizer import Tokenizer
 
 __all__ = ["load", "save_diffusers"]
 
-MAX_TILE = 2**16
-
 
 def load(
-    source: str | Path,
+    source: str | Path | LoadOptions,
     *,
     config: str | Path | None = None,
     vae: str | Path | None = None,
@@ -44,62 +42,83 @@ def load(
     revision: str | None = None,
     local_files_only: bool = False,
     progress: bool = True,
+    on_event: Listener | None = None,
 ) -> Pipeline:
-    """Load a Stable Diffusion 1, 2 or XL checkpoint: a .safetensors or .ckpt file, a diffusers folder, a model of the
-    hub ("owner/name", or "owner/name:FILE" for one file of it), or "demo".
+    """Load a Stable Diffusion 1, 2 or XL checkpoint.
 
-    config: a folder in the diffusers layout whose JSON files tell what a single file cannot (heads, activation,
-    schedule). vae: another autoencoder, file or folder. controlnet: a ControlNet, file or folder. base: a model that
-    supplies what `source` lacks, where that is a UNet alone, or a VAE. tokenizer: a Tokenizer, or a folder or file that
-    holds CLIP's vocabulary. prediction: "eps" or "v", where nothing in the checkpoint tells, or tells wrongly. device:
-    the GPU where there is one. dtype: float32 on a CPU, float16 on a GPU. ema: the averaged weights of the UNet.
-    variant: "fp16" for files such as diffusion_pytorch_model.fp16.safetensors. revision: a branch, tag or commit of
-    `source` on the hub. local_files_only: nothing is fetched; what the hub's cache holds is used.
-    offload: keep each model as its file holds it, and bring it to `device` and `dtype` while it is used. The pictures
-    are the same; it takes less memory and more time. tile: the autoencoder works in bands of tile * tile pixels, and
-    differs by rounding; 0: all at once; by default bands from 1024 * 1024 pixels on.
     Weights that are stored in `dtype` stay mapped to their file, which must not change while they are in use.
-    Raises: CheckpointError, TokenizerError, SettingError.
+
+    Args:
+        source: a .safetensors or .ckpt file, a diffusers folder, a model of the hub ("owner/name", or
+            "owner/name:FILE" for one file of it), "demo"; or `LoadOptions`, which the other arguments change.
+        config: a folder in the diffusers layout whose JSON files tell what a single file cannot: heads, activation,
+            schedule.
+        vae: another VAE, file or folder.
+        controlnet: a ControlNet, file or folder.
+        base: a model that supplies the components that `source` lacks, where that is a UNet alone, or a VAE.
+        tokenizer: a Tokenizer, or a folder or file that holds CLIP's vocabulary.
+        device: device that computes; the GPU by default, where there is one.
+        dtype: dtype that the models compute in; float32 on a CPU and float16 on a GPU by default.
+        offload: keep each model as its file holds it, and bring it to `device` and `dtype` while it is used. The images
+            are the same; it takes less memory and more time.
+        tile: the VAE works on row strips of tile * tile pixels, which changes images by rounding alone; 0 never does,
+            None from 1024 * 1024 pixels on.
+        prediction: what the UNet predicts, "eps" or "v", where nothing in the checkpoint tells, or tells wrongly.
+        ema: take the averaged weights of the UNet.
+        variant: a variant of the files, such as "fp16" for diffusion_pytorch_model.fp16.safetensors.
+        revision: a branch, tag or commit of `source` on the hub.
+        local_files_only: fetch nothing, and use what the hub's cache holds.
+        progress: show bars in a terminal or a notebook.
+        on_event: called with an `Event` of the stage "load" for every tensor.
+
+    Returns:
+        The pipeline, whose `loaded` holds these options.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be found, understood or loaded.
+        TokenizerError: CLIP's vocabulary is not found, or does not fit.
+        SettingError: an option is of the wrong type or out of its bounds.
     """
-    device = _device(device)
-    dtype, offload = _dtype(dtype, device), switch("offload", offload)
-    tile = None if tile is None else whole_setting("tile", tile, 0, MAX_TILE)
-    checkpoint = open_checkpoint(
-        source,
-        config=config,
-        vae=vae,
-        controlnet=controlnet,
-        base=base,
-        prediction=prediction,
-        ema=ema,
-        variant=variant,
-        revision=revision,
-        local_files_only=local_files_only,
-        progress=progress,
-    )
+    given = locals()  # every argument by its name
+    del given["progress"], given["on_event"]
+    options = LoadOptions(**given)
+    if isinstance(source, LoadOptions):
+        options = replace(source, **{name: value for name, value in options.given.items() if name != "source"})
+    device = _device(options.device)
+    dtype = _dtype(options.dtype, device)
+    checkpoint = open_checkpoint(options, progress=progress)
     for note in checkpoint.notes:
         warn(f"{checkpoint.path}: {note}")
     models = checkpoint.build()
     home, rows = checkpoint.parts["text_encoder"].model, checkpoint.family.text.vocab_size
-    tokenizer = find_tokenizer(tokenizer, home, rows, offline=local_files_only or None)
+    tokenizer = find_tokenizer(options.tokenizer, home, rows, offline=options.local_files_only or None)
     states = checkpoint.states
     total = sum(len(state.sources) for state in states.values())
+    done = 0
     # plain tensors, whatever the caller's mode: they serve inside of inference mode and outside
     with (
         torch.inference_mode(False),
-        progress_bar(total, f"load {checkpoint.path.name}", " tensors", show=progress) as bar,
+        event_bars(f"load {checkpoint.path.name}", " tensors", show=progress) as bars,
     ):
+
+        def tell(tensors: int) -> None:
+            nonlocal done
+            done += tensors
+            for listen in filter(None, (bars, on_event)):
+                listen(Event("load", done, total, done / total))
+
+        tell(0)
         for name, model in models.items():
-            tensors = load_tensors(states[name], None if offload else dtype, lambda _: bar.update())
+            tensors = load_tensors(states[name], None if options.offload else dtype, lambda _: tell(1))
             model.load_state_dict(tensors, strict=True, assign=True)
             model.eval().requires_grad_(False)
-            if offload:
+            if options.offload:
                 check_range(states[name], tensors, dtype)
                 for weight in tensors.values():
                     release(weight)
             else:
                 model.to(device)  # which also lays weights out as they are best there
-    offloading = Offloading(device, dtype, models.values()) if offload else None
+    offloading = Offloading(device, dtype, models.values()) if options.offload else None
     control = models.pop(CONTROLNET, None)
     unet, autoencoder, *texts = models.values()
     return Pipeline(
@@ -109,16 +128,23 @@ def load(
         texts,
         tokenizer,
         controlnet=control,
-        source=str(source),
+        source=str(options.source),
         offloading=offloading,
-        tile=tile,
+        tile=options.tile,
+        loaded=options,
     )
 
 
 def save_diffusers(folder: str | Path, pipe: Pipeline, dtype: torch.dtype | None = None) -> None:
     """Write a pipeline as a diffusers folder, which diffusers' own pipelines load too.
 
-    Raises: CheckpointError.
+    Args:
+        folder: the folder, which is made.
+        pipe: the pipeline.
+        dtype: dtype of the files; each tensor keeps its own by default.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
     """
     folder, condition = Path(folder), pipe.condition
     models = dict(zip(pipe.family.components, (pipe.unet, pipe.vae, *condition.encoders), strict=True))
@@ -129,8 +155,8 @@ def save_diffusers(folder: str | Path, pipe: Pipeline, dtype: torch.dtype | None
         tokenizer.save(folder / name)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None or device == "auto":
+def _device(device: str | None) -> torch.device:
+    if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
@@ -142,7 +168,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     return found
 
 
-def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    if dtype is None or dtype == "auto":
+def _dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.float16
     return find_dtype(dtype)

@@ -1,20 +1,23 @@
-"""Making a picture again from what is stored in it, and saying whether it is the same."""
+"""Replay: an image is made again from the settings that are stored in it, and compared."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sdinpaint import loading
 from sdinpaint.errors import SettingError
 from sdinpaint.images.files import read_settings
 from sdinpaint.images.picture import Picture, read_picture
-from sdinpaint.loading import load
+from sdinpaint.load_options import LoadOptions
 from sdinpaint.masks import Mask
 from sdinpaint.masks.text import mask_from_text
 from sdinpaint.pipeline.pipeline import Pipeline
+from sdinpaint.pipeline.requests import Kind, Request, stored_names
 from sdinpaint.pipeline.results import Result
 from sdinpaint.provenance.manifest import ALSO, Manifest, arguments, differences, manifest_of
 
@@ -23,59 +26,78 @@ __all__ = ["Replay", "replay"]
 
 @dataclass(frozen=True)
 class Replay:
-    """What came of making a picture again."""
+    """An image that was made again, compared with the file."""
 
     result: Result
     changed: int
-    """Pixels that differ from the file's."""
+    """Number of pixels that differ from the file's."""
     largest: int
     """The largest difference, in levels of 255."""
     differences: list[str]
-    """What is not as it was then: versions, device, dtype."""
+    """Sentences on versions, device and dtype that are not as they were then."""
 
     @property
     def identical(self) -> bool:
-        """Whether every pixel is the same."""
+        """True where every pixel is the same."""
         return self.changed == 0
 
 
 def replay(
-    path: Path | str, pipe: Pipeline | None = None, *, image: Any = None, mask: Any = None, **options: Any
+    path: Path | str,
+    pipe: Pipeline | None = None,
+    *,
+    image: Any = None,
+    mask: Any = None,
+    load: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    **inputs: Any,
 ) -> Replay:
-    """Make the picture in a file again, from the settings that `Result.save` or the command line stored in it.
+    """Make the image in a file again, from the settings that `Result.save` or the command line stored in it.
 
-    pipe: as it was made with; without one, the stored model is loaded in the stored dtype. The same pipeline makes the
-    same picture again; one that is loaded anew may change a few pixels by one level (docs/numerics.md). image, mask:
-    where they are not found any more at the stored paths; most masks are stored themselves. options: e.g. `progress`,
-    `control_image`.
-    Raises: ImageError for a file without settings; SettingError for broken ones, and for inputs that are missing or
-    other ones; CheckpointError for other weights, naming the components.
+    The same pipeline makes the same image again; one that is loaded anew may change a few pixels by one level
+    (docs/numerics.md).
+
+    Args:
+        path: the file.
+        pipe: pipeline that made the image; without one, the recorded model is loaded with the recorded options.
+        image: the image that was repainted, where it is not at its recorded path any more.
+        mask: the mask, where it is neither stored nor at its recorded path.
+        load: options of `sdinpaint.load` in place of the recorded ones, such as {"device": "cpu"}.
+        progress: show bars in a terminal or a notebook.
+        inputs: what the file does not hold: `control_image`, `noise`, or a prompt that was given as conditioning.
+
+    Returns:
+        The new result, and how it differs from the file.
+
+    Raises:
+        ImageError: the file holds no settings.
+        SettingError: the settings are broken, or an input is missing or another one.
+        CheckpointError: the weights are other ones; it names the components.
     """
     settings = read_settings(path)
     manifest = manifest_of(settings)
-    kind = manifest["kind"]
-    also = {name: options.pop(name, None) for name in ALSO}
-    for name, value in also.items():
-        _check_given(name, value is not None, name in manifest.get("also", []))
-    inputs = {"image": read_picture(_found(image, manifest, "image"))}
-    if kind == "inpaint":
-        inputs["mask"] = _mask(mask, manifest)
+    kind: Kind = manifest["kind"]
+    settings = arguments(settings, stored_names(kind))
+    for name in ALSO:
+        _check_given(name, inputs.get(name) is not None, name in manifest.get("also", []))
+    given = {name: value for name, value in inputs.items() if value is not None}
+    picture = read_picture(_found(image, manifest, "image"))
+    hole = _mask(mask, manifest) if kind == "inpaint" else None
+    request = Request(picture, hole, kind=kind, **{**settings, **given})
     if pipe is None:
-        pipe = load(manifest["model"], dtype=manifest["dtype"], progress=options.get("progress", True))
-    make = getattr(pipe, kind)
-    inputs |= {name: value for name, value in also.items() if value is not None}
-    made = make(**inputs, **arguments(settings, make, pipe.inpaint if kind == "outpaint" else make), **options)
-    before, after = read_picture(path, "picture"), read_picture(made.image, "picture")
+        pipe = loading.load(LoadOptions.from_manifest(manifest, **load or {}), progress=progress)
+    made = pipe.run(request, progress=progress)
+    before, after = read_picture(path, "image"), read_picture(made.image, "image")
     changed, largest = _compared(before, after)
     return Replay(made, changed, largest, differences(manifest, pipe))
 
 
 def _check_given(name: str, given: bool, used: bool) -> None:
     if used and not given:
-        found, hint = f"the picture was made with a {name} of its own, which it does not hold", "give it again"
+        found, hint = f"the image was made with a {name} of its own, which the file does not hold", "give it again"
         raise SettingError("MANIFEST_INPUT_MISSING", name, found, expected="the same one", hint=hint)
     if given and not used:
-        found, hint = f"the picture was made without a {name}", "leave it out"
+        found, hint = f"the image was made without a {name}", "leave it out"
         raise SettingError("MANIFEST_INPUT", name, found, expected="none", hint=hint)
 
 
@@ -87,7 +109,7 @@ def _mask(given: Any, manifest: Manifest) -> Any:
 
 
 def _found(given: Any, manifest: Manifest, argument: str) -> Any:
-    """What was given, or the file at the stored path."""
+    """Return what was given, or the file at the stored path."""
     if given is not None:
         return given
     stored = manifest[argument]["path"]
@@ -99,7 +121,7 @@ def _found(given: Any, manifest: Manifest, argument: str) -> Any:
 
 
 def _compared(before: Picture, after: Picture) -> tuple[int, int]:
-    """How many pixels differ, and by how much at most."""
+    """Return how many pixels differ, and by how much at most."""
     if before.size != after.size:
         return max(before.rgb[..., 0].size, after.rgb[..., 0].size), 255
     planes = [(before.rgb, after.rgb)]

@@ -6,14 +6,14 @@ import pytest
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled
 
-from sdinpaint.checks import dtype_name, need, quietly
+from sdinpaint.checks import dtype_name, quietly, require_extra
 from sdinpaint.errors import SettingError
 
 
 def test_what_is_missing_is_named_with_the_extra_to_install():
-    assert need("json", extra="mask", what="Mask.grow").loads("1") == 1
+    assert require_extra("json", extra="mask", what="Mask.grow").loads("1") == 1
     with pytest.raises(SettingError) as caught:
-        need("no_such_library.part", extra="mask", what="Mask.grow")
+        require_extra("no_such_library.part", extra="mask", what="Mask.grow")
     assert caught.value.code == "SETTING_EXTRA"
     assert (caught.value.subject, caught.value.hint) == ("Mask.grow", "pip install 'sdinpaint[mask]'")
     assert "no_such_library" in caught.value.found

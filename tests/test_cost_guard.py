@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from sdinpaint.models import ControlNet, ControlNetConfig, fused, layers, unet
 from sdinpaint.pipeline.control import Control
-from sdinpaint.pipeline.patch_sampling import Batch
+from sdinpaint.pipeline.patch_sampling import PatchSampling
 from sdinpaint.pipeline.pipeline import Pipeline
-from sdinpaint.sampling import Denoiser, Known, schedules
+from sdinpaint.sampling import Known, schedules
+from sdinpaint.sampling.step_runner import StepRunner
 from sdinpaint.text.conditioning import TextConditioner
 
 PROMPT = "a red fox"
@@ -228,8 +229,8 @@ def fed(owner, name, change):
 
 def forgetful():
     """A denoiser that prepares the text in every step."""
-    call = Denoiser.__call__
-    return Denoiser, "__call__", lambda self, x, sigma: self._batches.clear() or call(self, x, sigma)
+    call = StepRunner.__call__
+    return StepRunner, "__call__", lambda self, x, sigma: self._batches.clear() or call(self, x, sigma)
 
 
 def always_joined(x, batch):
@@ -254,7 +255,7 @@ BREAKS = {
     "the picture encoded again": ("inpaint", lambda: twice(Pipeline, "sample_latents"), ["VAE encoder", "flops"]),
     "the masked picture encoded again": (
         "inpaint, strength 0.5",
-        lambda: twice(Batch, "_masked_latents"),
+        lambda: twice(PatchSampling, "_masked_latents"),
         ["VAE encoder", "aten.conv2d"],
     ),
     "the picture decoded again": ("inpaint, crop", lambda: twice(Pipeline, "decode"), ["VAE decoder", "flops"]),

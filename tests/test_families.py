@@ -15,6 +15,7 @@ from sdinpaint.checkpoints.configs import schedule_config, text_config, unet_con
 from sdinpaint.checkpoints.diffusers_configs import diffusers_configs
 from sdinpaint.checkpoints.opening import MODELS, open_checkpoint
 from sdinpaint.families import FAMILIES, SD2, SD2_INPAINT, SD2_V, SD15, SD15_INPAINT, SDXL, SDXL_INPAINT
+from sdinpaint.load_options import LoadOptions
 
 FILES = {
     "sd15_base.ldm": SD15,
@@ -71,7 +72,7 @@ def test_released_folders_fit(inventory, kind, family):
 @pytest.mark.parametrize("name", list(FILES))
 def test_the_family_is_known_from_the_file_alone(inventory, tmp_path, name):
     path = write_header(tmp_path / "model.safetensors", inventory(name).shapes())
-    found = open_checkpoint(path, prediction=FILES[name].schedule.prediction)
+    found = open_checkpoint(LoadOptions(source=path, prediction=FILES[name].schedule.prediction))
     assert found.family == FILES[name]
     assert found.notes == ()
     found.build()

@@ -10,6 +10,7 @@ import torch
 from sdinpaint.bench.cases import Case, StepInputs
 from sdinpaint.bench.floors import flop_count
 from sdinpaint.checkpoints.opening import open_checkpoint
+from sdinpaint.load_options import LoadOptions
 
 __all__ = ["float32_bytes", "flops_of"]
 
@@ -20,7 +21,7 @@ def flops_of(case: Case) -> dict[str, int]:
 
     The networks are on the meta device: nothing is loaded, and nothing computed.
     """
-    checkpoint = open_checkpoint(case.checkpoint)
+    checkpoint = open_checkpoint(LoadOptions(source=case.checkpoint))
     family, models = checkpoint.family, checkpoint.build()
     unet, vae = models["unet"], models["vae"]
     given = StepInputs.draw(family, replace(case, device="meta"))
@@ -37,5 +38,5 @@ def flops_of(case: Case) -> dict[str, int]:
 
 def float32_bytes(case: Case) -> int:
     """Of all its weights in float32."""
-    states = open_checkpoint(case.checkpoint).states.values()
+    states = open_checkpoint(LoadOptions(source=case.checkpoint)).states.values()
     return 4 * sum(math.prod(shape) for state in states for shape in state.shapes().values())

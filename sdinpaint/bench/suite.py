@@ -17,8 +17,9 @@ from sdinpaint.bench.peers.systems import check_peers
 from sdinpaint.bench.report.pages import Places
 from sdinpaint.bench.report.rows import Row, append
 from sdinpaint.checkpoints.opening import find_dtype, open_checkpoint
-from sdinpaint.checks import check_name, dtype_name
+from sdinpaint.checks import check_choice, dtype_name
 from sdinpaint.errors import SdInpaintError, SettingError
+from sdinpaint.load_options import LoadOptions
 from sdinpaint.progress import progress_bar
 
 __all__ = ["ALL", "GROWTH", "Options", "Outcome", "run"]
@@ -54,9 +55,9 @@ class Options:
     places: Places
 
     def __post_init__(self) -> None:
-        check_name("BENCH_PART", "part", self.part, [*PARTS, GROWTH, ALL])
+        check_choice("part", self.part, [*PARTS, GROWTH, ALL], code="BENCH_PART")
         for family in self.families:
-            check_name("BENCH_FAMILY", "family", family, [*FULL_SIZE, DEMO_FAMILY])
+            check_choice("family", family, [*FULL_SIZE, DEMO_FAMILY], code="BENCH_FAMILY")
         object.__setattr__(self, "dtypes", tuple(map(dtype_name, self.dtypes)))
         object.__setattr__(self, "stored", self.stored and dtype_name(self.stored))
         for name in ("steps", "rounds"):
@@ -113,7 +114,7 @@ def _source(options: Options, family: str, dtype: str, given: str | None) -> Abs
 
 def _case(options: Options, family: str, dtype: str, source: str) -> Case:
     """The case at the size that the model was trained at."""
-    size = open_checkpoint(source, progress=False).family.size
+    size = open_checkpoint(LoadOptions(source=source), progress=False).family.size
     return Case(
         family=family,
         checkpoint=source,

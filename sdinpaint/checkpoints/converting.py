@@ -24,6 +24,7 @@ from sdinpaint.checkpoints.opening import CONTROLNET, Checkpoint, build_models, 
 from sdinpaint.checkpoints.sources import COMPONENTS, Part, open_parts
 from sdinpaint.errors import CheckpointError, SettingError, TokenizerError, warn
 from sdinpaint.families import FAMILIES, SD15, TOKENIZERS, TextConfig
+from sdinpaint.load_options import LoadOptions
 from sdinpaint.progress import progress_bar
 from sdinpaint.text.finding import find_tokenizer
 from sdinpaint.version import __version__
@@ -80,7 +81,8 @@ def convert(
     layout, dtype = check_request(target, layout, dtype, (source,), overwrite)
     model = _open_alone(Path(source), **opening)
     if model is None:
-        model = model_of(open_checkpoint(source, ema=ema, progress=progress, **opening), ema, opening.get("config"))
+        options = LoadOptions(source=source, ema=ema, **opening)
+        model = model_of(open_checkpoint(options, progress=progress), ema, options.config)
     write_model(model, target, layout, dtype, progress=progress)
 
 

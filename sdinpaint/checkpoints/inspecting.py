@@ -20,6 +20,7 @@ from sdinpaint.checkpoints.opening import Checkpoint, open_checkpoint
 from sdinpaint.checkpoints.sources import COMPONENTS
 from sdinpaint.errors import SdInpaintError
 from sdinpaint.families import KINDS
+from sdinpaint.load_options import LoadOptions
 
 __all__ = ["Report", "inspect"]
 
@@ -100,7 +101,8 @@ def inspect(
     Raises: CheckpointError for what is no readable weights file or folder.
     """
     try:
-        checkpoint = open_checkpoint(source, variant=variant, revision=revision, local_files_only=local_files_only)
+        options = LoadOptions(source=source, variant=variant, revision=revision, local_files_only=local_files_only)
+        checkpoint = open_checkpoint(options)
     except SdInpaintError as error:
         return _report_foreign(Path(source), variant, error, hash)
     problem = ""

@@ -17,6 +17,7 @@ from sdinpaint.checkpoints.opening import open_checkpoint
 from sdinpaint.checkpoints.sources import Part, open_parts
 from sdinpaint.errors import CheckpointError, SettingError
 from sdinpaint.families import FAMILIES, Family
+from sdinpaint.load_options import LoadOptions
 from sdinpaint.models import UNet
 
 __all__ = ["to_inpainting", "widen_input"]
@@ -70,7 +71,7 @@ def to_inpainting(
         found, expected = f"base={base!r}, inpaint={inpaint!r}", "both, or neither to add channels of zeros"
         raise SettingError("SETTING_MERGE", "base and inpaint", found, expected=expected)
     layout, dtype = check_request(target, None, dtype, sources, overwrite)
-    checkpoint = open_checkpoint(custom, progress=progress, **opening)
+    checkpoint = open_checkpoint(LoadOptions(source=custom, **opening), progress=progress)
     parts = [checkpoint.parts["unet"], *(_unet(source) for source in sources[1:])]
     _check_alike(parts, checkpoint.family)
     ours, *others = [{item.name: item for item in native_items(part.state)} for part in parts]
@@ -93,7 +94,7 @@ def to_inpainting(
 
 def _unet(source: str | Path) -> Part:
     path = Path(source)
-    return (open_parts(path, ("unet",)) if path.exists() else open_checkpoint(source).parts)["unet"]
+    return (open_parts(path, ("unet",)) if path.exists() else open_checkpoint(LoadOptions(source=source)).parts)["unet"]
 
 
 def _added(custom: Items, base: Items, inpaint: Items) -> Items:

@@ -28,6 +28,7 @@ from sdinpaint.checkpoints.sources import COMPONENTS, Json, Part, open_parts, re
 from sdinpaint.checks import dtype_name
 from sdinpaint.errors import CheckpointError
 from sdinpaint.families import FAMILIES, TEXT_ENCODERS, Family, Prediction
+from sdinpaint.load_options import LoadOptions
 from sdinpaint.models import VAE, CLIPText, ControlNet, ControlNetConfig, UNet
 
 __all__ = ["Checkpoint", "build_models", "find_dtype", "open_checkpoint"]
@@ -114,30 +115,29 @@ def build_models(configs: Mapping[str, Any], states: Mapping[str, NativeState]) 
     return models
 
 
-def open_checkpoint(
-    source: str | Path,
-    *,
-    config: str | Path | None = None,
-    vae: str | Path | None = None,
-    controlnet: str | Path | None = None,
-    base: str | Path | None = None,
-    prediction: Prediction | None = None,
-    ema: bool = False,
-    variant: str | None = None,
-    revision: str | None = None,
-    local_files_only: bool = False,
-    progress: bool = True,
-) -> Checkpoint:
-    """Find and understand a checkpoint, reading only headers. Raises: CheckpointError."""
-    find = partial(_existing, variant=variant, local_files_only=local_files_only, progress=progress)
-    path, configs = find(source, revision=revision), _config_folder(config)
+def open_checkpoint(options: LoadOptions, *, progress: bool = True) -> Checkpoint:
+    """Find and understand a checkpoint, reading only headers.
+
+    Args:
+        options: which files make up the model.
+        progress: whether a bar shows what is fetched of the hub.
+
+    Returns:
+        The checkpoint, of which no tensor has been read.
+
+    Raises:
+        CheckpointError: it cannot be found or understood, or is no whole model.
+    """
+    variant, ema = options.variant, options.ema
+    find = partial(_existing, variant=variant, local_files_only=options.local_files_only, progress=progress)
+    path, configs = find(options.source, revision=options.revision), _config_folder(options.config)
     parts = open_parts(path, config=configs, ema=ema, variant=variant)
     outside = () if path.is_dir() else _outside(next(iter(parts.values())))
-    if base is not None:
-        place = find(base, tuple(name for name in COMPONENTS if name not in parts))
+    if options.base is not None:
+        place = find(options.base, tuple(name for name in COMPONENTS if name not in parts))
         parts = open_parts(place, config=configs, ema=ema and "unet" not in parts, variant=variant) | parts
-    if vae is not None:
-        place = find(vae, ("vae",))
+    if options.vae is not None:
+        place = find(options.vae, ("vae",))
         beside = None if place.is_dir() else configs or (path if path.is_dir() else None)
         parts |= open_parts(place, ("vae",), config=beside, variant=variant)
     _require(parts, ["unet"], path)
@@ -146,14 +146,14 @@ def open_checkpoint(
     scheduler = {} if settings is None else read_json(settings / "scheduler/scheduler_config.json")
     index = {} if settings is None else read_json(settings / "model_index.json")
     weights = unet.state.weights
-    evidence = find_prediction(prediction, scheduler, weights.path, weights.metadata, weights)
+    evidence = find_prediction(options.prediction, scheduler, weights.path, weights.metadata, weights)
     trained = _released(unet.layout, evidence.prediction)
     _require(parts, list(trained.components), path)
     family = _family(trained, parts, scheduler, index, evidence, path)
     used = {name: parts[name] for name in trained.components}
     control = None
-    if controlnet is not None:
-        place = find(controlnet, (CONTROLNET,))
+    if options.controlnet is not None:
+        place = find(options.controlnet, (CONTROLNET,))
         used |= open_parts(place, (CONTROLNET,), variant=variant)
         part = used[CONTROLNET]
         control = controlnet_config(part.state.shapes(), part.config, family.unet, place)

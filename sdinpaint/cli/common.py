@@ -24,6 +24,7 @@ __all__ = [
     "INTERRUPTED",
     "Commands",
     "check_output",
+    "given",
     "hub_options",
     "json_option",
     "quiet_option",
@@ -94,6 +95,20 @@ hub_options = together(
     click.option("--revision", metavar="NAME", help="A branch, tag or commit of the model on the hub."),
     click.option("--offline", "local_files_only", is_flag=True, help="Of the hub, use what its cache holds."),
 )
+
+
+def given(ctx: click.Context, name: str) -> bool:
+    """Tell whether an option was typed, in place of its default.
+
+    Args:
+        ctx: context of the command.
+        name: name of the parameter.
+
+    Returns:
+        True where it was.
+    """
+    source = ctx.get_parameter_source(name)
+    return source is not None and source is not click.core.ParameterSource.DEFAULT
 
 
 def check_output(target: Path, inputs: Iterable[Path | str]) -> None:

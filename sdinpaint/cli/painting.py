@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
 from sdinpaint.cli.common import check_output, hub_options, json_option, quiet_option, together
 from sdinpaint.cli.values import CROP, DTYPE_OR_AUTO, SAMPLER, SIZE
 from sdinpaint.images.files import save_png
+from sdinpaint.load_options import LoadOptions
 
 __all__ = ["LOADING", "inpaint", "model_options", "outpaint", "vary"]
 
@@ -21,14 +23,10 @@ COVERS = ("max", "nearest")
 FILLS = ("original", "noise", "blur", "edge", "telea", "neutral")
 EDGES = ("edge", "reflect", "neutral")
 ANCHORS = ("top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right")
-EXTENDING = ("left", "right", "top", "bottom", "size", "anchor", "overlap", "fill")
 REGIONS = ("together", "each")
 BLENDS = ("none", "feather", "poisson")
-LOADING = (
-    *("config", "vae", "controlnet", "base", "tokenizer", "prediction", "variant", "revision"),
-    *("local_files_only", "ema", "device", "dtype", "offload"),
-)
-"""Options that `sdinpaint.load` takes; the others are those of `Pipeline.inpaint` and `Pipeline.vary`."""
+LOADING = tuple(one.name for one in fields(LoadOptions) if one.name != "source")
+"""Options of loading; all others are those of a request."""
 
 run_options = together(
     click.option("--prompt", "-p", required=True, metavar="TEXT", help="What is to be painted."),
@@ -48,6 +46,18 @@ run_options = together(
     click.option("--steps", default=30, show_default=True, help="More take longer; 20 to 50 are usual."),
     click.option(
         "--guidance", "--cfg-scale", "guidance_scale", default=7.5, show_default=True, help="Weight of the prompt."
+    ),
+    click.option(
+        "--guidance-rescale",
+        default=0.0,
+        show_default=True,
+        help="How far a guided prediction is given the contrast of an unguided one, 0 to 1: less overexposure.",
+    ),
+    click.option(
+        "--guidance-start", default=0.0, show_default=True, help="Share of the steps before guidance begins, 0 to 1."
+    ),
+    click.option(
+        "--guidance-end", default=1.0, show_default=True, help="Share of the steps after which guidance ends, 0 to 1."
     ),
     click.option(
         "--sampler",
@@ -120,6 +130,12 @@ model_options = together(
     ),
     click.option(
         "--offload", is_flag=True, help="Keep models out of memory while they are not used: less memory, more time."
+    ),
+    click.option(
+        "--tile",
+        type=int,
+        metavar="PIXELS",
+        help="Run the VAE on row strips of that many pixels squared, 0 for none. Default: from 1024 x 1024 pixels on.",
     ),
     click.option("--vae", metavar="PATH", help="Another autoencoder."),
     click.option(
@@ -212,7 +228,7 @@ def outpaint(**given: Any) -> None:
 
 
 def _paint(
-    kind: str,
+    kind: Literal["inpaint", "vary", "outpaint"],
     *,
     image: str,
     prompt: str,
@@ -227,44 +243,31 @@ def _paint(
     control_image: str | None = None,
     **options: Any,
 ) -> None:
-    """Run a pipeline's method of that name for every seed."""
-    from sdinpaint.checks import check_prompt
-    from sdinpaint.images.canvas import canvas_for
-    from sdinpaint.images.picture import read_picture
+    """Run one request for every seed, and write each image as soon as it is made."""
     from sdinpaint.loading import load
-    from sdinpaint.masks import Mask, read_mask
-    from sdinpaint.pipeline.settings import Settings, check_seed, require_no_control
+    from sdinpaint.pipeline.requests import Request
+    from sdinpaint.pipeline.settings import check_seed, require_no_control
 
     # All that can be wrong beside the model is found before the model is loaded.
     drawn = [check_seed(seed) for seed in seeds or (None,)]
     inputs = [path for path in (image, mask, control_image) if path is not None]
     targets = _targets(out, len(drawn), inputs)
     sheets = [] if sheet is None else _targets(sheet, -(-len(drawn) // options["batch_size"]), [*inputs, *targets])
-    loading = {name: options.pop(name) for name in LOADING if name in options}
-    extending = {name: options.pop(name) for name in EXTENDING if kind == "outpaint"}
-    settings = Settings(**options)
-    if loading.get("controlnet") is None:
-        require_no_control(settings, control_image)
-    check_prompt("prompt", prompt), check_prompt("negative_prompt", negative_prompt)
-    picture = read_picture(image)
+    loading = LoadOptions(source=model, **{name: options.pop(name) for name in LOADING if name in options})
+    asked = {"kind": kind, "seed": drawn[0], "control_image": control_image, **options}
+    request = Request(image, mask, prompt, negative_prompt, **asked)
+    if loading.controlnet is None:
+        require_no_control(request.settings, control_image)
     show_progress = not quiet and not as_json
-    if kind == "outpaint":
-        canvas_for(picture, **extending)
-    if mask is not None:
-        report = Mask(read_mask(mask, picture.size)).report(options["cover"])
-        if show_progress:
-            click.echo(f"mask {mask}\n{report.table()}", err=True)
-        options["mask"] = mask  # by its path, which is then among the settings
-    if control_image is not None:
-        options["control_image"] = read_picture(control_image, "control_image")
-    pipe = load(model, **loading, progress=show_progress)
-    options |= {"prompt": prompt, "negative_prompt": negative_prompt, "progress": show_progress, **extending}
+    if show_progress and mask is not None and (item := request.items[0]) is not None:
+        click.echo(f"mask {mask}\n{item.mask.report(request.settings.cover).table()}", err=True)
+    pipe = load(loading, progress=show_progress)
     done: list[dict[str, Any]] = []
     for number, first in enumerate(range(0, len(drawn), options["batch_size"])):
         batch = slice(first, first + options["batch_size"])
         started = time.perf_counter()
-        result = getattr(pipe, kind)(picture, seed=drawn[batch], **options)
-        seconds = round((time.perf_counter() - started) / len(result.images), 1)
+        result = pipe.run(request.replace(seed=drawn[batch]), progress=show_progress)
+        seconds = round((time.perf_counter() - started) / len(result), 1)
         for index, target in enumerate(targets[batch]):
             used = result.settings_of(index)
             save_png(result.images[index], target, used)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from sdinpaint.cli.common import check_output
+from sdinpaint.cli.common import check_output, given
 from sdinpaint.cli.painting import LOADING, model_options
 from sdinpaint.images.files import check_output_path
 
@@ -49,6 +49,7 @@ def replay(
       sdinpaint replay out.png
     """
     from sdinpaint.images.files import read_settings
+    from sdinpaint.load_options import LoadOptions
     from sdinpaint.loading import load
     from sdinpaint.provenance.manifest import manifest_of
     from sdinpaint.replaying import replay as make_again
@@ -57,9 +58,9 @@ def replay(
         check_output(out, [one for one in (picture, image, mask, control_image) if one is not None])
     manifest = manifest_of(read_settings(picture))
     show_progress = not quiet and not as_json
-    stored = {"dtype": manifest["dtype"]} if loading["dtype"] == "auto" else {}
-    options = {name: loading[name] for name in LOADING if name in loading} | stored
-    pipe = load(model or manifest["model"], **options, progress=show_progress)
+    typed = {name: loading[name] for name in LOADING if given(ctx, name)}
+    options = LoadOptions.from_manifest(manifest, **typed, **({"source": model} if model else {}))
+    pipe = load(options, progress=show_progress)
     again = make_again(picture, pipe, image=image, mask=mask, control_image=control_image, progress=show_progress)
     if out is not None:
         again.result.save(check_output_path(out))

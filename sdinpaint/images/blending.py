@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from sdinpaint.checks import check_name, need
+from sdinpaint.checks import check_choice, require_extra
 from sdinpaint.errors import ImageError, NumericError
 from sdinpaint.images.fills import spread
 
@@ -40,7 +40,7 @@ def compose(original: Bytes, generated: Generated, hole: Hole, *, blend: str = "
     Raises: SettingError for another blend, or where "poisson" lacks the extra `mask`; ImageError on other sizes;
     NumericError on NaN and infinity.
     """
-    check_name("SETTING_BLEND", "blend", blend, BLENDS)
+    check_choice("blend", blend, BLENDS)
     _check(original, generated, hole)
     if match:
         generated = match_color(generated, original, hole)
@@ -155,8 +155,8 @@ def _surroundings(hole: Hole) -> tuple[slice, slice]:
 
 def _membrane(values: Floats, hole: Hole) -> Floats:
     """values (H, W, C) with Laplace's equation solved in the hole (H, W), and no flow across the picture's border."""
-    sparse = need("scipy.sparse", extra="mask", what='blend="poisson"')
-    linalg = need("scipy.sparse.linalg", extra="mask", what='blend="poisson"')
+    sparse = require_extra("scipy.sparse", extra="mask", what='blend="poisson"')
+    linalg = require_extra("scipy.sparse.linalg", extra="mask", what='blend="poisson"')
 
     def path(length: int) -> Any:
         """The Laplacian of a line of pixels: what each differs from its neighbours."""

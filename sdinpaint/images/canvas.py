@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdinpaint.checks import check_name, whole_number
+from sdinpaint.checks import check_choice, check_whole
 from sdinpaint.errors import ImageError, SettingError
 from sdinpaint.images.boxes import Box
 from sdinpaint.images.files import MAX_PIXELS
@@ -58,12 +58,12 @@ def extend(
     Raises: SettingError naming the argument; ImageError where the canvas exceeds MAX_PIXELS.
     """
     sides = {"left": left, "right": right, "top": top, "bottom": bottom}
-    left, right, top, bottom = (whole_number(name, value, 0, MAX_SIDE) for name, value in sides.items())
-    check_name("SETTING_FILL", "fill", fill, EXTENDING_FILLS)
+    left, right, top, bottom = (check_whole(name, value, 0, MAX_SIDE) for name, value in sides.items())
+    check_choice("fill", fill, EXTENDING_FILLS)
     if not any((left, right, top, bottom)):
         hint = "give pixels for at least one side; inpaint repaints what is inside"
         raise SettingError("SETTING_SIDES", ", ".join(sides), "all are 0", expected="a larger canvas", hint=hint)
-    overlap = whole_number("overlap", overlap, 0, MAX_SIDE)
+    overlap = check_whole("overlap", overlap, 0, MAX_SIDE)
     height, width = picture.size
     _check_canvas(sides, (height + top + bottom, width + left + right))
     box = Box(left, top, left + width, top + height)
@@ -88,7 +88,7 @@ def canvas_for(
     picture: Picture, *, size: Sequence[int] | None, anchor: str, overlap: int, fill: str, **sides: int
 ) -> tuple[Picture, Soft]:
     """`extend` to a `size` (H, W) with the picture at its `anchor`, or where that is None by `sides`."""
-    check_name("SETTING_ANCHOR", "anchor", anchor, ANCHORS)
+    check_choice("anchor", anchor, ANCHORS)
     if size is not None:
         if any(sides.values()):
             found = f"{size!r}, beside pixels for a side"
@@ -103,10 +103,10 @@ def sides_for(old: tuple[int, int], size: Sequence[int], anchor: str = "center")
     anchor: one of ANCHORS, where the old picture is; an odd pixel goes to the right and the bottom.
     Raises: SettingError for another anchor, or a size that does not hold the picture.
     """
-    check_name("SETTING_ANCHOR", "anchor", anchor, ANCHORS)
+    check_choice("anchor", anchor, ANCHORS)
     if not isinstance(size, list | tuple) or len(size) != len(old):
         raise SettingError("SETTING_SIZE", "size", f"{size!r}", expected="(height, width) in pixels")
-    height, width = (whole_number("size", side, 1, MAX_SIDE) for side in size)
+    height, width = (check_whole("size", side, 1, MAX_SIDE) for side in size)
     down, across = height - old[0], width - old[1]
     if down < 0 or across < 0:
         found, expected = f"{height} rows, {width} columns", f"at least the picture's {old[0]} rows, {old[1]} columns"

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional as F
 
-from sdinpaint.checks import need
+from sdinpaint.checks import require_extra
 from sdinpaint.errors import ImageError, MaskError, SettingError
 from sdinpaint.images.boxes import Box
 
@@ -80,7 +80,7 @@ def regions(hole: Hole, gap: int) -> list[Hole]:
     """
     if not _is_whole(gap) or gap < 0:
         raise SettingError("SETTING_GAP", "gap", f"{gap!r}", expected="a whole number of pixels, 0 or more")
-    ndimage = need("scipy.ndimage", extra="mask", what="splitting a mask into regions")
+    ndimage = require_extra("scipy.ndimage", extra="mask", what="splitting a mask into regions")
     # Squares of `gap` pixels around two pixels touch exactly where fewer than `gap` pixels are between them.
     grown = ndimage.maximum_filter(hole, size=max(gap, 1), mode="constant")
     labels = np.where(hole, ndimage.label(grown, structure=np.ones((3, 3)))[0], 0)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdinpaint.checks import check_name, need
+from sdinpaint.checks import check_choice, require_extra
 
 __all__ = ["FILLS", "NEUTRAL", "fill_hole", "spread"]
 
@@ -32,7 +32,7 @@ def fill_hole(rgb: Bytes, hole: Hole, fill: str) -> Bytes:
     with neutral. "neutral" is mid grey; so is "noise" here, because the pipeline puts that into the latents.
     Raises: SettingError for another fill, or where "edge" or "telea" lack the extra `mask`.
     """
-    check_name("SETTING_FILL", "fill", fill, FILLS)
+    check_choice("fill", fill, FILLS)
     if not hole.any():
         return rgb.copy()
     filled = (_neutral if hole.all() and fill in _FROM_KNOWN else _PAINTERS[fill])(rgb, hole)
@@ -75,13 +75,13 @@ def _blur(rgb: Bytes, hole: Hole) -> Bytes:
 
 
 def _edge(rgb: Bytes, hole: Hole) -> Bytes:
-    ndimage = need("scipy.ndimage", extra="mask", what='fill="edge"')
+    ndimage = require_extra("scipy.ndimage", extra="mask", what='fill="edge"')
     rows, columns = ndimage.distance_transform_edt(hole, return_distances=False, return_indices=True)
     return rgb[rows, columns]
 
 
 def _telea(rgb: Bytes, hole: Hole) -> Bytes:
-    cv2 = need("cv2", extra="mask", what='fill="telea"')
+    cv2 = require_extra("cv2", extra="mask", what='fill="telea"')
     # where a hole touches the picture's border, cv2 looks at pixels of the hole itself: let it see no old ones
     start = np.where(hole[..., None], _blur(rgb, hole), rgb)
     filled: Bytes = cv2.inpaint(start, hole.astype(np.uint8), TELEA_RADIUS, cv2.INPAINT_TELEA)

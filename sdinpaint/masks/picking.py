@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
-from sdinpaint.checks import require_number
+from sdinpaint.checks import check_number
 from sdinpaint.errors import MaskError, SettingError
 from sdinpaint.images.files import decode, open_image
 from sdinpaint.images.picture import Picture
@@ -38,7 +38,7 @@ def by_color(picture: Picture, color: str | Iterable[int], tolerance: float) -> 
 
     Raises: SettingError.
     """
-    limit = require_number("Mask.from_color", "tolerance", tolerance, 0, 255)
+    limit = check_number("tolerance", tolerance, 0, 255, of="Mask.from_color")
     difference = np.abs(picture.opaque().astype(np.int16) - _rgb(color))
     hole: Hole = difference.max(axis=2) <= limit
     return hole
@@ -46,8 +46,8 @@ def by_color(picture: Picture, color: str | Iterable[int], tolerance: float) -> 
 
 def by_luminance(picture: Picture, low: float, high: float) -> Hole:
     """Where the Rec. 601 luma is from `low` to `high` of white -> bool (H, W). Raises: SettingError."""
-    top = require_number("Mask.from_luminance", "high", high, 0, 1)
-    bottom = require_number("Mask.from_luminance", "low", low, 0, top)
+    top = check_number("high", high, 0, 1, of="Mask.from_luminance")
+    bottom = check_number("low", low, 0, top, of="Mask.from_luminance")
     luma = np.asarray(Image.fromarray(picture.opaque()).convert("L")) / 255
     hole: Hole = (bottom <= luma) & (luma <= top)
     return hole

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sdinpaint.checks import need, quietly, require_number
+from sdinpaint.checks import check_number, quietly, require_extra
 from sdinpaint.errors import MaskError, NumericError, SettingError
 from sdinpaint.hub import is_hub_id
 from sdinpaint.masks.reading import Hole
@@ -100,7 +100,7 @@ def sam(
     Source: Kirillov et al. 2023, "Segment Anything"; Ravi et al. 2024, "SAM 2"; transformers SamProcessor.
     """
     size = rgb.shape[:2]
-    level = require_number("Mask.sam", "threshold", threshold, -math.inf)
+    level = check_number("threshold", threshold, -math.inf, of="Mask.sam")
     if box is None and not np.size(points):
         found, expected = "neither points nor a box", "at least one of them"
         raise MaskError("MASK_NO_PROMPT", "Mask.sam", found, expected=expected, hint="give a point on the object")
@@ -129,7 +129,7 @@ def clipseg(rgb: Rgb, text: str | Sequence[str], model: Segmenter | Path | str, 
     Raises: MaskError or SettingError that names the argument; NumericError.
     Source: Lueddecke and Ecker 2022, "Image Segmentation Using Text and Image Prompts"; transformers CLIPSegProcessor.
     """
-    level = require_number("Mask.clipseg", "threshold", threshold, 0, 1)
+    level = check_number("threshold", threshold, 0, 1, of="Mask.clipseg")
     texts = [text] if isinstance(text, str) else list(text)
     if not texts or not all(isinstance(words, str) and words.strip() for words in texts):
         expected = "some words, or a list of such"
@@ -161,7 +161,7 @@ def _segmenter(model: Segmenter | nn.Module | Path | str, classes: Mapping[str, 
 
 
 def _load(source: Path | str, classes: Mapping[str, str]) -> Segmenter:
-    transformers = need("transformers", extra="segment", what="a mask from a model")
+    transformers = require_extra("transformers", extra="segment", what="a mask from a model")
     subject = f"model {str(source)!r}"
     if not Path(source).is_dir() and not is_hub_id(str(source)):
         raise _refusal(subject, "no such folder", classes)

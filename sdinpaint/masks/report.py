@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdinpaint.checks import need
+from sdinpaint.checks import require_extra
 from sdinpaint.errors import MaskError, SettingError
 from sdinpaint.images.boxes import Box
 from sdinpaint.images.picture import pad_to_multiple
@@ -20,7 +20,7 @@ from sdinpaint.masks.reading import CELL, Hole, binarize, looks_inverted, to_lat
 
 __all__ = ["Cover", "MaskReport", "report"]
 
-Cover = Literal["nearest", "max"]
+Cover = Literal["max", "nearest"]
 
 SPECK = CELL * CELL
 """Connected pixels fewer than these, a latent cell, are a speck; `Mask.drop_specks` drops as many."""
@@ -176,7 +176,7 @@ def _largest(values: Tensor) -> Tensor:
 def _counted(hole: Hole) -> tuple[int, int, int] | tuple[None, None, None]:
     """Regions, specks and the pixels in specks; None without scipy."""
     try:
-        ndimage = need("scipy.ndimage", extra="mask", what="the regions of a mask")
+        ndimage = require_extra("scipy.ndimage", extra="mask", what="the regions of a mask")
     except SettingError:
         return None, None, None
     labels, regions = ndimage.label(hole, structure=np.ones((3, 3)))

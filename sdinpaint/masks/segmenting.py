@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdinpaint.checks import need, require_number, require_whole
+from sdinpaint.checks import check_number, check_whole, require_extra
 from sdinpaint.errors import MaskError
 from sdinpaint.images.boxes import Box
 from sdinpaint.masks.checks import require_box, require_points
@@ -36,9 +36,9 @@ def grabcut(
     Raises: MaskError or SettingError that names the argument.
     Source: Rother et al. 2004, "GrabCut", as OpenCV has it.
     """
-    cv2 = need("cv2", extra="mask", what="Mask.grabcut")
+    cv2 = require_extra("cv2", extra="mask", what="Mask.grabcut")
     size = rgb.shape[:2]
-    rounds = require_whole("Mask.grabcut", "iterations", iterations, 1, 1000)
+    rounds = check_whole("iterations", iterations, 1, 1000, of="Mask.grabcut")
     if box is None and repaint is None:
         found, expected = "neither a box nor repaint", "at least one of them"
         raise MaskError("MASK_NO_PROMPT", "Mask.grabcut", found, expected=expected, hint="draw a box around the object")
@@ -70,9 +70,9 @@ def flood(rgb: Rgb, point: Point, tolerance: float = 0.1) -> Hole:
     tolerance: the largest distance in Lab from the colour at the point; 0 is the same colour, 1 is black to white.
     Raises: MaskError or SettingError that names the argument.
     """
-    color = need("skimage.color", extra="mask", what="Mask.flood")
-    segmentation = need("skimage.segmentation", extra="mask", what="Mask.flood")
-    limit = LAB_RANGE * require_number("Mask.flood", "tolerance", tolerance, 0, 1)
+    color = require_extra("skimage.color", extra="mask", what="Mask.flood")
+    segmentation = require_extra("skimage.segmentation", extra="mask", what="Mask.flood")
+    limit = LAB_RANGE * check_number("tolerance", tolerance, 0, 1, of="Mask.flood")
     x, y = _pixel("Mask.flood: point", point, rgb)
     lab = color.rgb2lab(rgb)
     distance = color.deltaE_cie76(lab, lab[y, x])
@@ -87,11 +87,11 @@ def region(rgb: Rgb, point: Point, scale: float = 200.0, sigma: float = 0.8, min
     Raises: MaskError or SettingError that names the argument.
     Source: Felzenszwalb and Huttenlocher 2004, "Efficient graph-based image segmentation", as scikit-image has it.
     """
-    segmentation = need("skimage.segmentation", extra="mask", what="Mask.region")
+    segmentation = require_extra("skimage.segmentation", extra="mask", what="Mask.region")
     settings = {
-        "scale": require_number("Mask.region", "scale", scale),
-        "sigma": require_number("Mask.region", "sigma", sigma, 0, max(rgb.shape)),
-        "min_size": require_whole("Mask.region", "min_size", min_size, 0, rgb.size),
+        "scale": check_number("scale", scale, 0, of="Mask.region"),
+        "sigma": check_number("sigma", sigma, 0, max(rgb.shape), of="Mask.region"),
+        "min_size": check_whole("min_size", min_size, 0, rgb.size, of="Mask.region"),
     }
     x, y = _pixel("Mask.region: point", point, rgb)
     regions = segmentation.felzenszwalb(rgb, **settings)

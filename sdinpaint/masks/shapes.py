@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sdinpaint.checks import require_whole
+from sdinpaint.checks import check_whole
 from sdinpaint.errors import MaskError
 from sdinpaint.masks.checks import FARTHEST, require_box, require_points, require_size
 from sdinpaint.masks.reading import Hole
@@ -43,7 +43,7 @@ def strokes(size: tuple[int, int], strokes: Iterable[Points], width: int) -> Hol
     """
     subject = "Mask.strokes"
     lines = [require_points(subject, stroke, 1) for stroke in _listed(subject, strokes)]
-    diameter = require_whole(subject, "width", width, 1, FARTHEST)
+    diameter = check_whole("width", width, 1, FARTHEST, of=subject)
 
     def paint(draw: ImageDraw.ImageDraw) -> None:
         for line in lines:

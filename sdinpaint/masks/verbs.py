@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from sdinpaint.checks import need, require_number, require_whole
+from sdinpaint.checks import check_number, check_whole, require_extra
 from sdinpaint.errors import SettingError
 from sdinpaint.images.boxes import Box
 from sdinpaint.images.picture import pad_to_multiple
@@ -26,8 +26,8 @@ TOUCHING = np.ones((3, 3), dtype=np.bool_)
 
 def grow(mask: Soft, pixels: float, verb: str = "Mask.grow") -> Soft:
     """The highest value within `pixels` of each pixel's centre; beyond the picture is nothing."""
-    radius = min(require_number(verb, "pixels", pixels), math.hypot(*mask.shape))
-    cv2 = need("cv2", extra="mask", what=verb)
+    radius = min(check_number("pixels", pixels, 0, of=verb), math.hypot(*mask.shape))
+    cv2 = require_extra("cv2", extra="mask", what=verb)
     offsets = np.arange(-int(radius), int(radius) + 1)
     disc = (offsets[:, None] ** 2 + offsets**2 <= radius**2).astype(np.uint8)
     grown: Soft = cv2.dilate(mask, disc, borderType=cv2.BORDER_CONSTANT, borderValue=0)
@@ -36,8 +36,8 @@ def grow(mask: Soft, pixels: float, verb: str = "Mask.grow") -> Soft:
 
 def feather(mask: Soft, pixels: float, verb: str = "Mask.feather") -> Soft:
     """A soft edge that reaches `pixels` to either side: a Gaussian of half of that; straight edges of the hole stay."""
-    sigma = require_number(verb, "pixels", pixels) / 2
-    ndimage = need("scipy.ndimage", extra="mask", what=verb)
+    sigma = check_number("pixels", pixels, 0, of=verb) / 2
+    ndimage = require_extra("scipy.ndimage", extra="mask", what=verb)
     blurred: Soft = ndimage.gaussian_filter(mask, sigma, mode="nearest")
     return np.clip(blurred, 0, 1)
 
@@ -50,8 +50,8 @@ def smooth(mask: Soft, pixels: float) -> Hole:
 def fill_holes(mask: Soft, max_area: int | None = None) -> Soft:
     """Repaint also what the hole encloses, where that is at most `max_area` pixels large."""
     verb = "Mask.fill_holes"
-    largest = mask.size if max_area is None else require_whole(verb, "max_area", max_area, 0)
-    ndimage = need("scipy.ndimage", extra="mask", what=verb)
+    largest = mask.size if max_area is None else check_whole("max_area", max_area, 0, of=verb)
+    ndimage = require_extra("scipy.ndimage", extra="mask", what=verb)
     kept, count = ndimage.label(~binarize(mask))
     enclosed = np.bincount(kept.ravel(), minlength=count + 1) <= largest
     enclosed[np.concatenate([kept[0], kept[-1], kept[:, 0], kept[:, -1]])] = False
@@ -62,7 +62,7 @@ def fill_holes(mask: Soft, max_area: int | None = None) -> Soft:
 def drop_specks(mask: Soft, min_area: int = 64) -> Soft:
     """Repaint no region of fewer than `min_area` pixels, nor its soft edges."""
     verb = "Mask.drop_specks"
-    smallest = require_whole(verb, "min_area", min_area, 0)
+    smallest = check_whole("min_area", min_area, 0, of=verb)
     owners, areas = _territories(mask, verb)
     return np.where((areas >= smallest)[owners], mask, np.float32(0))
 
@@ -76,7 +76,7 @@ def regions(mask: Soft) -> list[Soft]:
 
 def bounding_box(mask: Soft, threshold: float = 0.5) -> Box | None:
     """The smallest box that holds every value of at least `threshold`; None where there is none."""
-    lowest = require_number("Mask.bounding_box", "threshold", threshold, 0, 1)
+    lowest = check_number("threshold", threshold, 0, 1, of="Mask.bounding_box")
     found = Image.fromarray(mask >= lowest).getbbox()
     return Box(*found) if found else None
 
@@ -88,7 +88,7 @@ def on_lattice(mask: Soft, cover: Cover = "max", cell: int = 8) -> Soft:
     """
     if cover not in ("nearest", "max"):
         raise SettingError("SETTING_COVER", "Mask.on_lattice: cover", f"{cover!r}", expected="'nearest' or 'max'")
-    side = require_whole("Mask.on_lattice", "cell", cell, 1, 1024)
+    side = check_whole("cell", cell, 1, 1024, of="Mask.on_lattice")
     padded, crop = pad_to_multiple(torch.from_numpy(mask.copy())[None, None], side)
     cells = to_latent(padded, cover, side)[0, 0].numpy()
     return cells.repeat(side, axis=0).repeat(side, axis=1)[crop]
@@ -103,7 +103,7 @@ def resize(mask: Soft, size: tuple[int, int]) -> Soft:
 
 def _territories(mask: Soft, verb: str) -> tuple[NDArray[np.integer[Any]], NDArray[np.integer[Any]]]:
     """The region of the hole nearest to each pixel (H, W), from 1, and the area of each; 0 stands for none at all."""
-    ndimage = need("scipy.ndimage", extra="mask", what=verb)
+    ndimage = require_extra("scipy.ndimage", extra="mask", what=verb)
     hole = binarize(mask)
     labels, count = ndimage.label(hole, structure=TOUCHING)
     areas = np.bincount(labels[hole], minlength=count + 1)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sdinpaint.checks import need
+from sdinpaint.checks import require_extra
 from sdinpaint.errors import SettingError
 from sdinpaint.metrics.inputs import check_pictures
 
@@ -26,8 +26,8 @@ def lpips(reference: Bytes, picture: Bytes) -> float:
     Source: https://arxiv.org/abs/1801.03924.
     """
     check_pictures(reference, picture)
-    need("torchvision", extra="eval", what="lpips")
-    module = need("torchmetrics.image.lpip", extra="eval", what="lpips")
+    require_extra("torchvision", extra="eval", what="lpips")
+    module = require_extra("torchmetrics.image.lpip", extra="eval", what="lpips")
     with torch.device("cpu"):
         with _network("lpips"):
             metric = module.LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
@@ -48,8 +48,8 @@ def fid(references: Sequence[Bytes], pictures: Sequence[Bytes], features: int | 
         for picture in given:
             check_pictures(picture)
     if isinstance(features, int):
-        need("torch_fidelity", extra="eval", what="fid")
-    module = need("torchmetrics.image.fid", extra="eval", what="fid")
+        require_extra("torch_fidelity", extra="eval", what="fid")
+    module = require_extra("torchmetrics.image.fid", extra="eval", what="fid")
     with torch.device("cpu"):
         with _network("fid"):
             metric = module.FrechetInceptionDistance(feature=features)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdinpaint.checks import require_whole
+from sdinpaint.checks import check_whole
 from sdinpaint.metrics.colour import Lab, delta_e, to_lab
 from sdinpaint.metrics.inputs import check_hole, check_pictures
 from sdinpaint.metrics.likeness import gaussian, smoothed
@@ -73,7 +73,7 @@ def ring_delta_e(picture: Bytes, hole: Hole, width: int = 4) -> float | None:
     Inside and outside count alike. A smooth slope across the edge counts by its change over about `width` pixels.
     """
     _check(picture, hole)
-    require_whole("ring_delta_e", "width", width, 1)
+    check_whole("width", width, 1, of="ring_delta_e")
     edge = _edge(hole)
     if not edge.any():
         return None

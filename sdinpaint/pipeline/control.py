@@ -55,7 +55,7 @@ class Control:
         self, x: Tensor, t: Tensor, context: Tensor, vector: Tensor | None, sigma: float
     ) -> Sequence[Tensor] | None:
         """x (m B, 4, H, W) as the UNet sees it: m halves of guidance, one after the other."""
-        if self._scale == 0 or not self._is_on(sigma):
+        if self._scale == 0 or not schedules.is_between(self._sigmas, sigma, self._start, self._end):
             return None
         features = self._features()
         if self._made_of is None or self._made_of[0] is not features or self._made_of[1] is not context:
@@ -92,11 +92,6 @@ class Control:
         """varying: x and t; constant: features, context and, for XL, vector."""
         (x, t), (features, context, *vector) = varying, constant
         return [self._scale * residual for residual in self._net(x, features, t, context, *vector)]
-
-    def _is_on(self, sigma: float) -> bool:
-        """Whether the step that starts at `sigma`, or passes it, is one of those that were asked for."""
-        steps, step = len(self._sigmas) - 1, schedules.step_at(self._sigmas, sigma)
-        return step / steps >= self._start and (step + 1) / steps <= self._end
 
 
 def _find_controlnet(net: nn.Module) -> ControlNet:

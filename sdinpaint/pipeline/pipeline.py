@@ -3,41 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from functools import partial
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sdinpaint.errors import warn
-from sdinpaint.images.canvas import OVERLAP, canvas_for
-from sdinpaint.images.picture import paste, read_picture
+from sdinpaint.errors import Remark, keeping_warnings, warn
+from sdinpaint.images.canvas import OVERLAP
+from sdinpaint.images.picture import paste
 from sdinpaint.latent_diffusion import LatentDiffusion
 from sdinpaint.masks import Cover, masked_image, to_latent
-from sdinpaint.pipeline.patch_sampling import OnStep
-from sdinpaint.pipeline.patches import look, whole
-from sdinpaint.pipeline.repaint import Run
-from sdinpaint.pipeline.requests import Job, read_jobs, unbatched
-from sdinpaint.pipeline.results import Painting, Recipe, Result
-from sdinpaint.pipeline.settings import CONTROL_ONLY, MASK_ONLY, Settings, require_no_control
+from sdinpaint.pipeline.events import Listener, event_bars
+from sdinpaint.pipeline.patches import cut_patch, whole
+from sdinpaint.pipeline.repaint import Canvas, Repaint
+from sdinpaint.pipeline.requests import Item, Kind, OnError, Request
+from sdinpaint.pipeline.results import WATCHING, Repainted, Result
+from sdinpaint.pipeline.settings import Settings, require_no_control
 from sdinpaint.provenance.fingerprints import weights_of
-from sdinpaint.provenance.manifest import ALSO, NOT_STORED, Manifest, check_again, environment
-from sdinpaint.sampling import Known
+from sdinpaint.provenance.manifest import Manifest, check_again, environment
+from sdinpaint.sampling import Conditioning, Known
 from sdinpaint.sampling.noise import Draws
+from sdinpaint.sampling.samplers import OnStep
+
+HIGH_GUIDANCE = 30.0
+Prompts = str | Conditioning | Sequence[str | Conditioning]
+NegativePrompts = str | Conditioning | None | Sequence[str | Conditioning | None]
 
 
 class Pipeline(LatentDiffusion):
     """Inpainting, image to image and outpainting with the networks of one checkpoint."""
 
-    @torch.no_grad()
     def inpaint(
         self,
         image: Any,
         mask: Any,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str | None] | None = "",
+        prompt: Prompts,
+        negative_prompt: NegativePrompts = "",
         steps: int = 30,
         guidance_scale: float = 7.5,
         sampler: str = "ddim",
@@ -48,6 +49,9 @@ class Pipeline(LatentDiffusion):
         *,
         spacing: str | None = None,
         eta: float | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_start: float = 0.0,
+        guidance_end: float = 1.0,
         fill: str = "original",
         soft: bool = False,
         crop: int | str | None = None,
@@ -61,66 +65,75 @@ class Pipeline(LatentDiffusion):
         control_end: float = 1.0,
         control_image: Any = None,
         manifest: Manifest | Sequence[Manifest] | None = None,
+        on_error: OnError = "raise",
         progress: bool = True,
         on_step: OnStep | None = None,
+        on_event: Listener | None = None,
     ) -> Result:
         """Repaint `image` where `mask` is white, as `prompt` says; the rest stays bit for bit.
 
-        image: path, PIL, uint8 array (H, W, 3) or float tensor in [-1, 1]; mask: the same kinds, 1 or white = repaint.
-        Lists of one length give one picture per item, each its single run but for rounding; one stands for all.
-        negative_prompt: None is "", and for SDXL no text at all.
-        strength: share of the steps that run, from the picture's own noised latents where below 1. seed: drawn and
-        reported where None. noise: unit-variance start (B, 4, H, W) of the padded size, instead of a drawn one.
+        Lists of one length make a batch, and one value stands for all: each image is what its single run would be but
+        for rounding.
 
-        fill: what stands in the hole where strength < 1: "original", "noise", "blur", "edge", "telea" or "neutral".
-        soft: how white the mask is says in which share of the steps a pixel changes; else 0.5 and more is repainted.
-        crop: None shows the model the whole picture; a number of pixels, or "auto", that much around the mask, at the
-        size that the model works at. regions: "each" repaints separate parts of the mask one after the other.
-        blend: how the hole joins the rest: "none", "feather" or "poisson". match_color: correct the colours in the hole
-        by those around it. cover: a latent cell is repainted where any pixel of it is ("max") or its first ("nearest").
+        Args:
+            image: path, PIL image, uint8 array (H, W, 3) or float tensor in [-1, 1].
+            mask: the same kinds; white, or 1, is repainted.
+            prompt: text, or a `Conditioning` that `encode_prompts` gave.
+            negative_prompt: text, or a `Conditioning`; None is "", and for SDXL no text at all.
+            steps: number of sampling steps.
+            guidance_scale: weight of the prompt; 1 is no guidance and takes half of the time.
+            sampler: name in `sdinpaint.sampling.SAMPLERS`, or one that another program has for it.
+            strength: share of the steps that run, from the noised latents of the image where below 1.
+            seed: seed of the noise; drawn by default, and reported.
+            noise: initial noise of unit variance (B, 4, H, W) of the padded size, in place of drawn noise.
+            paste_back: False returns the model's whole image, with known pixels as the VAE decodes them.
+            spacing: how the steps are spaced; the sampler's own by default.
+            eta: stochasticity of the steps, 0 is deterministic; the sampler's own by default.
+            guidance_rescale: from 0 to 1, how far a guided prediction is given the contrast of an unguided one.
+            guidance_start: share of the steps before guidance begins.
+            guidance_end: share of the steps after which guidance ends.
+            fill: what the hole is filled with where strength < 1: "original", "noise", "blur", "edge", "telea" or
+                "neutral".
+            soft: gray levels of the mask are the strength of each pixel (differential diffusion); otherwise 0.5 and
+                more is repainted.
+            crop: None shows the model the whole image; a number of pixels, or "auto", shows that much around the mask,
+                at the size that the model works at.
+            regions: "together", or "each" to repaint separate parts of the mask one after the other.
+            blend: how the hole joins the rest: "none", "feather" or "poisson".
+            match_color: correct the colours in the hole by those around it.
+            cover: mask downsampling: a latent cell is repainted where any of its pixels is ("max"), or its first
+                ("nearest").
+            batch_size: number of images at a time; all of one size by default.
+            control_scale: weight of the ControlNet.
+            control_start: share of the steps before the ControlNet is active.
+            control_end: share of the steps after which it is not.
+            control_image: conditioning image of the ControlNet, of the image's size; by default the image without its
+                hole, as a ControlNet for inpainting takes it.
+            manifest: manifest of the run that is to be repeated; other weights or images are refused.
+            on_error: "skip" leaves out the images of a batch that cannot be used (`result.errors`); "raise" ends there.
+            progress: show bars in a terminal or a notebook.
+            on_step: called as on_step(step, x, x0) after every step, with latents (B, 4, H, W); a tensor that it
+                returns takes the place of x. It may raise `sdinpaint.errors.Cancelled`.
+            on_event: called with every `Event` of the run; it may raise `Cancelled`, too.
 
-        control_scale: weight of the ControlNet, which is asked in the steps between control_start and control_end, as
-        shares of those that run. control_image: what it is shown, of the picture's size, where it is of another kind
-        than inpainting; by default the picture without what is repainted.
-        batch_size: how many pictures at a time; each differs from its single run by rounding alone.
-        manifest: of the run that is to be repeated; other weights or inputs are refused.
-        on_step(step, x, x0): called after every step. paste_back=False returns the model's whole picture.
-        Raises: ImageError, MaskError, SettingError naming the argument; NumericError where a model overflows.
+        Returns:
+            The images, with the settings that make them again.
+
+        Raises:
+            ImageError: an image cannot be read or used.
+            MaskError: a mask cannot be read or does not fit its image.
+            SettingError: a value is of the wrong type or out of its bounds; it names the argument.
+            NumericError: a model overflows.
         """
-        settings = Settings(
-            steps=steps,
-            guidance_scale=guidance_scale,
-            sampler=sampler,
-            spacing=spacing,
-            eta=eta,
-            strength=strength,
-            cover=cover,
-            fill=fill,
-            soft=soft,
-            crop=crop,
-            regions=regions,
-            blend=blend,
-            match_color=match_color,
-            paste_back=paste_back,
-            batch_size=batch_size,
-            control_scale=control_scale,
-            control_start=control_start,
-            control_end=control_end,
-        )
-        if self.controlnet is None:
-            require_no_control(settings, control_image)
-        jobs = self._jobs(image, mask, prompt, negative_prompt, seed, noise, control_image, least=settings.least)
-        inputs = {"image": image, "mask": mask, "noise": noise, "control_image": control_image}
-        return self._run("inpaint", jobs, settings, inputs, manifest, progress, on_step)
+        return self._asked("inpaint", locals())
 
-    @torch.no_grad()
     def vary(
         self,
         image: Any,
-        prompt: str | Sequence[str],
+        prompt: Prompts,
         strength: float = 0.6,
         *,
-        negative_prompt: str | Sequence[str | None] | None = "",
+        negative_prompt: NegativePrompts = "",
         steps: int = 30,
         guidance_scale: float = 7.5,
         sampler: str = "ddim",
@@ -128,36 +141,55 @@ class Pipeline(LatentDiffusion):
         noise: Tensor | None = None,
         spacing: str | None = None,
         eta: float | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_start: float = 0.0,
+        guidance_end: float = 1.0,
         batch_size: int | None = None,
         manifest: Manifest | Sequence[Manifest] | None = None,
+        on_error: OnError = "raise",
         progress: bool = True,
         on_step: OnStep | None = None,
+        on_event: Listener | None = None,
     ) -> Result:
-        """Paint the whole of `image` anew, as `prompt` says: image to image, without a mask.
+        """Regenerate the whole of `image`, as `prompt` says: image to image (img2img), without a mask.
 
-        strength: share of the steps that run, from the picture's own noised latents; the higher, the less is left of
-        it. An inpainting model is shown a mask that covers everything. All else is as in `inpaint`, and a ControlNet
-        is not asked.
+        An inpainting model sees a mask that covers everything, and a ControlNet is not active.
+
+        Args:
+            image: as in `inpaint`.
+            prompt: as in `inpaint`.
+            strength: share of the steps that run, from the noised latents of the image: the higher, the less is left
+                of it.
+            negative_prompt: as in `inpaint`.
+            steps: as in `inpaint`.
+            guidance_scale: as in `inpaint`.
+            sampler: as in `inpaint`.
+            seed: as in `inpaint`.
+            noise: as in `inpaint`.
+            spacing: as in `inpaint`.
+            eta: as in `inpaint`.
+            guidance_rescale: as in `inpaint`.
+            guidance_start: as in `inpaint`.
+            guidance_end: as in `inpaint`.
+            batch_size: as in `inpaint`.
+            manifest: as in `inpaint`.
+            on_error: as in `inpaint`.
+            progress: as in `inpaint`.
+            on_step: as in `inpaint`.
+            on_event: as in `inpaint`.
+
+        Returns:
+            The images, with the settings that make them again.
+
+        Raises:
+            SdInpaintError: as `inpaint` does.
         """
-        settings = Settings(
-            steps=steps,
-            guidance_scale=guidance_scale,
-            sampler=sampler,
-            spacing=spacing,
-            eta=eta,
-            strength=strength,
-            batch_size=batch_size,
-        )
-        pictures = [read_picture(one) for one in unbatched(image)]
-        everywhere = [np.ones(picture.size, dtype=bool) for picture in pictures]
-        jobs = self._jobs(pictures, everywhere, prompt, negative_prompt, seed, noise)
-        return self._run("vary", jobs, settings, {"image": image, "noise": noise}, manifest, progress, on_step)
+        return self._asked("vary", locals())
 
-    @torch.no_grad()
     def outpaint(
         self,
         image: Any,
-        prompt: str | Sequence[str],
+        prompt: Prompts,
         left: int = 0,
         right: int = 0,
         top: int = 0,
@@ -167,99 +199,145 @@ class Pipeline(LatentDiffusion):
         anchor: str = "center",
         overlap: int = OVERLAP,
         fill: str = "edge",
-        manifest: Manifest | Sequence[Manifest] | None = None,
         **options: Any,
     ) -> Result:
-        """Extend `image` by so many pixels at its sides, or to the `size` (height, width), as `prompt` says.
+        """Extend `image` at its sides, or to a size, as `prompt` says; its other pixels stay bit for bit.
 
-        anchor: where the picture is on a canvas of that size, e.g. "left" or "bottom-right". overlap: pixels of the
-        picture along the new ones that are repainted too, so that they join; all others stay bit for bit. fill: what
-        stands on the new pixels where strength < 1: "edge", "reflect" or "neutral". options: as of `inpaint`.
-        Raises: SettingError, ImageError naming the argument.
+        Args:
+            image: as in `inpaint`.
+            prompt: as in `inpaint`.
+            left: pixels to add at the left side.
+            right: pixels to add at the right side.
+            top: pixels to add at the top.
+            bottom: pixels to add at the bottom.
+            size: height and width of the extended image, instead of pixels for each side.
+            anchor: where the image lies in `size`, e.g. "left" or "bottom-right".
+            overlap: pixels of the image along the new ones that are repainted too, so that they join.
+            fill: what the new pixels are filled with where strength < 1: "edge", "reflect" or "neutral".
+            options: further arguments of `inpaint`.
+
+        Returns:
+            The extended images, with the settings that make them again.
+
+        Raises:
+            SdInpaintError: as `inpaint` does.
         """
-        given = [read_picture(one) for one in unbatched(image)]
-        asked: dict[str, Any] = {"left": left, "right": right, "top": top, "bottom": bottom, "size": size}
-        asked |= {"anchor": anchor, "overlap": overlap, "fill": fill}
-        canvases = [canvas_for(picture, **asked) for picture in given]
-        check_again(manifest, self, [{"image": picture} for picture in given])
-        made_with = environment(self)
-        result = self.inpaint([picture for picture, _ in canvases], [mask for _, mask in canvases], prompt, **options)
-        inputs = {"image": image, **{name: options[name] for name in NOT_STORED if name in options}}
-        also = [name for name in ALSO if inputs.get(name) is not None]
-        kept = partial(Painting.manifest, made_with=made_with, kind="outpaint", also=also)
-        stored = {name: value for name, value in asked.items() if value is not None}
-        recipe = Recipe(self.outpaint, inputs, {**result.recipe.settings, **stored}, kept)
-        return Result(result.paintings, recipe)
+        given = locals()
+        return self._asked("outpaint", given | given.pop("options"))
+
+    @torch.no_grad()
+    def run(
+        self,
+        request: Request,
+        *,
+        progress: bool = True,
+        on_step: OnStep | None = None,
+        on_event: Listener | None = None,
+    ) -> Result:
+        """Run a request: `inpaint`, `vary` and `outpaint` make one of their arguments, and run it.
+
+        Args:
+            request: what is asked for.
+            progress: show bars in a terminal or a notebook.
+            on_step: called as on_step(step, x, x0) after every step, with latents (B, 4, H, W); a tensor that it
+                returns takes the place of x. It may raise `sdinpaint.errors.Cancelled`.
+            on_event: called with every `Event` of the run; it may raise `Cancelled`, too.
+
+        Returns:
+            The images, with the settings that make them again.
+
+        Raises:
+            SdInpaintError: the request does not fit the model, or a model overflows.
+        """
+        with keeping_warnings() as warnings, event_bars(request.kind, show=progress) as bars:
+            listeners = [bars] if on_event is None else [bars, on_event]
+            return self._run(request.fitted(self.family), progress, on_step, listeners, warnings)
 
     def encode_image(
         self, image: Any, mask: Any, *, draws: Draws | None = None, latents: bool = True, cover: Cover = "max"
     ) -> Known:
-        """What the picture says: Known(mask (1, 1, H, W), masked_latents and, if asked for, latents (1, 4, H, W)).
+        """Encode the inpainting conditioning of an image, which is padded to multiples of 8 pixels.
 
-        Latents are the posterior's mean, or with `draws` samples: first of `latents`, then of `masked_latents`.
-        Pictures are padded to multiples of 8 pixels.
+        Args:
+            image: as in `inpaint`.
+            mask: as in `inpaint`.
+            draws: noise for samples of the posterior, first for `latents`, then for the masked latents; None takes its
+                mean.
+            latents: whether the latents of the whole image are needed.
+            cover: mask downsampling, "max" or "nearest".
+
+        Returns:
+            Known(mask (1, 1, H, W), masked_latents (1, 4, H, W), latents (1, 4, H, W) or None).
+
+        Raises:
+            ImageError: the image cannot be read or used.
+            MaskError: the mask cannot be read or does not fit the image.
         """
-        job = self._jobs(image, mask)[0]
-        view = look(job, job.picture.opaque(), job.hole, whole(job.picture.size))
-        pixels, hole = view.image.to(self.device), view.amount.to(self.device)
+        item = cast(Item, Request(image, mask).items[0])
+        patch = cut_patch(item, item.picture.opaque(), item.hole, whole(item.picture.size))
+        pixels, hole = patch.image.to(self.device), patch.amount.to(self.device)
         all_of_it = self.sample_latents(pixels, draws) if latents else None
         return Known(to_latent(hole, cover), self.sample_latents(masked_image(pixels, hole), draws), all_of_it)
 
-    def _jobs(self, image: Any, mask: Any, *rest: Any, least: float = 0.5) -> list[Job]:
-        channels, keep_none = self.family.vae.latent_channels, self.family.zeros_for_none
-        return read_jobs(image, mask, *rest, channels=channels, keep_none=keep_none, least=least)
+    def _asked(self, kind: Kind, arguments: dict[str, Any]) -> Result:
+        """Run the request that a method's arguments make, all of them by name."""
+        watching = {name: arguments.pop(name) for name in WATCHING if name in arguments}
+        given = {name: value for name, value in arguments.items() if name != "self"}
+        return self.run(Request(kind=kind, **given), **watching)
 
     def _run(
         self,
-        kind: str,
-        jobs: list[Job],
-        settings: Settings,
-        inputs: dict[str, Any],
-        manifest: Manifest | Sequence[Manifest] | None,
+        request: Request,
         progress: bool,
         on_step: OnStep | None,
+        listeners: Sequence[Listener],
+        warnings: list[Remark],
     ) -> Result:
-        """All jobs, and what is needed to make them again."""
-        masked = kind != "vary"
-        check_again(manifest, self, [{"image": job.picture, "mask": job.mask} for job in jobs])
-        made_with = environment(self)  # now: weights may change after the run, and the picture is of these
-        run = Run(self, settings, masked, progress, on_step)
-        run.check(jobs)
-        for index, job in enumerate(jobs):
-            for message in _doubts(job, settings):
-                said = f"picture {index + 1} of {len(jobs)}: {message}"
-                warn(said)
-        canvases = run(jobs)
+        settings = request.settings.resolved()
+        if self.controlnet is None:
+            controls = [item.control_image for item in request.items if item is not None]
+            require_no_control(settings, next((one for one in controls if one is not None), None))
+        inputs: list[Any] = [
+            None if item is None else {"image": item.picture, "mask": item.mask} for item in request.items
+        ]
+        check_again(request.manifest, self, inputs)
+        made_with = environment(self)  # now: weights may change after the run, and the images are made of these
+        repaint = Repaint(self, request, settings, listeners, on_step)
+        for message in _doubts_of_run(settings):
+            warn(message)
+        for index, item in enumerate(request.items):
+            for message in [] if item is None else _doubts(item, settings):
+                warn(f"image {index + 1} of {len(request)}: {message}", index)
+        canvases = repaint()
         if on_step is not None and weights_of(self) != made_with["weights"]:
             warn("weights were changed during the run; the manifest names those that it began with")
-        paintings = [
-            Painting(
-                paste(job.picture, canvas.rgb, canvas.replaced(whole=not settings.paste_back)),
-                job,
-                cast(Cover, settings.cover),
-                tuple(canvas.boxes),
-            )
-            for job, canvas in zip(jobs, canvases, strict=True)
-        ]
-        unused = (CONTROL_ONLY if self.controlnet is None else ()) if masked else MASK_ONLY
-        used = {name: value for name, value in asdict(settings).items() if name not in unused and value is not None}
-        each: dict[str, list[Any]] = {
-            "prompt": [job.prompt for job in jobs],
-            "negative_prompt": [job.negative_prompt for job in jobs],
-            "seed": [job.seed for job in jobs],
-        }
-        replayable = {name: values if len(jobs) > 1 else values[0] for name, values in each.items()}
-        make = partial(getattr(self, kind), progress=progress)
-        also = [name for name in ALSO if inputs.get(name) is not None]
-        kept = partial(Painting.manifest, made_with=made_with, kind=kind, also=also)
-        return Result(paintings, Recipe(make, inputs, {**replayable, **used}, kept))
+        made = [self._made(canvases[index], settings) if index in canvases else None for index in range(len(request))]
+
+        def again(request: Request, **watching: Any) -> Result:
+            return self.run(request, **{"progress": progress, **watching})
+
+        return Result(request, made, made_with, again, warnings)
+
+    def _made(self, canvas: Canvas, settings: Settings) -> Repainted:
+        replaced = canvas.replaced(whole=not settings.paste_back)
+        image = paste(canvas.item.picture, canvas.rgb, replaced)
+        return Repainted(image, canvas.item, settings.cover, tuple(canvas.boxes))
 
 
-def _doubts(job: Job, settings: Settings) -> Iterator[str]:
-    """What the caller may not have meant."""
+def _doubts_of_run(settings: Settings) -> Iterator[str]:
+    """Say what of the settings the caller may not have meant."""
+    if settings.guidance_scale > HIGH_GUIDANCE:
+        yield f"guidance_scale {settings.guidance_scale:g} is very high: colours will burn out; 5 to 10 is usual"
+    if 0 < settings.strength * settings.steps < 1:
+        share = f"strength {settings.strength:g} of {settings.steps} steps is less than one step"
+        yield f"{share}: one is run, as with strength {1 / settings.steps:g}"
+
+
+def _doubts(item: Item, settings: Settings) -> Iterator[str]:
+    """Say what of one image the caller may not have meant."""
     if settings.strength == 0:
         yield "strength is 0, so it comes back unchanged"
-    elif not job.hole.any():
-        yield f"the mask is empty, so it comes back unchanged: {job.mask.report().warnings[0]}"
-    elif job.picture.old is None and not settings.soft:
-        yield from (f"mask: {warning}" for warning in job.mask.report(cast(Cover, settings.cover)).warnings)
+    elif not item.hole.any():
+        yield f"the mask is empty, so it comes back unchanged: {item.mask.report().warnings[0]}"
+    elif item.picture.old is None and not settings.soft:
+        yield from (f"mask: {warning}" for warning in item.mask.report(settings.cover).warnings)

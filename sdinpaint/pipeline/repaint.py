@@ -1,25 +1,30 @@
-"""One run: jobs shown to the models as views, in batches, and what the models make of them joined to the pictures."""
+"""One run: items cut into patches, sampled in batches, and what the models make of them joined to the images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from sdinpaint.checks import need
-from sdinpaint.errors import SettingError
+from sdinpaint.checks import require_extra
+from sdinpaint.errors import SdInpaintError, SettingError
 from sdinpaint.images.blending import compose
 from sdinpaint.images.boxes import Box
 from sdinpaint.images.crops import Crop, crop_box, regions, working_size
 from sdinpaint.latent_diffusion import LatentDiffusion
-from sdinpaint.pipeline.patch_sampling import Batch, OnStep
-from sdinpaint.pipeline.patches import View, look, of_one_size, whole
-from sdinpaint.pipeline.requests import Job
+from sdinpaint.pipeline.events import Listener, Reporter, Stage
+from sdinpaint.pipeline.patch_sampling import PatchSampling
+from sdinpaint.pipeline.patches import Patch, cut_patch, of_one_size, whole
+from sdinpaint.pipeline.requests import Item, Request
 from sdinpaint.pipeline.settings import Settings
+from sdinpaint.sampling import schedules
 from sdinpaint.sampling.noise import Draws
+from sdinpaint.sampling.samplers import OnStep
 
 Bytes = NDArray[np.uint8]
 Hole = NDArray[np.bool_]
@@ -30,91 +35,131 @@ REGION_GAP = 16
 
 @dataclass
 class Canvas:
-    """A picture while it is repainted, region by region."""
+    """An image while it is repainted, region by region."""
 
-    job: Job
+    item: Item
     rgb: Bytes
     todo: list[Hole]
     boxes: list[Box] = field(default_factory=list)
     """The crops that were shown so far."""
 
     def replaced(self, *, whole: bool) -> Hole:
-        """Where the canvas stands for the picture: in the hole or everywhere, and nowhere where nothing was painted."""
-        if not self.boxes:
-            return np.zeros_like(self.job.hole)
-        return np.ones_like(self.job.hole) if whole else self.job.hole
+        """Return the pixels at which the canvas takes the place of the image; none where nothing was repainted.
 
+        Args:
+            whole: whether it does everywhere, in place of the hole alone.
 
-@dataclass(frozen=True)
-class Run:
-    """The settings of a run on a pipeline; `masked` is whether the pictures' known pixels are shown and kept."""
-
-    pipe: LatentDiffusion
-    settings: Settings
-    masked: bool
-    progress: bool
-    on_step: OnStep | None
-
-    def __call__(self, jobs: Sequence[Job]) -> list[Canvas]:
-        """Every job's canvas once it is done, those of one size in one batch; one with no hole is left as it is."""
-        # what was loaded says in which dtype a run computes, and its manifest tells that
-        with torch.autocast(self.pipe.device.type, enabled=False):
-            return self._repainted(jobs)
-
-    def _repainted(self, jobs: Sequence[Job]) -> list[Canvas]:
-        canvases = [self._canvas(job) for job in jobs]
-        draws = Draws((job.seed for job in jobs), self.pipe.device)
-        while unfinished := {index: canvas for index, canvas in enumerate(canvases) if canvas.todo}:
-            views = {index: self._view(canvas) for index, canvas in unfinished.items()}
-            for batch in of_one_size(views, self.settings.batch_size):
-                shown = Batch(self.pipe, self.settings, list(batch.values()), draws.of(list(batch)), masked=self.masked)
-                for index, generated in zip(batch, shown.repaint(self.progress, self.on_step), strict=True):
-                    self._join(canvases[index], views[index], generated)
-        return canvases
-
-    def check(self, jobs: Iterable[Job]) -> None:
-        """Refuse what cannot be cropped or joined, before anything is computed.
-
-        Raises: MaskError for a crop around nothing; SettingError for too large a crop, or where an extra is missing.
+        Returns:
+            The pixels (H, W).
         """
-        if self.settings.blend == "poisson":
-            need("scipy.sparse", extra="mask", what='blend="poisson"')
-        for job in jobs:
-            self._crop(job.hole)
+        if not self.boxes:
+            return np.zeros_like(self.item.hole)
+        return np.ones_like(self.item.hole) if whole else self.item.hole
+
+
+class Repaint:
+    """A run of a request on a model.
+
+    Args:
+        pipe: the models.
+        request: the request; images that turn out to be unusable are refused in it.
+        settings: settings of the request, resolved.
+        listeners: told of every event.
+        on_step: the caller's function for every step.
+    """
+
+    def __init__(
+        self,
+        pipe: LatentDiffusion,
+        request: Request,
+        settings: Settings,
+        listeners: Sequence[Listener] = (),
+        on_step: OnStep | None = None,
+    ) -> None:
+        self.pipe, self.request, self.settings, self.on_step = pipe, request, settings, on_step
+        if settings.blend == "poisson":
+            require_extra("scipy.sparse", extra="mask", what='blend="poisson"')
+        self.canvases: dict[int, Canvas] = {}
+        for index, item in enumerate(request.items):
+            if item is not None:
+                try:
+                    self.canvases[index] = self._canvas(item)
+                except SdInpaintError as error:
+                    request.refuse(index, error)
+        steps = schedules.steps_run(settings.steps, settings.strength)
+        self._report = Reporter(listeners, steps * sum(len(canvas.todo) for canvas in self.canvases.values()))
+
+    def __call__(self) -> dict[int, Canvas]:
+        """Repaint all regions of all images, in batches of patches of one size.
+
+        Returns:
+            The canvases by the index of the image; one without a hole is left as it is.
+        """
+        # the dtype of a run is the one that its manifest names, whatever autocast says
+        with torch.autocast(self.pipe.device.type, enabled=False):
+            draws = Draws((canvas.item.seed for canvas in self.canvases.values()), self.pipe.device)
+            place = {index: number for number, index in enumerate(self.canvases)}
+            region = 0
+            while todo := {index: canvas for index, canvas in self.canvases.items() if canvas.todo}:
+                patches = {index: self._patch(canvas) for index, canvas in todo.items()}
+                for batch in of_one_size(patches, self.settings.batch_size):
+                    self._sample(batch, draws.of([place[index] for index in batch]), region)
+                region += 1
+        return self.canvases
+
+    def _sample(self, batch: dict[int, Patch], draws: Draws, region: int) -> None:
+        report = partial(self._report, index=tuple(batch), region=region)
+
+        def watch(stage: Stage, done: int, total: int, x0: Tensor | None = None) -> None:
+            report(stage, done, total, x0=x0)
+
+        patches = list(batch.values())
+        masked = self.request.masked
+        sampling = PatchSampling(
+            self.pipe, self.settings, patches, draws, masked=masked, watch=watch, on_step=self.on_step
+        )
+        for index, generated in zip(batch, sampling(), strict=True):
+            self._join(self.canvases[index], batch[index], generated)
 
     def _crop(self, region: Hole) -> Crop:
-        """What the model is shown around a region (H, W)."""
+        """Return the part of an image that the model sees around a region (H, W)."""
         if self.settings.crop is None:
             return whole((region.shape[0], region.shape[1]))
         size = self.pipe.family.size
         box = crop_box(region, self.settings.crop, size)
         return Crop(box, working_size(box.size, size))
 
-    def _canvas(self, job: Job) -> Canvas:
-        if self.settings.strength == 0 or not job.hole.any():
-            return Canvas(job, job.picture.opaque(), [])
-        todo = regions(job.hole, REGION_GAP) if self.settings.regions == "each" else [job.hole]
-        if job.noise is not None and len(todo) > 1:
+    def _canvas(self, item: Item) -> Canvas:
+        if self.settings.strength == 0 or not item.hole.any():
+            return Canvas(item, item.picture.opaque(), [])
+        todo = regions(item.hole, REGION_GAP) if self.settings.regions == "each" else [item.hole]
+        if item.noise is not None and len(todo) > 1:
             found, hint = f'given for {len(todo)} regions with regions="each"', "give a seed, or repaint them together"
             raise SettingError("SETTING_NOISE", "noise", found, expected="a run of one region", hint=hint)
-        return Canvas(job, job.picture.opaque(), todo)
+        crops = [self._crop(region) for region in todo]
+        if item.noise is not None:
+            given, needed = tuple(item.noise.shape[-2:]), tuple(-(-side // 8) for side in crops[0].size)
+            if given != needed:
+                found = f"{given} latent rows and columns"
+                raise SettingError("SETTING_NOISE", "noise", found, expected=f"{needed} for this image")
+        return Canvas(item, item.picture.opaque(), todo)
 
-    def _view(self, canvas: Canvas) -> View:
-        """The next region with its surroundings; other regions that are still to come are holes in it too."""
+    def _patch(self, canvas: Canvas) -> Patch:
+        """Cut the next region out with its surroundings; regions that are still to come are holes in it too."""
         settings, crop = self.settings, self._crop(canvas.todo[0])
         hole = np.logical_or.reduce(canvas.todo)
         fill = settings.fill if settings.strength < 1 else "original"  # which then has no part in the start
-        return look(canvas.job, canvas.rgb, hole, crop, fill=fill, soft=settings.soft)
+        return cut_patch(canvas.item, canvas.rgb, hole, crop, fill=fill, soft=settings.soft)
 
-    def _join(self, canvas: Canvas, view: View, generated: Bytes) -> None:
-        """Put what was generated (8H, 8W, 3) for a view into the canvas, and take its region as done."""
-        region, where = canvas.todo.pop(0), view.crop.box.slices
-        height, width = view.crop.size
-        rgb = view.crop.put_back(generated[:height, :width], canvas.rgb)
+    def _join(self, canvas: Canvas, patch: Patch, generated: Bytes) -> None:
+        """Put what was generated (8H, 8W, 3) for a patch into the canvas, and take its region as done."""
+        region, where = canvas.todo.pop(0), patch.crop.box.slices
+        height, width = patch.crop.size
+        rgb = patch.crop.put_back(generated[:height, :width], canvas.rgb)
         if self.settings.paste_back:
             settings = self.settings
             rgb[where] = compose(
                 canvas.rgb[where], rgb[where], region[where], blend=settings.blend, match=settings.match_color
             )
         canvas.rgb = rgb
-        canvas.boxes.append(view.crop.box)
+        canvas.boxes.append(patch.crop.box)

@@ -1,41 +1,57 @@
-"""What a caller gave, read and checked before anything is computed: one job per picture."""
+"""A request: all that a run is asked for, as a value that is read and checked without a model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sdinpaint.checks import as_list, check_prompt
-from sdinpaint.errors import ImageError, SettingError
+from sdinpaint.checks import as_list, check_choice, check_prompt
+from sdinpaint.errors import ImageError, SdInpaintError, SettingError
+from sdinpaint.families import Family
+from sdinpaint.images.canvas import canvas_for
 from sdinpaint.images.picture import Picture, read_picture
 from sdinpaint.masks import Mask, read_mask
-from sdinpaint.pipeline.settings import check_seed, common_length
+from sdinpaint.pipeline.settings import CanvasSettings, Settings, check_seed, common_length, names_of
+from sdinpaint.provenance.manifest import Manifest, as_given
+from sdinpaint.sampling import Conditioning
 
-__all__ = ["GivenMask", "Job", "read_jobs", "unbatched"]
+__all__ = ["GivenMask", "Item", "Kind", "OnError", "Request", "stored_names", "unbatched"]
+
+Kind = Literal["inpaint", "vary", "outpaint"]
+OnError = Literal["raise", "skip"]
+Prompt = str | Conditioning | None
+
+VARY_STRENGTH = 0.6
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
-    """One picture to repaint, as it was given."""
+class Item:
+    """One image of a request, read."""
 
     picture: Picture
     mask: Mask
     hole: NDArray[np.bool_]
-    """(H, W): what is repainted of it at all."""
-    prompt: str
-    negative_prompt: str | None
+    """The pixels (H, W) that are repainted at all."""
+    prompt: str | Conditioning
+    negative_prompt: str | Conditioning | None
     seed: int
     noise: Tensor | None
     control_image: Picture | None
-    """What a ControlNet is shown in place of the picture."""
+    """Conditioning image of a ControlNet, None for the image itself."""
     mask_path: str | None
     """The file that the mask was read from."""
+
+    @property
+    def inputs(self) -> dict[str, Picture | Mask]:
+        """What a manifest records of the item."""
+        return {"image": self.picture, "mask": self.mask}
 
     def __getstate__(self) -> dict[str, Any]:
         # torch hands a tensor to another process by a file that is gone when the first one ends
@@ -49,90 +65,300 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class GivenMask:
-    """A mask that an earlier run has read, and the file it was in."""
+    """A mask that an earlier request has read, and the file it was in."""
 
     mask: Mask
     path: str | None
 
 
-def read_jobs(
-    image: Any,
-    mask: Any,
-    prompt: Any = "",
-    negative_prompt: Any = "",
-    seed: Any = 0,
-    noise: Any = None,
-    control_image: Any = None,
-    *,
-    channels: int,
-    keep_none: bool,
-    least: float = 0.5,
-) -> list[Job]:
-    """One job per picture, from lists of one length; one of anything stands for all.
+class Request:
+    """A run that is asked for: `pipe.run(Request(...))` is what `pipe.inpaint(...)` does.
 
-    channels: of the latents. keep_none: whether no negative prompt is something else than the empty one. least: how
-    white the mask is where anything is repainted.
-    Raises: ImageError, MaskError, SettingError naming the argument.
+    Images and masks are read, and every value is checked, without a model.
+
+    Args:
+        image: path, PIL image, uint8 array (H, W, 3) or float tensor in [-1, 1]; a list for a batch.
+        mask: what is repainted (white, 1), of the same kinds; None for `kind` "vary" and "outpaint".
+        prompt: text, or a `Conditioning` that was encoded before; a list for a batch.
+        negative_prompt: text, a `Conditioning`, or None, which for SDXL is no text at all; a list for a batch.
+        kind: "inpaint"; "vary" regenerates the whole image (img2img); "outpaint" extends it.
+        seed: seed of the noise, drawn by default; a list for a batch.
+        noise: initial noise of unit variance (B, 4, H, W) in place of drawn noise.
+        control_image: conditioning image of a ControlNet, of the image's size, in place of the image itself.
+        manifest: manifest of a run that is to be repeated: other weights or images are refused.
+        on_error: "skip" leaves out the images of a batch that cannot be used, see `errors`; "raise" ends at the first.
+        settings: settings of `Settings`, and for "outpaint" of `CanvasSettings`, by their names.
+
+    Raises:
+        ImageError: an image cannot be read or used.
+        MaskError: a mask cannot be read or does not fit its image.
+        SettingError: a value is of the wrong type or out of its bounds; it names the argument.
     """
-    negatives = as_list(negative_prompt)
-    given = {
-        "images": unbatched(image),
-        "masks": unbatched(mask),
-        "prompts": [check_prompt("prompt", text) for text in as_list(prompt)],
-        "negative prompts": [
-            None if text is None and keep_none else check_prompt("negative_prompt", text) for text in negatives
-        ],
-        "seeds": as_list(seed),
-        "control images": unbatched(control_image),
-    }
-    count = common_length(**given)
-    pictures = [read_picture(one) for one in given["images"]]
-    columns = [values * (count // len(values)) for values in [pictures, *list(given.values())[1:]]]
-    return [_job(*row, least=least) for row in zip(*columns, _noises(noise, count, channels), strict=True)]
+
+    def __init__(
+        self,
+        image: Any,
+        mask: Any = None,
+        prompt: Prompt | Sequence[Prompt] = "",
+        negative_prompt: Prompt | Sequence[Prompt] = "",
+        *,
+        kind: Kind = "inpaint",
+        seed: Any = None,
+        noise: Tensor | None = None,
+        control_image: Any = None,
+        manifest: Manifest | Sequence[Manifest] | None = None,
+        on_error: OnError = "raise",
+        **settings: Any,
+    ) -> None:
+        self.kind = check_choice("kind", kind, get_args(Kind))
+        self.on_error = check_choice("on_error", on_error, get_args(OnError))
+        self.manifest = manifest
+        extended = {name: settings.pop(name) for name in _canvas_names(kind) if name in settings}
+        self.canvas = CanvasSettings(**extended) if kind == "outpaint" else None
+        if kind == "vary":
+            settings = {"strength": VARY_STRENGTH, **settings}
+        self.settings = Settings(**settings)
+        self._require_mask(mask)
+        self.errors: dict[int, SdInpaintError] = {}
+        """For `on_error="skip"`: what is wrong with the images that are left out, by their indices."""
+        given = {
+            "images": unbatched(image),
+            "masks": unbatched(mask),
+            "prompts": _prompts(prompt),
+            "negative prompts": _prompts(negative_prompt),
+            "seeds": seed.tolist() if isinstance(seed, np.ndarray | Tensor) and seed.ndim == 1 else as_list(seed),
+            "control images": unbatched(control_image),
+        }
+        count = common_length(**given)
+        columns = [values * (count // len(values)) for values in given.values()]
+        rows = zip(*columns, _noises(noise, count), strict=True)
+        reading = _Reading(self.settings, self.canvas, self.kind)
+        self.items: list[Item | None] = [self._usable(index, count, reading, row) for index, row in enumerate(rows)]
+
+    def __repr__(self) -> str:
+        settings = "".join(f", {name}={value!r}" for name, value in self.settings.given.items())
+        return f"Request({len(self)} image{'s' * (len(self) > 1)}, kind={self.kind!r}{settings})"
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def masked(self) -> bool:
+        """Whether known pixels are shown to the model and kept."""
+        return self.kind != "vary"
+
+    def options(self) -> dict[str, Any]:
+        """Return the keywords that make this request again, with what was read in place of files and arrays."""
+        items = [item or _Unusable(self.errors[index]) for index, item in enumerate(self.items)]
+
+        def each(value: Callable[[Item], Any]) -> list[Any]:
+            return [value(item) if isinstance(item, Item) else item for item in items]
+
+        canvas = {} if self.canvas is None else vars(self.canvas)
+        noises = [item.noise for item in self.items if item is not None and item.noise is not None]
+        return {
+            "image": each(lambda item: as_given(item.picture)),
+            "mask": each(lambda item: GivenMask(item.mask, item.mask_path)) if self.kind == "inpaint" else None,
+            "prompt": each(lambda item: item.prompt),
+            "negative_prompt": each(lambda item: item.negative_prompt),
+            "kind": self.kind,
+            "seed": each(lambda item: item.seed),
+            "noise": torch.cat(noises) if noises else None,
+            "control_image": each(lambda item: item.control_image),
+            "on_error": self.on_error,
+            **self.settings.given,
+            **canvas,
+        }
+
+    def replace(self, **changes: Any) -> Request:
+        """Return this request with other arguments; what was not given follows them, such as a sampler's eta.
+
+        Args:
+            changes: arguments of `Request`.
+
+        Returns:
+            A new request, checked as a whole.
+
+        Raises:
+            SdInpaintError: as `Request` does.
+        """
+        return Request(**{**self.options(), **changes})
+
+    def fitted(self, family: Family) -> Request:
+        """Check what depends on the model, and return the request as that model understands it.
+
+        Args:
+            family: family of the model.
+
+        Returns:
+            A request whose negative prompts are None only where the family tells None from "".
+
+        Raises:
+            SettingError: the initial noise has another number of channels.
+        """
+        channels = family.vae.latent_channels
+        for item in self.items:
+            if item is not None and item.noise is not None and item.noise.shape[1] != channels:
+                found, expected = f"{item.noise.shape[1]} channels", f"{channels}, as the model's latents have"
+                raise SettingError("SETTING_NOISE", "noise", found, expected=expected)
+            for given in () if item is None else (item.prompt, item.negative_prompt):
+                if isinstance(given, Conditioning):
+                    _check_conditioning(given, family)
+        other = object.__new__(Request)
+        vars(other).update({**vars(self), "errors": dict(self.errors)})
+        other.items = list(self.items)
+        for index, item in enumerate(self.items):
+            if item is not None and item.negative_prompt is None and not family.zeros_for_none:
+                other.items[index] = replace(item, negative_prompt="")
+        return other
+
+    def _require_mask(self, mask: Any) -> None:
+        if mask is not None and self.kind != "inpaint":
+            hint = "call inpaint, or leave the mask out"
+            raise SettingError("SETTING_MASK", "mask", f"given for {self.kind}, which takes none", hint=hint)
+
+    def refuse(self, index: int, error: SdInpaintError) -> None:
+        """Take an image as unusable: raise the error, or for `on_error="skip"` keep it and leave the image out.
+
+        Args:
+            index: index of the image.
+            error: what is wrong with it.
+
+        Raises:
+            SdInpaintError: the error, whose subject names the image where there are several.
+        """
+        named = _named(error, index, len(self))
+        if self.on_error == "raise":
+            raise named.with_traceback(error.__traceback__) from error.__cause__
+        self.errors[index], self.items[index] = named, None
+
+    def _usable(self, index: int, count: int, reading: _Reading, row: tuple[Any, ...]) -> Item | None:
+        try:
+            return reading(*row)
+        except SdInpaintError as error:
+            named = error if isinstance(row[0], _Unusable) else _named(error, index, count)
+            if self.on_error == "raise":
+                raise named.with_traceback(error.__traceback__) from error.__cause__
+            self.errors[index] = named
+            return None
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Reads one image of a request and what belongs to it."""
+
+    settings: Settings
+    canvas: CanvasSettings | None
+    kind: str
+
+    def __call__(
+        self,
+        image: Any,
+        mask: Any,
+        prompt: Any,
+        negative_prompt: Any,
+        seed: Any,
+        control_image: Any,
+        noise: Tensor | None,
+    ) -> Item:
+        if isinstance(image, _Unusable):
+            raise image.error
+        text = prompt if isinstance(prompt, Conditioning) else check_prompt("prompt", prompt)
+        negative: Any = negative_prompt
+        if negative is not None and not isinstance(negative, Conditioning):
+            negative = check_prompt("negative_prompt", negative)
+        seed = check_seed(seed)
+        picture = read_picture(image)
+        if self.canvas is not None:
+            picture, mask = canvas_for(picture, **vars(self.canvas))
+        elif self.kind == "vary":
+            mask = np.ones(picture.size, dtype=bool)
+        path = str(mask) if isinstance(mask, str | Path) else None
+        given = mask if isinstance(mask, GivenMask) else GivenMask(mask, path)
+        read = Mask(read_mask(given.mask, picture.size))
+        hole = read.array >= self.settings.mask_threshold
+        control = None if control_image is None else _control_image(control_image, picture.size)
+        return Item(picture, read, hole, text, negative, seed, noise, control, given.path)
+
+
+@dataclass(frozen=True)
+class _Unusable:
+    """An image that an earlier request has found to be unusable."""
+
+    error: SdInpaintError
 
 
 def unbatched(value: Any) -> list[Any]:
-    """A list; a batch (B, C, H, W) in one tensor is B of them."""
+    """Return a list as it is, and a batch in one tensor (B, C, H, W) as a list of B.
+
+    Args:
+        value: what was given for images or masks.
+
+    Returns:
+        One entry per image, or one for all.
+    """
     return list(value) if isinstance(value, Tensor) and value.ndim == 4 else as_list(value)
 
 
-def _job(
-    picture: Picture,
-    mask: Any,
-    prompt: str,
-    negative_prompt: str | None,
-    seed: int | None,
-    control_image: Any,
-    noise: Tensor | None,
-    *,
-    least: float,
-) -> Job:
-    given = (
-        mask if isinstance(mask, GivenMask) else GivenMask(mask, str(mask) if isinstance(mask, str | Path) else None)
-    )
-    read = Mask(read_mask(given.mask, picture.size))
-    hole = read.array >= least
-    control = None if control_image is None else _control_picture(control_image, picture.size)
-    return Job(picture, read, hole, prompt, negative_prompt, check_seed(seed), noise, control, given.path)
+def stored_names(kind: Kind) -> tuple[str, ...]:
+    """Return the names of a request's arguments that can be stored in an image file.
+
+    Args:
+        kind: kind of the request.
+
+    Returns:
+        The names of texts, numbers and words, and "manifest".
+    """
+    return "prompt", "negative_prompt", "seed", "manifest", *names_of(Settings), *_canvas_names(kind)
 
 
-def _control_picture(control_image: Any, size: tuple[int, int]) -> Picture:
+def _canvas_names(kind: str) -> tuple[str, ...]:
+    return names_of(CanvasSettings) if kind == "outpaint" else ()
+
+
+def _prompts(prompt: Any) -> list[Any]:
+    """Return one prompt per image, or one for all; a conditioning of several images is one for each."""
+    if isinstance(prompt, Conditioning):
+        return [prompt[index : index + 1] for index in range(len(prompt))]
+    return as_list(prompt)
+
+
+def _check_conditioning(given: Conditioning, family: Family) -> None:
+    """Refuse a conditioning that another model has encoded. Raises: SettingError."""
+    width, has_vector = given.context.shape[-1], given.vector is not None
+    if width != family.unet.context_dim or has_vector != (family.unet.vector_dim is not None):
+        found = f"conditioning of width {width} {'with' if has_vector else 'without'} a pooled vector"
+        wanted = "without" if family.unet.vector_dim is None else "with"
+        expected = f"width {family.unet.context_dim} {wanted} one, as {family.name} takes it"
+        hint = "encode prompts with the pipeline that runs them"
+        raise SettingError("SETTING_CONDITIONS", "prompt", found, expected=expected, hint=hint)
+
+
+def _named(error: SdInpaintError, index: int, count: int) -> SdInpaintError:
+    """Return the error with the image in its subject, where it is one of several."""
+    if count == 1:
+        return error
+    subject = f"image {index + 1} of {count}: {error.subject}"
+    return type(error)(error.code, subject, error.found, expected=error.expected, hint=error.hint)
+
+
+def _control_image(control_image: Any, size: tuple[int, int]) -> Picture:
     picture = read_picture(control_image, "control_image")
     if picture.size != size:
         found, expected = (f"{height} rows, {width} columns" for height, width in (picture.size, size))
-        hint = "scale it to the size of the picture"
+        hint = "scale it to the size of the image"
         raise ImageError("IMAGE_CONTROL_SIZE", "control_image", found, expected=expected, hint=hint)
     return picture
 
 
-def _noises(noise: Tensor | None, count: int, channels: int) -> list[Tensor | None]:
-    """The given starting noise, one (1, channels, H, W) per item."""
+def _noises(noise: Tensor | None, count: int) -> list[Tensor | None]:
+    """Return the given initial noise, one (1, C, H, W) per image."""
     if noise is None:
         return [None] * count
-    expected = f"a tensor ({count}, {channels}, rows / 8, columns / 8) of finite values with unit variance"
+    expected = f"a tensor ({count}, 4, rows / 8, columns / 8) of finite values with unit variance"
     if not isinstance(noise, Tensor):
         raise SettingError("SETTING_NOISE", "noise", f"a {type(noise).__name__}", expected=expected)
-    if noise.ndim != 4 or noise.shape[:2] != (count, channels):
+    if noise.ndim != 4 or len(noise) != count:
         raise SettingError("SETTING_NOISE", "noise", f"shape {tuple(noise.shape)}", expected=expected)
     if not bool(noise.isfinite().all()):
         found = f"{int((~noise.isfinite()).sum())} of {noise.numel()} values are NaN or infinite"

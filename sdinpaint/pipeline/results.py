@@ -1,4 +1,4 @@
-"""What a run made: the pictures, how they join, and ways to look at them, to change them and to make them again."""
+"""The result of a run: images, how they join, and ways to look at them, to change them and to make them again."""
 
 from __future__ import annotations
 
@@ -6,123 +6,138 @@ import copy
 import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Never, overload
+from typing import Any, Literal, Never, cast, get_args, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from sdinpaint.checks import check_name
-from sdinpaint.errors import SettingError
+from sdinpaint.checks import check_choice
+from sdinpaint.errors import Remark, SdInpaintError, SettingError
 from sdinpaint.images.boxes import Box
 from sdinpaint.images.files import check_output_path, save_png
 from sdinpaint.images.sheets import Row, contact_sheet, review_row
 from sdinpaint.masks import Cover, MaskReport
 from sdinpaint.metrics import Scores, scores
-from sdinpaint.pipeline.requests import GivenMask, Job
-from sdinpaint.pipeline.settings import MAX_SEED
-from sdinpaint.provenance.manifest import as_given, record
+from sdinpaint.pipeline.requests import Item, Request
+from sdinpaint.pipeline.settings import MAX_SEED, ControlSettings, MaskSettings, names_of
+from sdinpaint.provenance.manifest import record
+from sdinpaint.sampling import Conditioning
 
-__all__ = ["Painting", "Result"]
+__all__ = ["Repainted", "Result"]
 
+ScoreName = Literal["seam", "ring_delta_e"]
 Judge = Callable[[Image.Image], float]
-"""A picture -> how good it is: the higher, the better."""
+"""A function of an image: the higher, the better."""
 MAX_TRIES = 64
-SCORES = ("seam", "ring_delta_e")
 EACH = ("prompt", "negative_prompt", "seed", "manifest")
-"""Settings that are lists where there are several pictures."""
+"""Settings that are lists where there are several images."""
+WATCHING = ("progress", "on_step", "on_event")
+"""Arguments of a run that are no part of its request."""
 
 
 @dataclass(frozen=True, eq=False)
-class Painting:
-    """One picture that was made, and the job that it does."""
+class Repainted:
+    """One image that was made, and the item of the request that it answers."""
 
     image: Image.Image
-    job: Job
+    item: Item
     cover: Cover
     boxes: tuple[Box, ...]
-    """The parts of the picture that the model was shown, in their order; none where nothing was to be repainted."""
+    """The parts of the image that the model saw, in their order; none where nothing was to be repainted."""
 
     @cached_property
     def scores(self) -> Scores:
-        """What the edge of the hole looks like, and what was changed on both of its sides."""
-        return scores(self.job.picture.rgb, self._rgb, self.job.hole)
+        """How well the hole joins the rest, and how much was changed on both sides of its edge."""
+        return scores(self.item.picture.rgb, self._rgb, self.item.hole)
 
     @cached_property
     def report(self) -> MaskReport:
-        """What there is to say of the mask."""
-        return self.job.mask.report(self.cover)
+        """The report on the mask."""
+        return self.item.mask.report(self.cover)
 
-    def manifest(self, made_with: Mapping[str, Any], kind: str, also: Sequence[str]) -> dict[str, Any]:
-        """What the picture was made of and with, see `provenance.manifest.record`."""
-        job = self.job
+    def manifest(self, made_with: Mapping[str, Any], kind: str) -> dict[str, Any]:
+        """Describe the image by all that went into it, see `provenance.manifest.record`.
+
+        Args:
+            made_with: environment of the pipeline when the run began.
+            kind: kind of the request.
+
+        Returns:
+            The manifest, as plain JSON values.
+        """
+        item = self.item
+        inputs = {"noise": item.noise, "control_image": item.control_image}
+        prompts = {"prompt": item.prompt, "negative_prompt": item.negative_prompt}
+        also = [name for name, value in inputs.items() if value is not None]
+        also += [name for name, value in prompts.items() if isinstance(value, Conditioning)]
         results: dict[str, Any] = {
             "size": "x".join(map(str, self.image.size)),
             "crops": [list(box) for box in self.boxes],
             "scores": self.scores.to_json(),
         }
-        return record(made_with, kind, also, image=job.picture, mask=job.mask, mask_path=job.mask_path, **results)
+        return record(made_with, kind, also, image=item.picture, mask=item.mask, mask_path=item.mask_path, **results)
 
-    def row(self) -> Row:
-        """The pictures of a review: before, the hole, after, and the difference."""
-        caption = f"seed {self.job.seed}"
-        return review_row(self.job.picture.rgb, self.job.hole, self._rgb, boxes=self.boxes, caption=caption)
+    def row(self, prompt: str = "") -> Row:
+        """Return the images of a review: before, the hole, after, and the difference.
+
+        Args:
+            prompt: text that the caption shows beside the seed.
+
+        Returns:
+            A row of a sheet.
+        """
+        caption = f"seed {self.item.seed}" + f": {prompt}" * bool(prompt)
+        return review_row(self.item.picture.rgb, self.item.hole, self._rgb, boxes=self.boxes, caption=caption)
 
     @property
     def _rgb(self) -> NDArray[np.uint8]:
         return np.asarray(self.image.convert("RGB"))
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a result is made again, `make(**inputs, **settings)`, and `record(painting)`, the manifest of a picture."""
-
-    make: Callable[..., Result]
-    inputs: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    record: Callable[[Painting], dict[str, Any]]
-
-    def having_read(self, jobs: Sequence[Job]) -> Recipe:
-        """The same with what the run has read in place of files and arrays, which may change or go away."""
-        read: dict[str, Any] = {
-            # a run without a mask extended what it was given itself
-            "image": [job.picture if "mask" in self.inputs else as_given(job.picture) for job in jobs],
-            "mask": [GivenMask(job.mask, job.mask_path) for job in jobs],
-            "control_image": [job.control_image for job in jobs],
-            "noise": torch.cat([job.noise for job in jobs if job.noise is not None])
-            if jobs[0].noise is not None
-            else None,
-        }
-        given = {name: value for name, value in self.inputs.items() if value is not None}
-        return replace(self, inputs={name: read.get(name, value) for name, value in given.items()})
-
-
 class Result:
-    """The new images in the order of the inputs, and what they were made with.
+    """The images of a run in the order of its inputs, and what they were made with.
 
-    `len(result)`, `for image in result` and `result[i]` are of the images.
-    `settings` holds all of it: `pipe.inpaint(image, mask, **result.settings)` makes the same pictures again, and so do
-    `pipe.vary(image, ...)` and `pipe.outpaint(image, ...)`; noise and a `control_image` are given again too.
-    A pickled result holds pictures and settings, and no model: `again` and `best_of` need the pipeline that made it.
+    `len(result)`, `for image in result` and `result[i]` are about the images. With `on_error="skip"`, an image that
+    could not be made is None, and `errors` says why. `settings` holds all of it:
+    `pipe.inpaint(image, mask, **result.settings)` makes the same images again, and so do `pipe.vary(image, ...)` and
+    `pipe.outpaint(image, ...)`; noise, a control image and prompts that were encoded before are given again too.
+    A pickled result holds images and settings, and no model: `again` and `best_of` need the pipeline that made it.
+
+    Args:
+        request: the request of the run.
+        repainted: one for each of its items, None where there is no image.
+        made_with: environment of the pipeline when the run began.
+        run: function that runs another request.
+        warnings: the warnings of the run.
     """
 
-    def __init__(self, paintings: Sequence[Painting], recipe: Recipe) -> None:
-        self.paintings = list(paintings)
-        self.recipe = recipe.having_read([painting.job for painting in self.paintings])
+    def __init__(
+        self,
+        request: Request,
+        repainted: Sequence[Repainted | None],
+        made_with: Mapping[str, Any],
+        run: Callable[..., Result],
+        warnings: Sequence[Remark] = (),
+    ) -> None:
+        self.request, self.repainted, self._made_with, self._run = request, list(repainted), made_with, run
+        self.warnings = list(warnings)
+        """Every warning of the run; `index` is that of the image, None where it is about the whole run."""
 
     def __repr__(self) -> str:
-        shown = ", ".join(map(str, self.seeds[:4])) + ", ..." * (len(self) > 4)
-        sizes = {image.size for image in self.images}
+        made = [one for one in self.repainted if one is not None]
+        shown = ", ".join(str(one.item.seed) for one in made[:4]) + ", ..." * (len(made) > 4)
+        sizes = {one.image.size for one in made}
         size = "{}x{}".format(*sizes.pop()) if len(sizes) == 1 else "several sizes"
-        count, s = len(self), "s" * (len(self) > 1)
-        return f"Result({count} image{s}, {size}, seed{s} {shown})"
+        count, s = len(made), "s" * (len(made) != 1)
+        failed = f", {len(self.errors)} failed" if self.errors else ""
+        return f"Result({count} image{s}, {size}, seed{s} {shown}{failed})" if made else f"Result(0 images{failed})"
 
     def __len__(self) -> int:
-        return len(self.paintings)
+        return len(self.repainted)
 
     def __iter__(self) -> Iterator[Image.Image]:
         return iter(self.images)
@@ -137,8 +152,8 @@ class Result:
         return self.images[index]
 
     def __getstate__(self) -> dict[str, Any]:
-        settings = self.settings  # which says what the pipeline was, as long as there is one
-        return {**vars(self), "settings": settings, "recipe": Recipe(_needs_pipeline, {}, settings, _needs_pipeline)}
+        settings = self.settings  # taken now: of the pipeline, only they are left
+        return {**vars(self), "settings": settings, "_run": _NoPipeline(self.request.kind)}
 
     def __copy__(self) -> Result:
         other = object.__new__(Result)
@@ -146,91 +161,162 @@ class Result:
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Result:
-        """A result of its own that the same pipeline makes again."""
+        """Copy the result; the same pipeline makes it again."""
         other = copy.copy(self)
-        vars(other).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "recipe"})
+        vars(other).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "_run"})
         return other
 
     @property
+    def errors(self) -> dict[int, SdInpaintError]:
+        """For `on_error="skip"`: why an image could not be made, by its index."""
+        return self.request.errors
+
+    @property
     def image(self) -> Image.Image:
-        """The first picture."""
+        """The first image. Raises its error where it could not be made."""
+        if 0 in self.errors:
+            raise self.errors[0]
         return self.images[0]
 
     @property
     def images(self) -> list[Image.Image]:
-        """All pictures."""
-        return [painting.image for painting in self.paintings]
+        """All images; None where one could not be made, which `on_error="skip"` alone allows."""
+        return [cast(Image.Image, one and one.image) for one in self.repainted]
 
     @property
     def seeds(self) -> list[int]:
-        """The seed of each."""
-        return [painting.job.seed for painting in self.paintings]
+        """The seed of each image."""
+        return [cast(int, one and one.item.seed) for one in self.repainted]
 
     @property
     def scores(self) -> list[Scores]:
-        """How well each picture's hole joins the rest of it, and how much was changed."""
-        return [painting.scores for painting in self.paintings]
+        """How well the hole of each image joins the rest of it, and how much was changed."""
+        return [cast(Scores, one and one.scores) for one in self.repainted]
 
     @property
     def reports(self) -> list[MaskReport]:
-        """What there was to say of each mask before the run."""
-        return [painting.report for painting in self.paintings]
+        """The report on each mask."""
+        return [cast(MaskReport, one and one.report) for one in self.repainted]
 
     @property
     def crops(self) -> list[tuple[Box, ...]]:
-        """For each picture, the parts of it that the model was shown."""
-        return [painting.boxes for painting in self.paintings]
+        """For each image, the parts of it that the model saw."""
+        return [() if one is None else one.boxes for one in self.repainted]
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The arguments that make these pictures again, and under "manifest" what they were made of and with."""
-        manifests = [self.recipe.record(painting) for painting in self.paintings]
-        return {**self.recipe.settings, "manifest": manifests if len(manifests) > 1 else manifests[0]}
+        """The arguments that make these images again, and under "manifest" what they were made of and with."""
+        made = [None if one is None else self._each(one) for one in self.repainted]
+        names = dict.fromkeys(name for one in made if one is not None for name in one)
+        each = {name: [None if one is None else one.get(name) for one in made] for name in names}
+        manifest = each.pop("manifest", [])
+        several = len(made) > 1
+        flat = {name: values if several else values[0] for name, values in each.items()}
+        return {**flat, **self._shared(), "manifest": manifest if several else next(iter(manifest), None)}
 
     def again(self, **changes: Any) -> Result:
-        """The same run with other arguments, e.g. `again(prompt="a blue fox", strength=0.6)`; seeds stay the same."""
-        return self.recipe.make(**{**self.recipe.inputs, **self.recipe.settings, **changes})
+        """Run the request again with other arguments, e.g. `again(prompt="a blue fox", strength=0.6)`.
 
-    def best_of(self, n: int, score: str | Judge = "seam") -> Result:
-        """For each picture the best of this one and n - 1 more, with the seeds that follow.
+        Seeds stay the same. What was not given follows the change: another sampler comes with its own spacing and eta.
 
-        score: a function of the picture, the higher the better; or the name of a score, the lower the better.
-        Raises: SettingError for another n or name.
+        Args:
+            changes: arguments of the method that made this result.
+
+        Returns:
+            The new result.
+
+        Raises:
+            SdInpaintError: as the run does; SETTING_NO_PIPELINE where this result was pickled.
+        """
+        watching = {name: changes.pop(name) for name in WATCHING if name in changes}
+        return self._run(self.request.replace(**changes), **watching)
+
+    def best_of(self, n: int, score: ScoreName | Judge = "seam") -> Result:
+        """Make n - 1 more images of each item, with the seeds that follow, and keep the best of the n.
+
+        Args:
+            n: from 1 to 64.
+            score: name of a score, of which the lowest is best; or a function of an image, the higher the better.
+
+        Returns:
+            A result of the best images.
+
+        Raises:
+            SettingError: another n or name of a score.
         """
         if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= MAX_TRIES:
             raise SettingError("SETTING_BEST_OF", "n", f"{n!r}", expected=f"a whole number from 1 to {MAX_TRIES}")
         cost = _cost(score)
-        if self.recipe.make is _needs_pipeline:
-            _needs_pipeline(**self.recipe.settings)
+        if isinstance(self._run, _NoPipeline):
+            self._run()
         tries = [self]
         for more in range(1, n):
-            seeds = [(seed + more) % (MAX_SEED + 1) for seed in self.seeds]
-            tries.append(self.again(seed=seeds if len(seeds) > 1 else seeds[0]))
-        best = [min(rivals, key=cost) for rivals in zip(*(one.paintings for one in tries), strict=True)]
-        seeds = [painting.job.seed for painting in best]
-        settings = {**self.recipe.settings, "seed": seeds if len(seeds) > 1 else seeds[0]}
-        return Result(best, replace(self.recipe, settings=settings))
+            tries.append(
+                self.again(seed=[seed if seed is None else (seed + more) % (MAX_SEED + 1) for seed in self.seeds])
+            )
+        rivals = zip(*(one.repainted for one in tries), strict=True)
+        best = [min((one for one in each if one is not None), key=cost, default=None) for each in rivals]
+        chosen = self.request.replace(seed=[None if one is None else one.item.seed for one in best])
+        return Result(chosen, best, self._made_with, self._run, self.warnings)
 
     def sheet(self) -> Image.Image:
-        """A row for each picture: the original, the hole, the result, what differs, and what a crop showed."""
-        return contact_sheet([painting.row() for painting in self.paintings], scale=1)
+        """Draw a row for each image: the original, the hole, the result, what differs, and what a crop showed."""
+        made = [one for one in self.repainted if one is not None]
+        prompts = [one.item.prompt if isinstance(one.item.prompt, str) else "" for one in made]
+        several = len(set(prompts)) > 1
+        return contact_sheet(
+            [one.row(prompt if several else "") for one, prompt in zip(made, prompts, strict=True)], scale=1
+        )
 
     def save(self, path: Path | str) -> list[Path]:
-        """Write the picture with its settings inside, and several as NAME-1, NAME-2, ...; -> the files.
+        """Write the image with its settings inside, and several as NAME-1, NAME-2, ...
 
-        Raises: ImageError where one cannot be written; those before it are whole.
+        Args:
+            path: a .png, .webp or .jpg file.
+
+        Returns:
+            The files; an image that could not be made has none.
+
+        Raises:
+            ImageError: one cannot be written; those before it are whole.
         """
-        first, count = check_output_path(path), len(self.paintings)
+        first, count = check_output_path(path), len(self)
         targets = [first] if count == 1 else [first.with_stem(f"{first.stem}-{index + 1}") for index in range(count)]
-        for index, target in enumerate(targets):
+        made = [(index, target) for index, target in enumerate(targets) if self.repainted[index] is not None]
+        for index, target in made:
             save_png(self.images[index], target, self.settings_of(index))
-        return targets
+        return [target for _, target in made]
 
     def settings_of(self, index: int) -> dict[str, Any]:
-        """The arguments that make one of the pictures alone, and its manifest."""
-        if len(self.paintings) == 1:
+        """Return the arguments that make one of the images alone, and its manifest.
+
+        Args:
+            index: index of the image.
+
+        Returns:
+            As `settings`, of that image.
+        """
+        if len(self) == 1:
             return self.settings
         return {name: value[index] if name in EACH else value for name, value in self.settings.items()}
+
+    def _each(self, one: Repainted) -> dict[str, Any]:
+        """Return the settings of one image; prompts that are no text cannot be stored."""
+        texts = {"prompt": one.item.prompt, "negative_prompt": one.item.negative_prompt}
+        stored = {name: text for name, text in texts.items() if not isinstance(text, Conditioning)}
+        return {**stored, "seed": one.item.seed, "manifest": one.manifest(self._made_with, self.request.kind)}
+
+    def _shared(self) -> dict[str, Any]:
+        """Return the settings that all images share, without those that meant nothing in this run."""
+        unused: tuple[str, ...] = ()
+        if not self.request.masked:
+            unused = names_of(MaskSettings, ControlSettings)
+        elif "controlnet" not in self._made_with["weights"]:
+            unused = names_of(ControlSettings)
+        used = vars(self.request.settings.resolved())
+        canvas = {} if self.request.canvas is None else vars(self.request.canvas)
+        shared = {name: value for name, value in used.items() if name not in unused} | canvas
+        return {name: value for name, value in shared.items() if value is not None}
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -238,23 +324,28 @@ class Result:
         return buffer.getvalue()
 
 
-def _needs_pipeline(*_: object, manifest: Any = None, **__: object) -> Never:
-    """Raise the error of a result that was pickled, and so has no pipeline to make images again."""
-    kind = (manifest if isinstance(manifest, Mapping) else manifest[0])["kind"]
-    given = "image, mask" if kind == "inpaint" else "image"
-    found, expected = "the result was pickled, without its pipeline", "a result of this process"
-    hint = f"pipe.{kind}({given}, **result.settings) makes the same pictures again, with a pipeline of the same weights"
-    raise SettingError("SETTING_NO_PIPELINE", "again", found, expected=expected, hint=hint)
+@dataclass(frozen=True)
+class _NoPipeline:
+    """The run of a result that was pickled, and so has no pipeline to make images again."""
+
+    kind: str
+
+    def __call__(self, *_: object, **__: object) -> Never:
+        given = "image, mask" if self.kind == "inpaint" else "image"
+        found, expected = "the result was pickled, without its pipeline", "a result of this process"
+        again = f"pipe.{self.kind}({given}, **result.settings)"
+        hint = f"{again} makes the same images again, with a pipeline of the same weights"
+        raise SettingError("SETTING_NO_PIPELINE", "again", found, expected=expected, hint=hint)
 
 
-def _cost(score: str | Judge) -> Callable[[Painting], float]:
-    """What is to be as low as possible."""
+def _cost(score: str | Judge) -> Callable[[Repainted], float]:
+    """Return what is to be as low as possible."""
     if callable(score):
-        return lambda painting: -score(painting.image)
-    check_name("SETTING_SCORE", "score", score, SCORES)
+        return lambda one: -score(one.image)
+    check_choice("score", score, get_args(ScoreName))
 
-    def cost(painting: Painting) -> float:
-        value = getattr(painting.scores, score)
+    def cost(one: Repainted) -> float:
+        value = getattr(one.scores, score)
         return math.inf if value is None else float(value)
 
     return cost

@@ -5,133 +5,248 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self, get_args
 
-from sdinpaint.checks import check_name, number, switch, whole_number
-from sdinpaint.errors import SettingError, warn
+from sdinpaint.checks import check_choice, check_number, check_switch, check_whole
+from sdinpaint.errors import SettingError
 from sdinpaint.images.blending import BLENDS
+from sdinpaint.images.canvas import ANCHORS, EXTENDING_FILLS, OVERLAP
 from sdinpaint.images.crops import AUTO
 from sdinpaint.images.files import MAX_PIXELS
 from sdinpaint.images.fills import FILLS
-from sdinpaint.sampling import find_sampler, resolve, schedules
+from sdinpaint.masks import Cover
+from sdinpaint.sampling import Guidance, find_sampler, resolve, schedules
 from sdinpaint.sampling.masked import ROUNDING
 
-__all__ = ["CONTROL_ONLY", "MASK_ONLY", "Settings", "check_seed", "common_length", "require_no_control"]
+__all__ = ["CanvasSettings", "ControlSettings", "MaskSettings", "Regions", "SamplingSettings", "Settings"]
+__all__ += ["check_seed", "common_length", "names_of", "require_no_control"]
 
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
 MAX_BATCH = 1024
-HIGH_GUIDANCE = 30.0
 
-
-COVERS = ("max", "nearest")
-REGIONS = ("together", "each")
-WORDS = {"cover": COVERS, "fill": FILLS, "regions": REGIONS, "blend": BLENDS}
-"""Settings that are one of some words."""
-SWITCHES = ("soft", "match_color", "paste_back")
-BOUNDS = {
-    "guidance_scale": (-math.inf, math.inf),
-    "strength": (0, 1),
-    "eta": (0, math.inf),
-    "control_scale": (-math.inf, math.inf),
-    "control_start": (0, 1),
-    "control_end": (0, 1),
-}
-"""Lowest and highest value of what is a number."""
-
-
-CONTROL_ONLY = ("control_scale", "control_start", "control_end")
-"""Settings that mean something only beside a ControlNet."""
-MASK_ONLY = (
-    *("cover", "fill", "soft", "crop", "regions", "blend", "match_color", "paste_back"),
-    *CONTROL_ONLY,
-)
-"""Settings that mean something only beside a mask."""
+Regions = Literal["together", "each"]
+COVERS, REGIONS = get_args(Cover), get_args(Regions)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a run does beside its pictures and prompts; `spacing` and `eta` are the sampler's own where None was given.
+class SamplingSettings:
+    """How latents are sampled.
 
-    Raises: SettingError that names the setting.
+    Args:
+        steps: number of sampling steps of a whole run.
+        guidance_scale: weight of the prompt; 1 is no guidance.
+        guidance_rescale: from 0 to 1, how far a guided prediction is given the contrast of an unguided one.
+        guidance_start: share of the steps before guidance begins.
+        guidance_end: share of the steps after which guidance ends.
+        sampler: name in `sdinpaint.sampling.SAMPLERS`, or one that another program has for it.
+        spacing: how the steps are spaced; None for the sampler's own.
+        eta: stochasticity of the steps, 0 is deterministic; None for the sampler's own.
+        strength: share of the steps that run, from 0 to 1.
+        batch_size: images at a time; None for all that have one size.
     """
 
-    steps: int
-    guidance_scale: float
-    sampler: str
-    spacing: str | None
-    eta: float | None
-    strength: float
-    cover: str = "max"
+    steps: int = 30
+    guidance_scale: float = 7.5
+    guidance_rescale: float = 0.0
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+    sampler: str = "ddim"
+    spacing: str | None = None
+    eta: float | None = None
+    strength: float = 1.0
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        name, _ = resolve(self.sampler, self.spacing)
+        _put(self, "steps", check_whole("steps", self.steps, 1, MAX_STEPS))
+        _check_numbers(self, guidance_scale=(-math.inf, math.inf), guidance_rescale=(0, 1), strength=(0, 1))
+        _check_numbers(self, guidance_start=(0, 1), guidance_end=(0, 1))
+        Guidance(self.guidance_scale, self.guidance_rescale, self.guidance_start, self.guidance_end)
+        if self.eta is not None:
+            _check_numbers(self, eta=(0, math.inf))
+        if self.eta and not find_sampler(name).stochastic:
+            found, expected = f"{self.eta!r} with {name}, which draws no noise", "0"
+            raise SettingError("SETTING_ETA", "eta", found, expected=expected, hint="use ddim or euler_ancestral")
+        if self.batch_size is not None:
+            _put(self, "batch_size", check_whole("batch_size", self.batch_size, 1, MAX_BATCH))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskSettings:
+    """How a mask is read, and how the repainted hole joins the rest of the image.
+
+    Args:
+        cover: mask downsampling: a latent cell is repainted where any of its pixels is ("max"), or its first
+            ("nearest").
+        fill: what the hole is filled with where strength < 1.
+        soft: whether gray levels of the mask are the strength of each pixel.
+        crop: None shows the model the whole image; "auto" or a number of pixels shows that much around the mask.
+        regions: "each" repaints separate parts of the mask one after the other.
+        blend: how the hole joins the rest.
+        match_color: whether colours in the hole are corrected by those around it.
+        paste_back: whether pixels outside of the mask are kept bit for bit.
+    """
+
+    cover: Cover = "max"
     fill: str = "original"
     soft: bool = False
     crop: int | str | None = None
-    regions: str = "together"
+    regions: Regions = "together"
     blend: str = "none"
     match_color: bool = False
     paste_back: bool = True
-    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, words in {"cover": COVERS, "fill": FILLS, "regions": REGIONS, "blend": BLENDS}.items():
+            check_choice(name, getattr(self, name), words)
+        for name in ("soft", "match_color", "paste_back"):
+            _put(self, name, check_switch(name, getattr(self, name)))
+        _put(self, "crop", _crop(self.crop))
+        if not self.paste_back and (self.blend != "none" or self.match_color):
+            given = "match_color" if self.match_color else "blend"
+            hint = "leave paste_back on: these join the repainted pixels to those that are kept"
+            raise SettingError(f"SETTING_{given.upper()}", given, "given with paste_back=False", hint=hint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlSettings:
+    """How far a ControlNet guides a run.
+
+    Args:
+        control_scale: weight of the ControlNet.
+        control_start: share of the steps before it is active.
+        control_end: share of the steps after which it is not.
+    """
+
     control_scale: float = 1.0
     control_start: float = 0.0
     control_end: float = 1.0
 
     def __post_init__(self) -> None:
-        put = object.__setattr__
-        name, spacing = resolve(self.sampler, self.spacing)
-        put(self, "sampler", name)
-        put(self, "spacing", spacing)
-        sampler = find_sampler(name)
-        put(self, "eta", sampler.eta if self.eta is None else self.eta)
-        put(self, "steps", whole_number("steps", self.steps, 1, MAX_STEPS))
-        for name, (low, high) in BOUNDS.items():
-            put(self, name, number(name, getattr(self, name), low, high))
-        if self.eta and not sampler.stochastic:
-            found, expected = f"{self.eta!r} with {self.sampler}, which draws no noise", "0"
-            raise SettingError("SETTING_ETA", "eta", found, expected=expected, hint="use ddim or euler_ancestral")
-        for name, words in WORDS.items():
-            check_name(f"SETTING_{name.upper()}", name, getattr(self, name), words)
-        for name in SWITCHES:
-            put(self, name, switch(name, getattr(self, name)))
-        put(self, "crop", _crop(self.crop))
-        if self.batch_size is not None:
-            put(self, "batch_size", whole_number("batch_size", self.batch_size, 1, MAX_BATCH))
-        if not self.paste_back and (self.blend != "none" or self.match_color):
-            given = "match_color" if self.match_color else "blend"
-            hint = "leave paste_back on: these join the repainted pixels to those that are kept"
-            raise SettingError(f"SETTING_{given.upper()}", given, "given with paste_back=False", hint=hint)
+        _check_numbers(self, control_scale=(-math.inf, math.inf), control_start=(0, 1), control_end=(0, 1))
         if self.control_start >= self.control_end:
             found = f"{self.control_start:g}, and control_end is {self.control_end:g}"
             raise SettingError("SETTING_CONTROL_START", "control_start", found, expected="less than control_end")
-        if self.guidance_scale > HIGH_GUIDANCE:
-            message = f"guidance_scale {self.guidance_scale:g} is very high: colours will burn out; 5 to 10 is usual"
-            warn(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CanvasSettings:
+    """How an image is extended.
+
+    Args:
+        left: pixels to add at the left side.
+        right: pixels to add at the right side.
+        top: pixels to add at the top.
+        bottom: pixels to add at the bottom.
+        size: height and width of the extended image, instead of pixels for each side.
+        anchor: where the image lies in `size`.
+        overlap: pixels of the image along the new ones that are repainted too.
+        fill: what the new pixels are filled with where strength < 1.
+    """
+
+    left: int = 0
+    right: int = 0
+    top: int = 0
+    bottom: int = 0
+    size: tuple[int, int] | None = None
+    anchor: str = "center"
+    overlap: int = OVERLAP
+    fill: str = "edge"
+
+    def __post_init__(self) -> None:
+        check_choice("anchor", self.anchor, ANCHORS)
+        check_choice("fill", self.fill, EXTENDING_FILLS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(ControlSettings, MaskSettings, SamplingSettings):
+    """All settings of a run beside its images and prompts, as they were given.
+
+    Raises:
+        SettingError: it names the setting that is wrong.
+    """
+
+    def __post_init__(self) -> None:
+        for part in (SamplingSettings, MaskSettings, ControlSettings):
+            part.__post_init__(self)
+
+    def resolved(self) -> Self:
+        """Return the settings with the sampler's own in place of what was not given."""
+        name, spacing = resolve(self.sampler, self.spacing)
+        eta = find_sampler(name).eta if self.eta is None else self.eta
+        return replace(self, sampler=name, spacing=spacing, eta=eta)
 
     @property
-    def least(self) -> float:
+    def given(self) -> dict[str, Any]:
+        """The settings that differ from the defaults."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
+
+    @property
+    def mask_threshold(self) -> float:
         """How white a mask must be for a pixel to be repainted: 0.5, or if soft enough to change in the last step."""
         return (1 - ROUNDING) / schedules.steps_run(self.steps, self.strength) if self.soft else 0.5
 
 
+def names_of(*groups: type) -> tuple[str, ...]:
+    """Return the names of the settings of one or more of the classes above.
+
+    Args:
+        groups: the classes.
+
+    Returns:
+        The names, in the order of the fields.
+    """
+    return tuple(one.name for group in groups for one in fields(group))
+
+
 def require_no_control(settings: Settings, control_image: Any) -> None:
-    """Refuse what would be asked of a ControlNet where there is none. Raises: SettingError."""
-    defaults = {field.name: field.default for field in fields(settings)}
-    given = [name for name in CONTROL_ONLY if getattr(settings, name) != defaults[name]]
+    """Refuse settings of a ControlNet where there is none.
+
+    Args:
+        settings: settings of a run.
+        control_image: conditioning image of the run, None where none was given.
+
+    Raises:
+        SettingError: something was given that only a ControlNet uses.
+    """
+    given = [name for name in names_of(ControlSettings) if name in settings.given]
     given += ["control_image"] * (control_image is not None)
     if given:
-        hint = "name one: sdinpaint.load(..., controlnet=PATH), or --controlnet PATH"
+        hint = "load the model with controlnet=PATH"
         raise SettingError("SETTING_NO_CONTROLNET", given[0], "given without a ControlNet", hint=hint)
 
 
 def check_seed(seed: Any) -> int:
-    """A seed from 0 to 2^63 - 1; drawn where None or -1 is given. Raises: SettingError."""
+    """Check a seed, or draw one.
+
+    Args:
+        seed: a whole number from 0 to 2^63 - 1; None or -1 for a drawn one.
+
+    Returns:
+        The seed.
+
+    Raises:
+        SettingError: it is another number, or none.
+    """
     if seed is None or (isinstance(seed, int) and seed == -1):
         return secrets.randbelow(2**32)
-    return whole_number("seed", seed, 0, MAX_SEED)
+    return check_whole("seed", seed, 0, MAX_SEED)
 
 
 def common_length(**lists: Sequence[Any]) -> int:
-    """The one length of all lists that are not of length 1. Raises: SettingError naming all of them."""
+    """Return the one length of all lists that are not of length 1.
+
+    Args:
+        lists: lists by what they hold.
+
+    Returns:
+        That length; 1 where all are of length 1.
+
+    Raises:
+        SettingError: there are several lengths, or a list is empty.
+    """
     lengths = {len(values) for values in lists.values()}
     longest = max(lengths)
     if not lengths <= {1, longest} or 0 in lengths:
@@ -140,11 +255,20 @@ def common_length(**lists: Sequence[Any]) -> int:
     return longest
 
 
+def _put(settings: Any, name: str, value: Any) -> None:
+    object.__setattr__(settings, name, value)
+
+
+def _check_numbers(settings: Any, **bounds: tuple[float, float]) -> None:
+    for name, (low, high) in bounds.items():
+        _put(settings, name, check_number(name, getattr(settings, name), low, high))
+
+
 def _crop(value: Any) -> int | str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        return whole_number("crop", value, 0, MAX_PIXELS)
+        return check_whole("crop", value, 0, MAX_PIXELS)
     if value != AUTO:
         expected = f"{AUTO!r}, None, or a number of pixels around the mask"
         raise SettingError("SETTING_CROP", "crop", f"{value!r}", expected=expected)

@@ -6,8 +6,7 @@ among the settings of the run, in a `Result` and in the picture files that are w
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import NoneType
@@ -25,7 +24,7 @@ from sdinpaint.provenance.fingerprints import pixels_sha256, weights_of
 from sdinpaint.version import __version__
 
 __all__ = ["DRAWS", "Manifest", "arguments", "check_input", "check_manifest", "differences", "environment"]
-__all__ += ["NOT_STORED", "check_again", "manifest_of", "mask_record", "picture_record", "record"]
+__all__ += ["ALSO", "check_again", "manifest_of", "mask_record", "picture_record", "record"]
 __all__ += ["require_same_weights"]
 
 Manifest = Mapping[str, Any]
@@ -43,15 +42,14 @@ _INPUTS = {"inpaint": ("image", "mask"), "vary": ("image",), "outpaint": ("image
 """What went in, by the kind of the run, which is the name of the pipeline's method."""
 _MANIFEST: dict[str, Any] = {"form": int, "kind": str, "model": str, "weights": {}, **dict.fromkeys(COMPARED, str)}
 _SETTINGS: dict[str, Any] = {"prompt": str, "negative_prompt": (str, NoneType), "seed": int, "manifest": {}}
-ALSO = ("noise", "control_image")
-"""Inputs that no file holds."""
-NOT_STORED = ("image", "mask", "control_image", "noise", "progress", "on_step")
-"""Arguments of a run that are no settings."""
+ALSO = ("noise", "control_image", "prompt", "negative_prompt")
+"""Inputs that no file holds; a prompt is one where it was given as conditioning."""
 
 
 def environment(pipe: LatentDiffusion) -> dict[str, Any]:
     """What a pipeline makes pictures with: versions, device, dtype, model, and the fingerprint of every component."""
     cuda = pipe.device.type == "cuda"
+    load = {} if pipe.loaded is None else pipe.loaded.to_manifest()
     return {
         "form": FORM,
         "sdinpaint": __version__,
@@ -62,6 +60,7 @@ def environment(pipe: LatentDiffusion) -> dict[str, Any]:
         "model": pipe.source,
         "weights": weights_of(pipe),
         "draws": DRAWS,
+        **({"load": load} if load else {}),
     }
 
 
@@ -110,7 +109,7 @@ def record(
 def check_again(
     manifest: Manifest | Sequence[Manifest] | None,
     pipe: LatentDiffusion,
-    inputs: Sequence[Mapping[str, Picture | Mask]],
+    inputs: Sequence[Mapping[str, Picture | Mask] | None],
 ) -> None:
     """Refuse to repeat a run with other weights, pictures or masks. Raises: CheckpointError, SettingError."""
     if manifest is None:
@@ -123,11 +122,13 @@ def check_again(
         found, expected = f"of {len(manifests)} pictures", f"one for each of {len(inputs)}"
         raise SettingError("MANIFEST_COUNT", "manifest", found, expected=expected)
     for made, given in zip(manifests, inputs, strict=True):
+        if made is None or given is None:  # an image that could not be made, then or now
+            continue
         require_same_weights(made, pipe)
         for name in _INPUTS[made["kind"]]:
             if name in given:
                 one = given[name]
-                check_input(made[name], one.array if isinstance(one, Mask) else one, name)
+                check_input(made[name], one.array if isinstance(one, Mask) else as_given(one), name)
 
 
 def as_given(picture: Picture) -> Picture:
@@ -148,8 +149,11 @@ def manifest_of(settings: Any) -> Manifest:
         found, expected = "shortened, because they did not fit into the picture", "whole settings"
         hint = "run it again from its prompt, seed and settings"
         raise SettingError("MANIFEST_SHORTENED", "settings", found, expected=expected, hint=hint)
-    _require(settings, _SETTINGS, "settings")
-    return check_manifest(settings["manifest"])
+    _require(settings, {"manifest": {}}, "settings")
+    manifest = check_manifest(settings["manifest"])
+    needed = {name: form for name, form in _SETTINGS.items() if name not in manifest.get("also", [])}
+    _require(settings, needed, "settings")
+    return manifest
 
 
 def check_manifest(manifest: Any) -> Manifest:
@@ -169,14 +173,20 @@ def check_manifest(manifest: Any) -> Manifest:
     return dict(manifest)
 
 
-def arguments(settings: Any, *methods: Callable[..., Any]) -> dict[str, Any]:
-    """The settings that a picture file holds, once each is known to be an argument of one of a pipeline's methods.
+def arguments(settings: Any, known: Sequence[str]) -> dict[str, Any]:
+    """Check that every setting that an image file holds is one that a request has.
 
-    Raises: SettingError naming the key.
+    Args:
+        settings: settings of the file.
+        known: names of the settings of a request.
+
+    Returns:
+        The settings.
+
+    Raises:
+        SettingError: it names a key that is missing, broken or unknown.
     """
     manifest_of(settings)
-    parameters = [name for method in methods for name in inspect.signature(method).parameters]
-    known = [name for name in dict.fromkeys(parameters) if name not in NOT_STORED]
     for name in settings:
         if name not in known:
             found, hint = "a setting that this version does not have", f"update sdinpaint: this is {__version__}"

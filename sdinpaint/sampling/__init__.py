@@ -1,7 +1,9 @@
 """Sampling: noise schedules, samplers, and the denoiser that joins them to a UNet. It knows torch only."""
 
 from sdinpaint.sampling import samplers, schedules
-from sdinpaint.sampling.denoiser import Conditioning, Denoiser
+from sdinpaint.sampling.conditioning import Conditioning, stack
+from sdinpaint.sampling.denoiser import Denoiser
+from sdinpaint.sampling.guidance import Guidance, guide, rescale_guidance
 from sdinpaint.sampling.masked import Known, blend_known, blend_soft, restore_known, soft_masks, start_soft
 from sdinpaint.sampling.registry import SAMPLERS, Sampler, Spacing, find_sampler, find_spacing, resolve, schedule
 
@@ -9,6 +11,7 @@ __all__ = [
     "SAMPLERS",
     "Conditioning",
     "Denoiser",
+    "Guidance",
     "Known",
     "Sampler",
     "Spacing",
@@ -16,11 +19,14 @@ __all__ = [
     "blend_soft",
     "find_sampler",
     "find_spacing",
+    "guide",
+    "rescale_guidance",
     "resolve",
     "restore_known",
     "samplers",
     "schedule",
     "schedules",
     "soft_masks",
+    "stack",
     "start_soft",
 ]

@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import Tensor
 
-from sdinpaint.checks import check_name
+from sdinpaint.checks import check_choice
 from sdinpaint.errors import SettingError
 from sdinpaint.families import ScheduleConfig
 from sdinpaint.sampling import samplers, schedules
@@ -131,7 +131,7 @@ def resolve(sampler: object, spacing: str | None = None) -> tuple[str, str]:
         expected = "one of " + ", ".join(SAMPLERS)
         raise SettingError("SETTING_SAMPLER", "sampler", f"{sampler!r}", expected=expected, hint=hint)
     if spacing is not None:
-        check_name("SETTING_SPACING", "spacing", spacing, SAMPLERS[name].spacings)
+        check_choice("spacing", spacing, SAMPLERS[name].spacings)
         if said not in (None, spacing):
             found, hint = f"{spacing!r} beside the sampler {sampler!r}", "give one of the two"
             raise SettingError("SETTING_SPACING", "spacing", found, expected=f"{said!r}, or nothing", hint=hint)

@@ -2,7 +2,7 @@
 
 A sampler is a function `sampler(denoise, x, sigmas, *, eta=0.0, noise=None, on_step=None) -> x`:
 x (B, 4, H, W) at sigmas[0] in, x at sigmas[-1] out, in x's own dtype. `noise(x)` draws unit noise shaped like x;
-`on_step(step, x, x0)` is told of every finished step, counted from 0.
+`on_step(step, x, x0)` is called after every step, counted from 0; a tensor that it returns takes the place of x.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -140,8 +141,19 @@ def _run(denoise: Denoise, x: Tensor, sigmas: Tensor, advance: Advance, on_step:
             raise _not_finite(x0, step, len(path) - 1, sigma)
         x = advance(x, x0, sigma, sigma_to)
         if on_step is not None:
-            on_step(step, x, x0)
+            x = _stepped(on_step(step, x, x0), x)
     return x
+
+
+def _stepped(changed: object, x: Tensor) -> Tensor:
+    """Return the latents that `on_step` gave back, or x where it gave none."""
+    if not isinstance(changed, Tensor | np.ndarray):
+        return x
+    if not isinstance(changed, Tensor) or changed.shape != x.shape:
+        found = f"a {type(changed).__name__} of shape {tuple(changed.shape)}"
+        expected = f"None, or a tensor of the latents' shape {tuple(x.shape)}"
+        raise SettingError("SETTING_ON_STEP", "on_step", found, expected=expected)
+    return changed.to(x)
 
 
 def _towards(x0: Tensor, x: Tensor, sigma: float, sigma_to: float) -> Tensor:

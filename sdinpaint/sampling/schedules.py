@@ -117,6 +117,22 @@ def step_at(sigmas: Tensor, sigma: float) -> int:
     return max(int((sigmas[:-1] >= sigma).sum()), 1) - 1
 
 
+def is_between(sigmas: Tensor, sigma: float, start: float, end: float) -> bool:
+    """Tell whether the step at `sigma` lies within a share of the run.
+
+    Args:
+        sigmas: noise levels of the run, falling (n + 1,).
+        sigma: noise level at which a step starts, or which it passes.
+        start: share of the steps before the part begins.
+        end: share of the steps after which the part ends.
+
+    Returns:
+        True for step i if i / n >= start and (i + 1) / n <= end.
+    """
+    steps, step = len(sigmas) - 1, step_at(sigmas, sigma)
+    return step / steps >= start and (step + 1) / steps <= end
+
+
 def timestep(train_sigmas: Tensor, sigma: float) -> float:
     """The training index t of a sigma: exact where it was trained, log-linear in between, clamped to the ends."""
     above = int(torch.searchsorted(train_sigmas, train_sigmas.new_tensor(sigma)))

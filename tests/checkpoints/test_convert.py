@@ -42,6 +42,7 @@ from sdinpaint.checkpoints.opening import find_dtype, open_checkpoint
 from sdinpaint.cli import main
 from sdinpaint.errors import CheckpointError, SdInpaintWarning, SettingError
 from sdinpaint.families import SD15_INPAINT
+from sdinpaint.load_options import LoadOptions
 from sdinpaint.loading import save_diffusers
 from sdinpaint.models import VAE, CLIPText, ControlNet, ControlNetConfig, UNet
 
@@ -128,8 +129,8 @@ def test_each_layout_becomes_the_other_to_the_last_bit(models, tmp_path, name):
     for path in folder.rglob("*.json"):
         again = tmp_path / "folder" / path.relative_to(folder)
         assert json.loads(again.read_text()) == json.loads(path.read_text())
-    assert open_checkpoint(tmp_path / "folder").family == pipe.family
-    assert open_checkpoint(tmp_path / "file.safetensors", config=folder).family == pipe.family
+    assert open_checkpoint(LoadOptions(source=tmp_path / "folder")).family == pipe.family
+    assert open_checkpoint(LoadOptions(source=tmp_path / "file.safetensors", config=folder)).family == pipe.family
 
 
 def test_there_and_back_is_what_was_there(models, tmp_path):
@@ -248,7 +249,7 @@ def test_a_pickle_becomes_a_safetensors_file(models, tmp_path, monkeypatch, lega
 @pytest.mark.filterwarnings("ignore:.*no tokenizer is written")
 def test_what_the_unet_predicts_is_kept_in_both_layouts(models, configs, tmp_path):
     _, folder, _ = models("sd2-v of 4")
-    assert open_checkpoint(folder).family.schedule.prediction == "v"
+    assert open_checkpoint(LoadOptions(source=folder)).family.schedule.prediction == "v"
     convert(folder, tmp_path / "file.safetensors", "ldm", progress=False)
     convert(tmp_path / "file.safetensors", tmp_path / "folder", config=configs(folder), progress=False)
     table = json.loads((tmp_path / "folder/scheduler/scheduler_config.json").read_text())

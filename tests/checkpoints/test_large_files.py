@@ -12,6 +12,7 @@ from sdinpaint_weights.files import SourceFile
 
 from sdinpaint.checkpoints.inspecting import inspect
 from sdinpaint.checkpoints.opening import open_checkpoint
+from sdinpaint.load_options import LoadOptions
 
 BYTES = {"F32": 4, "F16": 2}
 FILES = {
@@ -85,7 +86,7 @@ def test_a_single_file_is_told_from_its_header(tmp_path, counted, inventory):
     assert sum(counted) < 2e6
     assert seconds < 1
     assert path.stat().st_blocks == on_disk.st_blocks
-    for model in open_checkpoint(path).build().values():
+    for model in open_checkpoint(LoadOptions(source=path)).build().values():
         assert all(tensor.is_meta for tensor in model.state_dict().values())
 
 
@@ -107,6 +108,6 @@ def test_a_folder_is_told_from_its_headers(tmp_path, counted):
 def test_reading_a_tensor_is_seen(tmp_path, counted):
     """Broken on purpose: one tensor is read."""
     path = sparse(tmp_path / "model.safetensors", "sd15_inpainting.ldm", "F16")
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(LoadOptions(source=path))
     with pytest.raises(pytest.fail.Exception, match="a tensor was read"):
         checkpoint.states["vae"].weights.tensor("first_stage_model.quant_conv.bias")

@@ -33,6 +33,7 @@ from sdinpaint import SdInpaintWarning
 from sdinpaint.checkpoints.opening import open_checkpoint
 from sdinpaint.cli import main
 from sdinpaint.errors import CheckpointError, SettingError
+from sdinpaint.load_options import LoadOptions
 
 MAKERS = {
     "sd1": small,
@@ -254,7 +255,7 @@ def test_evidence_for_v(models, bare, tmp_path, tell, why):
         loaded, asked = load(file, **bare), load(file, prediction="eps", **bare)
     assert (loaded.family.name, loaded.family.schedule.prediction) == ("sd2-v", "v")
     assert (asked.family.name, asked.family.schedule.prediction) == ("sd2", "eps")
-    assert why in open_checkpoint(file, config=bare["config"]).prediction.why
+    assert why in open_checkpoint(LoadOptions(source=file, config=bare["config"])).prediction.why
 
 
 def test_the_order_of_evidence(models, bare, tmp_path):

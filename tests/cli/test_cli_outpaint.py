@@ -18,6 +18,7 @@ from sdinpaint.cli import painting
 from sdinpaint.images.canvas import ANCHORS, EXTENDING_FILLS, OVERLAP, canvas_for
 from sdinpaint.images.files import read_settings
 from sdinpaint.loading import save_diffusers
+from sdinpaint.pipeline.settings import CanvasSettings, names_of
 
 SIZE = 72, 100
 PIXELS = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
@@ -63,7 +64,7 @@ def test_defaults_and_choices_are_the_librarys(model):
     options = {option.name: option.default for option in cli.main.commands["outpaint"].params}
     assert options["overlap"] == OVERLAP
     for name, parameter in inspect.signature(sdinpaint.Pipeline.outpaint).parameters.items():
-        if name in painting.EXTENDING and name != "size":
+        if name in names_of(CanvasSettings) and name != "size":
             assert options[name] == parameter.default, name
 
 

@@ -90,9 +90,9 @@ def check(pipe, sampler, mode, strength):
     else:
         given = soft if "soft" in mode else mask
         result = pipe.inpaint(image, given, "a red ball", on_step=watch, **options, **settings)
-    painting = result.paintings[0]
+    painting = result.repainted[0]
     assert finite == [True] * (max(1, math.floor(STEPS * strength + 1e-9)) * len(painting.boxes))
-    before, after, hole = painting.job.picture.rgb, np.asarray(result.image), painting.job.hole
+    before, after, hole = painting.item.picture.rgb, np.asarray(result.image), painting.item.hole
     assert (after[~hole] == before[~hole]).all()
     assert painting.scores.known_error == 0
     assert (after[hole] != before[hole]).any()

@@ -65,7 +65,7 @@ def test_keep_everything(either):
 
 
 def test_keep_everything_in_one_item_of_a_batch(pipe):
-    with pytest.warns(SdInpaintWarning, match="picture 2 of 3: the mask is empty"):
+    with pytest.warns(SdInpaintWarning, match="image 2 of 3: the mask is empty"):
         result = inpaint(pipe, [IMAGE] * 3, [MASK, np.zeros_like(MASK), MASK], seed=[1, 2, 3])
     assert np.array_equal(result.images[1], IMAGE)
     assert levels(result.images[2], inpaint(pipe, seed=3).image) <= 1

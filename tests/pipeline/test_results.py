@@ -53,7 +53,7 @@ def test_a_result_is_a_sequence_of_its_images_and_says_in_a_line_what_it_is(pipe
     width, height = one.image.size
     assert repr(one) == f"Result(1 image, {width}x{height}, seed {one.seeds[0]})"
     assert repr(two).startswith("Result(2 images, ")
-    many = pipe.inpaint(one.paintings[0].job.picture, one.paintings[0].job.mask, "a", seed=[*range(9)], steps=1)
+    many = pipe.inpaint(one.repainted[0].item.picture, one.repainted[0].item.mask, "a", seed=[*range(9)], steps=1)
     assert repr(many).endswith("seeds 0, 1, 2, 3, ...)")
 
 

@@ -13,7 +13,7 @@ from sdinpaint.images.boxes import Box
 from sdinpaint.images.crops import crop_box, working_size
 from sdinpaint.images.fills import FILLS, fill_hole
 from sdinpaint.images.picture import to_tensor
-from sdinpaint.pipeline import patch_sampling
+from sdinpaint.pipeline.patch_sampling import PatchSampling
 
 SIZE = 120, 168
 RNG = np.random.default_rng(7)
@@ -26,10 +26,8 @@ BOTH = ONE | OTHER
 def shown(monkeypatch):
     """Every batch of a run, as it is shown to the models."""
     batches = []
-    repaint = patch_sampling.Batch.repaint
-    monkeypatch.setattr(
-        patch_sampling.Batch, "repaint", lambda self, *given: batches.append(self) or repaint(self, *given)
-    )
+    sample = PatchSampling.__call__
+    monkeypatch.setattr(PatchSampling, "__call__", lambda self: batches.append(self) or sample(self))
     return batches
 
 
@@ -54,7 +52,7 @@ def test_the_model_sees_the_crop_at_its_working_size(either, shown, crop):
     box = crop_box(ONE.hole, crop, either.family.size)
     assert result.crops == [(box,)]
     height, width = working_size(box.size, either.family.size)
-    assert shown[0].views[0].image.shape[-2:] == (height + -height % 8, width + -width % 8)
+    assert shown[0].patches[0].image.shape[-2:] == (height + -height % 8, width + -width % 8)
     assert untouched(result, ONE.hole)
     assert (pixels(result)[ONE.hole] != IMAGE[ONE.hole]).any(axis=1).mean() > 0.9
 
@@ -106,7 +104,7 @@ def test_the_first_region_is_as_its_own_run_and_the_second_sees_it(pipe, shown):
     assert (pixels(both)[OTHER.hole] == pixels(alone)[OTHER.hole]).all()
     near = Mask.box(SIZE, (64, 30, 80, 44))
     result = inpaint(pipe, ONE | near, regions="each", crop=24)
-    second = shown[-1].views[0]
+    second = shown[-1].patches[0]
     first_is_done = np.where(ONE.hole[..., None], pixels(result), IMAGE)
     assert torch.equal(
         second.image[..., : second.crop.size[0], : second.crop.size[1]], to_tensor(second.crop.cut(first_is_done))
@@ -118,7 +116,7 @@ def test_a_region_that_is_still_to_come_is_hidden_too(pipe, shown):
     near = Mask.box(SIZE, (64, 30, 80, 44))
     inpaint(pipe, ONE | near, regions="each", crop=30)
     first, second = shown
-    assert float(first.views[0].amount.sum()) > float(second.views[0].amount.sum())
+    assert float(first.patches[0].amount.sum()) > float(second.patches[0].amount.sum())
 
 
 def test_parts_with_less_than_16_pixels_between_them_are_one(pipe):
@@ -142,7 +140,7 @@ def test_pictures_with_other_numbers_of_regions_in_a_batch(pipe):
 @pytest.mark.parametrize("fill", FILLS)
 def test_what_stands_in_the_hole_at_the_start(either, shown, fill):
     result = inpaint(either, ONE, strength=0.5, fill=fill, steps=4)
-    start = shown[0].views[0].start
+    start = shown[0].patches[0].start
     assert torch.equal(start, to_tensor(fill_hole(IMAGE, ONE.hole, fill)))
     latents, hole = shown[0].known.latents, shown[0].known.mask > 0
     if fill == "noise":
@@ -244,7 +242,7 @@ def test_outpainting(either):
     result = either.outpaint(IMAGE, "a fox", left=24, bottom=13, steps=2, seed=1, progress=False)
     assert result.image.size == (168 + 24, 120 + 13)
     assert (pixels(result)[: 120 - 16, 24 + 16 :] == IMAGE[:-16, 16:]).all()
-    assert result.paintings[0].job.picture.old == Box(24, 0, 192, 120)
+    assert result.repainted[0].item.picture.old == Box(24, 0, 192, 120)
     sized = either.outpaint(IMAGE, "a fox", size=(133, 192), anchor="top-right", steps=2, seed=1, progress=False)
     assert (pixels(sized) == pixels(result)).all()
     strong = either.outpaint(IMAGE, "a fox", left=24, overlap=0, strength=0.5, steps=2, seed=1, progress=False)

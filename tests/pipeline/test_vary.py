@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -16,7 +15,8 @@ from sdinpaint import Pipeline, cli
 from sdinpaint.cli import painting
 from sdinpaint.errors import ImageError, SdInpaintWarning, SettingError
 from sdinpaint.images.files import read_settings
-from sdinpaint.pipeline.settings import MASK_ONLY, Settings
+from sdinpaint.load_options import LoadOptions
+from sdinpaint.pipeline.settings import ControlSettings, MaskSettings, SamplingSettings, names_of
 
 SIZES = (64, 72), (83, 101)
 PROMPTS = ["a red fox", "a blue cube on the a"]
@@ -60,7 +60,7 @@ def test_settings_replay_the_run(either, options):
     again = either.vary(picture(), **first.settings, progress=False)
     assert np.array_equal(first.image, again.image)
     assert again.settings == first.settings
-    assert not set(MASK_ONLY) & set(first.settings)
+    assert not set(names_of(MaskSettings, ControlSettings)) & set(first.settings)
 
 
 @pytest.mark.parametrize(("steps", "strength"), [(50, 0.58), (10, 0.6), (5, 1), (2, 0.01), (7, 0.99)])
@@ -140,9 +140,9 @@ def test_on_the_command_line(pipe, tmp_path, monkeypatch):
 def test_options_of_the_command_line_are_those_of_the_library():
     least = ["photo.png", "--prompt=a red fox", "--model=demo", "--out=out.png"]
     options = cli.main.commands["vary"].make_context("vary", least).params
-    settings = set(options) - set(inspect.signature(painting._paint).parameters) - set(painting.LOADING)
+    settings = set(options) - set(inspect.signature(painting._paint).parameters) - set(names_of(LoadOptions))
     defaults = inspect.signature(Pipeline.vary).parameters
-    assert settings == {field.name for field in fields(Settings)} - set(MASK_ONLY)
+    assert settings == set(names_of(SamplingSettings))
     assert settings | {"manifest"} <= set(defaults)
     for name in settings - {"batch_size"}:  # one picture at a time is written as soon as it is done
         assert options[name] == defaults[name].default

@@ -153,13 +153,13 @@ def noise_first(mine, patch):
 
 
 def one_draw_more(mine, patch):
-    begin = patch_sampling.Batch.__init__
+    begin = patch_sampling.PatchSampling.__init__
 
-    def drawing(self, pipe, settings, views, draws, *, masked):
-        begin(self, pipe, settings, views, draws, masked=masked)
+    def drawing(self, pipe, settings, patches, draws, **options):
+        begin(self, pipe, settings, patches, draws, **options)
         draws(self.known.latents)
 
-    patch.setattr(patch_sampling.Batch, "__init__", drawing)
+    patch.setattr(patch_sampling.PatchSampling, "__init__", drawing)
 
 
 def from_noise_alone(mine, patch):

@@ -28,6 +28,7 @@ from sdinpaint.errors import CheckpointError, MaskError, SdInpaintError, Setting
 from sdinpaint.images.files import read_settings, save_png
 from sdinpaint.images.picture import Picture
 from sdinpaint.masks.text import mask_from_text, mask_to_text
+from sdinpaint.pipeline.requests import stored_names
 from sdinpaint.provenance import fingerprints
 from sdinpaint.provenance.fingerprints import fingerprint, weights_of
 from sdinpaint.provenance.manifest import (
@@ -429,13 +430,13 @@ def test_other_versions_alone_are_not_refused(stored, pipe):
 
 
 def test_arguments_are_those_of_the_run(stored, pipe):
-    assert arguments(stored, pipe.inpaint) == stored
+    assert arguments(stored, stored_names("inpaint")) == stored
 
 
 @pytest.mark.parametrize("name", ["sharpness", "on_step", "noise", "image", "progress"])
 def test_what_is_no_setting_is_refused(stored, pipe, name):
     with pytest.raises(SettingError) as caught:
-        arguments(stored | {name: 1}, pipe.inpaint)
+        arguments(stored | {name: 1}, stored_names("inpaint"))
     assert caught.value.code == "MANIFEST_SETTING"
     assert caught.value.subject == f"settings.{name}"
 
@@ -526,7 +527,7 @@ def test_any_json_anywhere_is_refused_or_taken(stored, pipe, data):
     recorded = broken.get("manifest") if isinstance(broken, dict) else broken
     records = recorded if isinstance(recorded, dict) else {}
     with suppress(SdInpaintError):
-        arguments(broken, pipe.inpaint)
+        arguments(broken, stored_names("inpaint"))
     with suppress(SdInpaintError):
         differences(recorded, pipe)
     with suppress(SdInpaintError):

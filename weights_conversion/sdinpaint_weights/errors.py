@@ -22,7 +22,7 @@ class SdInpaintError(Exception):
         if self.expected:
             lines.append(f"  expected: {self.expected}")
         if self.hint:
-            lines.append(f"  to go on: {self.hint}")
+            lines.append(f"  hint: {self.hint}")
         return "\n".join(lines)
 
     def __reduce__(self) -> tuple[object, ...]:

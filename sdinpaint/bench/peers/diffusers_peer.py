@@ -14,8 +14,9 @@ from torch import Tensor
 
 from sdinpaint.bench.cases import GUIDANCE, PROMPT, SEED, TIMESTEP, Case, StepInputs, picture_and_mask
 from sdinpaint.checkpoints.opening import open_checkpoint
-from sdinpaint.checks import need, quietly
+from sdinpaint.checks import quietly, require_extra
 from sdinpaint.errors import SettingError
+from sdinpaint.load_options import LoadOptions
 
 __all__ = ["ChannelsLast", "Compiled", "Diffusers", "library"]
 
@@ -25,14 +26,14 @@ IMPORTS = "from diffusers import StableDiffusionInpaintPipeline"
 def library() -> Any:
     """diffusers, with its pipeline, which it imports when asked. Raises: SettingError where something is missing."""
     transformers()
-    diffusers = need("diffusers", extra="bench", what="the peer diffusers")
+    diffusers = require_extra("diffusers", extra="bench", what="the peer diffusers")
     diffusers.StableDiffusionInpaintPipeline  # noqa: B018
     return diffusers
 
 
 def transformers() -> Any:
     """transformers. Raises: SettingError where it is missing."""
-    return need("transformers", extra="bench", what="the peer diffusers")
+    return require_extra("transformers", extra="bench", what="the peer diffusers")
 
 
 def silence() -> AbstractContextManager[None]:
@@ -49,7 +50,7 @@ class Diffusers:
             found = "diffusers takes a folder in its own layout here, not a single file"
             raise SettingError("BENCH_CHECKPOINT", "checkpoint", f"{case.checkpoint}: {found}", hint=hint)
         self.case = case
-        self.family = open_checkpoint(case.checkpoint).family
+        self.family = open_checkpoint(LoadOptions(source=case.checkpoint)).family
         self.pipe = self._load()
 
     def _load(self) -> Any:

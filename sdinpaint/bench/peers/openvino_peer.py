@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sdinpaint.bench.cases import Case
 from sdinpaint.bench.peers import diffusers_peer
-from sdinpaint.checks import need
+from sdinpaint.checks import require_extra
 from sdinpaint.errors import SettingError
 
 __all__ = ["OpenVino", "library"]
@@ -34,7 +34,7 @@ def library() -> Any:
     """OpenVINO, beside diffusers. Raises: SettingError where one of them is missing."""
     diffusers_peer.library()
     sys.modules.setdefault(SILENT, None)  # type: ignore[arg-type]
-    return need("openvino", extra="bench", what="the peer openvino")
+    return require_extra("openvino", extra="bench", what="the peer openvino")
 
 
 class OpenVino(diffusers_peer.Diffusers):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdinpaint.bench.cases import GUIDANCE, PROMPT, SEED, Case, StepInputs, picture_and_mask
 from sdinpaint.bench.peers import diffusers_peer, openvino_peer
-from sdinpaint.checks import check_name
+from sdinpaint.checks import check_choice
 from sdinpaint.loading import load
 from sdinpaint.models.unet import timestep_embedding
 from sdinpaint.sampling import Conditioning, Denoiser, Known
@@ -135,7 +135,7 @@ PEERS = {
 def check_peers(names: tuple[str, ...]) -> None:
     """Raises: SettingError for a peer that is not known or not installed, before anything is measured."""
     for name in names:
-        check_name("BENCH_PEER", "peer", name, PEERS)
+        check_choice("peer", name, PEERS, code="BENCH_PEER")
         PEERS[name].library()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 from sdinpaint_weights.atomic import atomic_write
 
-from sdinpaint.checks import need
+from sdinpaint.checks import require_extra
 
 __all__ = ["COLORS", "GREY", "LINES", "MARKERS", "new_figure", "plain_numbers", "save"]
 
@@ -43,4 +43,4 @@ def save(figure: Any, target: Path) -> None:
 
 
 def _matplotlib(module: str) -> Any:
-    return need(f"matplotlib.{module}", extra="bench", what="drawing the benchmarks")
+    return require_extra(f"matplotlib.{module}", extra="bench", what="drawing the benchmarks")

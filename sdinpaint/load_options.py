@@ -1,0 +1,118 @@
+"""A way of loading a model as a value: which files, in which dtype, on which device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args
+
+from sdinpaint.checks import check_choice, check_switch, check_whole, dtype_name
+from sdinpaint.errors import SettingError
+from sdinpaint.families import Prediction
+
+__all__ = ["LoadOptions"]
+
+MAX_TILE = 2**16
+AUTO = "auto"
+_RECORDED = {"recorded": True}
+"""Marks what decides which weights are loaded and how images come out, and so belongs into a manifest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """All that `sdinpaint.load` is told of a model; checked at once, as far as that needs no file.
+
+    Args:
+        source: a weights file, a diffusers folder, a model of the hub, or "demo".
+        config: a folder of JSON files in the diffusers layout.
+        vae: another VAE, file or folder.
+        controlnet: a ControlNet, file or folder.
+        base: a model that supplies the components that `source` lacks.
+        tokenizer: a Tokenizer, or a folder or file that holds CLIP's vocabulary.
+        device: name of a device, None for the GPU where there is one.
+        dtype: "float32", "float16" or "bfloat16"; None for float32 on a CPU and float16 on a GPU.
+        offload: whether models stay in host memory between uses.
+        tile: side of the VAE's tiles in pixels; 0 for none, None for tiles from 1024 x 1024 pixels on.
+        prediction: "eps" or "v", None where the checkpoint tells.
+        ema: whether the averaged weights of the UNet are taken.
+        variant: a variant of a folder's files, such as "fp16".
+        revision: a branch, tag or commit of `source` on the hub.
+        local_files_only: whether the hub's cache is all that is used of the hub.
+
+    Raises:
+        SettingError: a value is of the wrong type or out of its bounds.
+    """
+
+    source: Any
+    config: str | Path | None = field(default=None, metadata=_RECORDED)
+    vae: str | Path | None = field(default=None, metadata=_RECORDED)
+    controlnet: str | Path | None = field(default=None, metadata=_RECORDED)
+    base: str | Path | None = field(default=None, metadata=_RECORDED)
+    tokenizer: Any = field(default=None, metadata=_RECORDED)
+    device: Any = None
+    dtype: Any = None
+    offload: bool = False
+    tile: int | None = field(default=None, metadata=_RECORDED)
+    prediction: Prediction | None = field(default=None, metadata=_RECORDED)
+    ema: bool = field(default=False, metadata=_RECORDED)
+    variant: str | None = field(default=None, metadata=_RECORDED)
+    revision: str | None = field(default=None, metadata=_RECORDED)
+    local_files_only: bool = False
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        if isinstance(self.source, LoadOptions):
+            put(self, "source", self.source.source)
+        for name in ("source", "config", "vae", "controlnet", "base"):
+            value = getattr(self, name)
+            if not isinstance(value, str | Path) and (value is not None or name == "source"):
+                found = f"a {type(value).__name__}"
+                raise SettingError(f"SETTING_{name.upper()}", name, found, expected="the path of a file or a folder")
+        for name in ("variant", "revision"):
+            value = getattr(self, name)
+            if not isinstance(value, str | NoneType):
+                raise SettingError(f"SETTING_{name.upper()}", name, f"a {type(value).__name__}", expected="a string")
+        for name in ("offload", "ema", "local_files_only"):
+            put(self, name, check_switch(name, getattr(self, name)))
+        if self.tile is not None:
+            put(self, "tile", check_whole("tile", self.tile, 0, MAX_TILE))
+        if self.prediction is not None:
+            check_choice("prediction", self.prediction, get_args(Prediction))
+        put(self, "dtype", None if self.dtype in (None, AUTO) else dtype_name(self.dtype))
+        put(self, "device", None if self.device in (None, AUTO) else str(self.device))
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that differ from the defaults."""
+        return {one.name: value for one in fields(self) if (value := getattr(self, one.name)) != one.default}
+
+    def to_manifest(self) -> dict[str, Any]:
+        """Return what a manifest keeps beside model, device and dtype, where it is not the default."""
+        recorded = {one.name: self.given[one.name] for one in fields(self) if one.metadata and one.name in self.given}
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in recorded.items()
+            if isinstance(value, str | Path | int)  # a Tokenizer is no value: its vocabulary is among the weights
+        }
+
+    @classmethod
+    def from_manifest(cls, manifest: Mapping[str, Any], **changes: Any) -> LoadOptions:
+        """Return the options by which the model of a manifest is loaded again.
+
+        Args:
+            manifest: a manifest; one without the key "load" was made by the model alone.
+            changes: options to be taken in place of the recorded ones.
+
+        Returns:
+            The options, with the dtype and the model of the manifest.
+
+        Raises:
+            SettingError: the manifest names an option that this version does not have, or a wrong value.
+        """
+        stored = manifest.get("load", {})
+        known = [one.name for one in fields(cls) if one.metadata == _RECORDED]
+        for name in stored:
+            check_choice("load", name, known, code="MANIFEST_BROKEN", of="manifest")
+        return cls(**{"source": manifest["model"], "dtype": manifest["dtype"], **stored, **changes})
