@@ -74,28 +74,28 @@ class Autoencoding:
         """
         return self._run("decode", latents, _tile(tile, 64 * latents.shape[-2:].numel()))[0]
 
-    def _run(self, what: Direction, given: Tensor, tile: int) -> list[Tensor]:
+    def _run(self, direction: Direction, given: Tensor, tile: int) -> list[Tensor]:
         weight = next(self.vae.parameters())
-        case = what, weight.dtype, weight.device
-        outputs = _one_by_one(what, self._widened(*case) if case in self._overflowed else self.vae, given, tile)
+        case = direction, weight.dtype, weight.device
+        outputs = _one_by_one(direction, self._widened(*case) if case in self._overflowed else self.vae, given, tile)
         finite = _is_finite(outputs)
         if not finite and weight.dtype != torch.float32 and _is_finite([given]):
-            outputs = _one_by_one(what, self._widened(*case), given, tile)
+            outputs = _one_by_one(direction, self._widened(*case), given, tile)
             finite = _is_finite(outputs)
         if not finite:
             bad = sum(int((~output.isfinite()).sum()) for output in outputs)
-            found = f"{bad} of {sum(output.numel() for output in outputs)} {what}d values are NaN or infinite"
-            code, hint = f"NUMERIC_{what.upper()}", "load with dtype='float32', or with another VAE: vae=..."
+            found = f"{bad} of {sum(output.numel() for output in outputs)} {direction}d values are NaN or infinite"
+            code, hint = f"NUMERIC_{direction.upper()}", "load with dtype='float32', or with another VAE: vae=..."
             raise NumericError(code, "vae", found, expected="finite values", hint=hint)
         return outputs
 
-    def _widened(self, what: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    def _widened(self, direction: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """Return the float32 copy, which all threads share; warn when a direction needs it for the first time."""
         with _WIDENING:
-            if (what, dtype, device) not in self._overflowed:
-                message = f"the VAE overflowed in {dtype}; the image is {what}d in float32 instead"
+            if (direction, dtype, device) not in self._overflowed:
+                message = f"the VAE overflowed in {dtype}; the image is {direction}d in float32 instead"
                 warn(message)
-                self._overflowed.add((what, dtype, device))
+                self._overflowed.add((direction, dtype, device))
             if self._wide is None or not is_plain(self.vae) or not self._wide[1].holds(all_weights(self.vae)):
                 # A copy, because another thread may be using the VAE.
                 snapshot = Snapshot(all_weights(self.vae))
@@ -103,9 +103,9 @@ class Autoencoding:
             return self._wide[0]
 
 
-def _tile(asked: int | None, pixels: int) -> int:
+def _tile(tile: int | None, pixels: int) -> int:
     """Choose the side of a tile for an image of this many pixels; 0 for no strips."""
-    return (TILE if pixels > WHOLE_PIXELS else 0) if asked is None else asked
+    return (TILE if pixels > WHOLE_PIXELS else 0) if tile is None else tile
 
 
 def _is_finite(tensors: Iterable[Tensor]) -> bool:
@@ -113,9 +113,9 @@ def _is_finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
-def _one_by_one(what: Direction, vae: nn.Module, given: Tensor, tile: int) -> list[Tensor]:
+def _one_by_one(direction: Direction, vae: nn.Module, given: Tensor, tile: int) -> list[Tensor]:
     """Run a VAE over a batch item by item, so that memory stays flat; return its outputs in float32."""
     weight = next(vae.parameters())
-    run = tiling.RUNS[what] if tile and tiling.can_run(vae, given) else None
-    parts = [run(vae, one, tile) if run else vae(one, what) for one in given.to(weight).split(1)]
+    run = tiling.RUNS[direction] if tile and tiling.can_run(vae, given) else None
+    parts = [run(vae, one, tile) if run else vae(one, direction) for one in given.to(weight).split(1)]
     return [torch.cat(columns).float() for columns in zip(*parts, strict=True)]

@@ -26,7 +26,7 @@ from sdinpaint.models.vae import VAE, Decoder, Direction, Encoder, ResBlock
 
 Layer = Callable[[Tensor], Tensor]
 
-LEAST_ROWS = 16
+MIN_ROWS = 16
 """The minimum number of rows of a strip. With fewer, most of the work would go into the overlap with its neighbours."""
 
 
@@ -43,7 +43,7 @@ class Rows:
 
     def bands(self) -> Iterator[tuple[int, int]]:
         """Yield top and bottom row of strips of about tile * tile positions."""
-        rows = max(LEAST_ROWS, self.tile**2 // self.width)
+        rows = max(MIN_ROWS, self.tile**2 // self.width)
         return ((top, min(top + rows, self.height)) for top in range(0, self.height, rows))
 
 
@@ -91,7 +91,7 @@ def keep(source: Rows, into: Tensor | None = None) -> Rows:
 
     Args:
         source: the rows to compute.
-        into: memory for the result; it may be the input of `source`, if no halo exceeds LEAST_ROWS.
+        into: memory for the result; it may be the input of `source`, if no halo exceeds MIN_ROWS.
 
     Returns:
         The stored rows.
