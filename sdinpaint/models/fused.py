@@ -7,7 +7,7 @@ themselves, and call layers that are not plain. Each fusion gives the result of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from sdinpaint_kernels import add_bias, add_layer_norm, attention, conv3, geglu, group_norm, linear, upsample_conv3
@@ -17,15 +17,52 @@ from torch.nn import functional as F
 from sdinpaint.models.layers import Conv3, GroupNorm, LayerNorm, are_plain, is_plain, repeated, to_map, to_tokens
 from sdinpaint.models.weights import joined
 
-if TYPE_CHECKING:
-    from sdinpaint.models import unet, vae
-
 ROWS = 1024
 """The tokens that a feed-forward network processes at a time on a CPU, to keep its wide hidden layer small."""
 
 
 POINTWISE = ((1, 1), (1, 1), 1)
 """The kernel size, stride and groups of a convolution that is a matrix product."""
+
+
+class ResBlock(Protocol):
+    """The layers of a UNet's residual block."""
+
+    in_layers: nn.Sequential
+    emb_layers: nn.Sequential
+    out_layers: nn.Sequential
+    skip_connection: nn.Module
+
+    def is_fusible(self) -> bool:
+        """Tell whether `res_block` computes what calling the layers does."""
+
+
+class Attention(Protocol):
+    """The layers of self-attention or cross-attention in a UNet."""
+
+    heads: int
+    to_q: nn.Linear
+    to_k: nn.Linear
+    to_v: nn.Linear
+    to_out: nn.Sequential
+
+
+class FeedForward(Protocol):
+    """The layers of a feed-forward network in a UNet."""
+
+    net: nn.Sequential
+
+
+class VAEResBlock(Protocol):
+    """The layers of a VAE's residual block."""
+
+    norm1: GroupNorm
+    conv1: Conv3
+    norm2: GroupNorm
+    conv2: Conv3
+    has_shortcut: bool
+    nin_shortcut: nn.Conv2d
+    """A 1 x 1 convolution; it exists only if `has_shortcut`."""
 
 
 def norm_silu(norm: nn.Module, x: Tensor, addend: Tensor | None = None, *, overwrite: bool = False) -> Tensor:
@@ -163,7 +200,7 @@ def upsample(conv: nn.Module, x: Tensor, size: Sequence[int] | None) -> Tensor:
     return conv(F.interpolate(x, size or [2 * side for side in x.shape[-2:]], mode="nearest"))
 
 
-def res_block(block: unet.ResBlock, x: Tensor, addend: Tensor) -> Tensor:
+def res_block(block: ResBlock, x: Tensor, addend: Tensor) -> Tensor:
     """Apply a residual block of a UNet whose time embedding was already projected by `addend`.
 
     Args:
@@ -185,7 +222,7 @@ def res_block(block: unet.ResBlock, x: Tensor, addend: Tensor) -> Tensor:
     return add_conv(pointwise(block.skip_connection, x), conv, norm_silu(norm, h, addend, overwrite=True))
 
 
-def addend(block: unet.ResBlock, emb: Tensor) -> Tensor:
+def addend(block: ResBlock, emb: Tensor) -> Tensor:
     """Project the time embedding for a residual block, and add the bias of the block's first convolution.
 
     Args:
@@ -210,7 +247,7 @@ def bias_of(conv: nn.Module) -> Tensor:
     return cast(Tensor, conv.bias)
 
 
-def self_attention(block: unet.SelfAttention, x: Tensor) -> Tensor:
+def self_attention(block: Attention, x: Tensor) -> Tensor:
     """Apply self-attention, with one product for queries, keys and values where their weights are packed.
 
     Args:
@@ -229,7 +266,7 @@ def self_attention(block: unet.SelfAttention, x: Tensor) -> Tensor:
     return mlp(block.to_out, attention(q, k, v).flatten(2))
 
 
-def cross_attention(block: unet.CrossAttention, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def cross_attention(block: Attention, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Apply cross-attention with precomputed keys and values.
 
     Args:
@@ -245,7 +282,7 @@ def cross_attention(block: unet.CrossAttention, x: Tensor, keys: Tensor, values:
     return mlp(block.to_out, attention(repeated(q, len(k)), k, v).flatten(2))
 
 
-def feed_forward(block: unet.FeedForward, x: Tensor) -> Tensor:
+def feed_forward(block: FeedForward, x: Tensor) -> Tensor:
     """Apply a feed-forward network; on a CPU to some tokens at a time, so that its hidden layer stays small.
 
     The system provides memory of many megabytes anew each time, which takes as long as a product over it.
@@ -285,7 +322,7 @@ def add_norm(norm: nn.Module, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     return x, norm(x)
 
 
-def vae_res_block(block: vae.ResBlock, x: Tensor) -> Tensor:
+def vae_res_block(block: VAEResBlock, x: Tensor) -> Tensor:
     """Apply a residual block of the VAE.
 
     Args:

@@ -80,6 +80,21 @@ def _is_plain(module: nn.Module) -> bool:
     return all(child is None or _is_plain(child) for child in own["_modules"].values())
 
 
+def needs_gradients(module: nn.Module, *given: Tensor | None) -> bool:
+    """Tell whether gradients are enabled and required by any tensor or weight.
+
+    Args:
+        module: a network.
+        *given: its inputs.
+
+    Returns:
+        True if autograd would record the call.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    return any(one is not None and one.requires_grad for one in (*given, *module.parameters()))
+
+
 @plain
 class GroupNorm(nn.GroupNorm):
     """GroupNorm with the implementation of `sdinpaint_kernels`, which is accurate in every memory layout."""

@@ -21,7 +21,7 @@ from sdinpaint_kernels import moments
 from torch import Tensor, nn
 
 from sdinpaint.models import fused
-from sdinpaint.models.layers import GroupNorm, is_plain
+from sdinpaint.models.layers import GroupNorm, is_plain, needs_gradients
 from sdinpaint.models.vae import VAE, Decoder, Direction, Encoder, ResBlock
 
 Layer = Callable[[Tensor], Tensor]
@@ -206,7 +206,7 @@ def can_run(vae: nn.Module, given: Tensor) -> bool:
     """
     if type(vae) is not VAE or not is_plain(vae) or not vars(vae).keys().isdisjoint({"posterior", "decode"}):
         return False
-    return not (torch.is_grad_enabled() and any(one.requires_grad for one in (given, *vae.parameters())))
+    return not needs_gradients(vae, given)
 
 
 def posterior(vae: VAE, image: Tensor, tile: int) -> tuple[Tensor, Tensor]:

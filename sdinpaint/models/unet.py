@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from sdinpaint_kernels import attention, geglu
@@ -23,15 +22,14 @@ from sdinpaint.models.layers import (
     are_plain,
     channels_last,
     is_plain,
+    needs_gradients,
     plain,
     repeated,
     to_map,
     to_tokens,
 )
-from sdinpaint.models.weights import Model, Places, Snapshot
-
-Precomputed = dict[nn.Module, Tensor]
-"""The precomputed conditioning of each block: keys and values of the text, or the projected time embedding."""
+from sdinpaint.models.prepared_unet import Conditioned, Precomputed, PreparedUNet
+from sdinpaint.models.weights import Places, Snapshot
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -67,7 +65,7 @@ class ResBlock(nn.Module):
             Conv3(channels_out, channels_out),
         )
         same = channels_in == channels_out
-        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
+        self.skip_connection: nn.Module = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
 
     def is_fusible(self) -> bool:
         """Tell whether the layers that `fused.res_block` computes are plain, and of the classes set up here."""
@@ -401,7 +399,7 @@ def middle_block(config: UNetConfig) -> Stage:
 
 
 @plain
-class UNet(Model):
+class UNet(Conditioned):
     """Predicts the noise (or v) in noisy latents, given the timestep and the text conditioning.
 
     Inpainting models take 9 channels: noisy latents (4), mask (1), and latents of the masked image (4), in this order.
@@ -508,101 +506,3 @@ class UNet(Model):
         used = Snapshot(PreparedUNet.precomputed_from(self, blocks, texts))
         kept = [layer.keys_values(context) for layer in texts]
         return PreparedUNet(self, blocks, texts, kept, vector, Places(self), used)
-
-
-@dataclass(frozen=True)
-class PreparedUNet:
-    """A UNet with precomputed conditioning, which serves all steps of a run.
-
-    It is valid as long as `is_current()`: no layer was hooked or replaced, and the weights are the same.
-    """
-
-    unet: UNet
-    blocks: list[ResBlock]
-    texts: list[CrossAttention]
-    kept: list[Tensor]
-    """Keys and values of the text, (2, B, L, C), for each of `texts`."""
-    vector: Tensor | None
-    places: Places
-    used: Snapshot
-    """The state of the weights that something was precomputed from."""
-
-    @staticmethod
-    def precomputed_from(unet: UNet, blocks: Sequence[ResBlock], texts: Sequence[CrossAttention]) -> list[Tensor]:
-        """List the weights that keys, values and time embeddings are computed from.
-
-        Args:
-            unet: the UNet.
-            blocks: its residual blocks.
-            texts: its cross-attentions.
-
-        Returns:
-            The weights, in a fixed order.
-        """
-        embedding = [unet.time_embed, *([unet.label_emb] if unet.config.vector_dim is not None else [])]
-        layers = [
-            *embedding,
-            *(one for text in texts for one in (text.to_k, text.to_v)),
-            *(b.emb_layers for b in blocks),
-        ]
-        weights = [weight for layer in layers for weight in layer.parameters()]
-        return weights + [fused.bias_of(block.in_layers[-1]) for block in blocks]
-
-    @property
-    def key(self) -> str:
-        """A string that identifies the addresses at which a captured CUDA graph reads weights."""
-        return self.places.key
-
-    def is_current(self) -> bool:
-        """Tell whether preparing again would give the same; on a GPU only writes that torch counts are noticed."""
-        return (
-            is_plain(self.unet)
-            and all(block.is_fusible() for block in self.blocks)
-            and not needs_gradients(self.unet)
-            and self.places.hold(self.unet)
-            and self.used.holds(self.precomputed_from(self.unet, self.blocks, self.texts), read_devices=False)
-        )
-
-    def embed(self, t: Tensor) -> Tensor:
-        """Project the time embeddings of all steps for all residual blocks.
-
-        Args:
-            t: timesteps (S,).
-
-        Returns:
-            The vectors that the blocks add at each timestep, concatenated, (S, B, sum of C); B is 1 without `vector`.
-        """
-        label = 0 if self.vector is None else fused.mlp(self.unet.label_emb, self.vector)
-        emb = self.unet.embed(t)[:, None] + label
-        return torch.cat([fused.addend(block, emb) for block in self.blocks], dim=-1)
-
-    def __call__(self, x: Tensor, emb: Tensor, kept: Sequence[Tensor], control: Sequence[Tensor] | None) -> Tensor:
-        """Predict the noise (or v) from precomputed conditioning.
-
-        Args:
-            x: noisy latents (B, in_channels, H, W); the batch may be half of that of the conditioning.
-            emb: one timestep's row of `embed`.
-            kept: keys and values, as in the attribute `kept`.
-            control: residuals of a ControlNet, or None.
-
-        Returns:
-            The raw network output (B, 4, H, W).
-        """
-        addends = emb.split([block.out_layers[-1].out_channels for block in self.blocks], dim=-1)
-        projected: Precomputed = dict(zip(self.blocks, addends, strict=True))
-        return self.unet(x, projected, dict(zip(self.texts, kept, strict=True)), None, control)
-
-
-def needs_gradients(module: nn.Module, *given: Tensor | None) -> bool:
-    """Tell whether gradients are enabled and required by any tensor or weight.
-
-    Args:
-        module: a network.
-        *given: its inputs.
-
-    Returns:
-        True if autograd would record the call.
-    """
-    if not torch.is_grad_enabled():
-        return False
-    return any(one is not None and one.requires_grad for one in (*given, *module.parameters()))
