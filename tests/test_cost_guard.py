@@ -14,7 +14,7 @@ from builders import as_sd2, as_sdxl, fill, for_text_to_image, random_pipeline, 
 from costs import DRIFT, FALL, MODELS, RECORDED, SUMS, TORCH, Recorder, complaints, measure
 from torch.nn import functional as F
 
-from sdinpaint.models import ControlNet, ControlNetConfig, fused, layers, unet
+from sdinpaint.models import ControlNet, ControlNetConfig, fused, layers, prepared_unet, unet
 from sdinpaint.pipeline.control import Control
 from sdinpaint.pipeline.patch_sampling import PatchSampling
 from sdinpaint.pipeline.pipeline import Pipeline
@@ -243,7 +243,7 @@ BREAKS = {
     "weights joined in every step": ("step, SD2", lambda: (fused, "joined", torch.cat), ["aten.cat", "bytes"]),
     "halves that share nothing": (
         "step, SD1",
-        lambda: fed(unet.PreparedUNet, "__call__", lambda x: torch.cat([x, x])),
+        lambda: fed(prepared_unet.PreparedUNet, "__call__", lambda x: torch.cat([x, x])),
         ["flops", "bytes"],
     ),
     "more precision than asked": (
@@ -262,7 +262,7 @@ BREAKS = {
     "texts encoded again": ("texts, SDXL", lambda: twice(TextConditioner, "__call__"), ["text encoder", "flops"]),
     "the UNet asked again": (
         "inpaint, 4 channels",
-        lambda: twice(unet.PreparedUNet, "__call__"),
+        lambda: twice(prepared_unet.PreparedUNet, "__call__"),
         ["UNet", "operations"],
     ),
     "the ControlNet asked again": ("step, ControlNet", lambda: twice(Control, "__call__"), ["ControlNet", "bytes"]),

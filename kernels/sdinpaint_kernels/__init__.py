@@ -1,4 +1,4 @@
-"""The operations on the hot path of the models; they know tensors, and no model."""
+"""The operations on the models' hot path. They take tensors, and know no model."""
 
 from sdinpaint_kernels.add_bias import add_bias
 from sdinpaint_kernels.add_layer_norm import add_layer_norm, layer_norm

@@ -1,6 +1,6 @@
-"""The sum of two feature maps and a bias: x + h + b.
+"""Adds two feature maps and a bias: x + h + b.
 
-On a GPU, torch adds a convolution's bias in a pass over memory of its own. Where a sum follows, this is one pass less.
+On a GPU, torch adds a convolution's bias in a separate pass over memory. Where a sum follows, this saves that pass.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Tile(NamedTuple):
-    """What one program of the kernel computes: pixels by channels, with so many warps."""
+    """The block of the output that one program of the kernel computes: pixels by channels, with a number of warps."""
 
     rows: int
     columns: int
@@ -24,7 +24,14 @@ class Tile(NamedTuple):
 
 
 def tile_for(channels: int) -> Tile:
-    """16 elements on each thread of four warps, in rows that fit the released widths, which 64 divides."""
+    """Choose a tile with 16 elements per thread of four warps, whose rows suit the released widths: multiples of 64.
+
+    Args:
+        channels: channels of the feature map.
+
+    Returns:
+        The tile.
+    """
     columns = 128 if channels % 128 == 0 else 64
     return Tile(2048 // columns, columns)
 
@@ -32,13 +39,21 @@ def tile_for(channels: int) -> Tile:
 def add_bias(x: Tensor, h: Tensor, bias: Tensor, *, kernels: str | None = None) -> Tensor:
     """Add two feature maps, and to every channel its bias.
 
-    x and h (N, C, H, W) in any memory format, bias (C,) -> (N, C, H, W). `kernels`: "torch", "triton" or "auto", see
-    `backend`.
-    Raises: ValueError for shapes, dtypes or devices that do not go together.
+    Args:
+        x: feature map (B, C, H, W) in any memory format.
+        h: the other feature map (B, C, H, W).
+        bias: (C,).
+        kernels: "torch", "triton" or "auto", see `backend`; None for the setting of the process.
+
+    Returns:
+        The sum (B, C, H, W).
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not match.
     """
     if x.ndim != 4 or h.shape != x.shape or bias.shape != x.shape[1:2]:
         raise ValueError(
-            f"add_bias takes x and h of one shape (N, C, H, W) and bias (C,), not x {tuple(x.shape)} with stride "
+            f"add_bias takes x and h of one shape (B, C, H, W) and bias (C,), not x {tuple(x.shape)} with stride "
             f"{x.stride()}, h {tuple(h.shape)} with stride {h.stride()}, bias {tuple(bias.shape)}"
         )
     backend.check_same("add_bias", x, h=h, bias=bias)
@@ -47,7 +62,16 @@ def add_bias(x: Tensor, h: Tensor, bias: Tensor, *, kernels: str | None = None) 
 
 
 def reference(x: Tensor, h: Tensor, bias: Tensor) -> Tensor:
-    """x + h + bias in torch."""
+    """Compute x + h + bias in torch.
+
+    Args:
+        x: feature map (B, C, H, W).
+        h: the other feature map (B, C, H, W).
+        bias: (C,).
+
+    Returns:
+        The sum (B, C, H, W).
+    """
     return x + (h + bias[:, None, None])
 
 
@@ -62,7 +86,17 @@ def _obstacle(x: Tensor, h: Tensor, bias: Tensor) -> str | None:
 
 
 def launch(x: Tensor, h: Tensor, bias: Tensor, tile: Tile | None = None) -> Tensor:
-    """Run the kernel over channels-last x and h (N, C, H, W) -> the same, channels-last."""
+    """Run the kernel.
+
+    Args:
+        x: feature map (B, C, H, W), channels-last.
+        h: the other feature map (B, C, H, W), channels-last.
+        bias: (C,).
+        tile: None for that of `tile_for`.
+
+    Returns:
+        The sum (B, C, H, W), channels-last.
+    """
     from sdinpaint_kernels.add_bias_kernel import add  # noqa: PLC0415 - triton is imported where it runs
 
     x, h = (one.contiguous(memory_format=torch.channels_last) for one in (x, h))

@@ -1,4 +1,4 @@
-"""The Triton kernel behind `add_bias`: both maps are read once, and the sum is written."""
+"""The Triton kernel behind `add_bias`. It reads both maps once and writes the sum."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def add(x, h, bias, out, rows, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """One tile of `out` (rows, C) from x and h of the same shape, all contiguous, and bias (C,)."""
+    """Compute one tile of `out` (rows, C) from contiguous x and h of the same shape, and bias (C,)."""
     first = tl.program_id(0) * ROWS
     row = tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]

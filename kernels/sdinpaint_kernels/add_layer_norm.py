@@ -1,4 +1,4 @@
-"""A residual sum and the LayerNorm of it, in one pass over memory."""
+"""A residual addition and the LayerNorm of the sum, in one pass over memory."""
 
 from __future__ import annotations
 
@@ -11,18 +11,25 @@ from torch.nn import functional as F
 from sdinpaint_kernels import backend
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-WIDEST = 4096  # a row stays in the registers of one program
+WIDEST = 4096  # so that a row fits into the registers of one program
 
 
 class Tile(NamedTuple):
-    """What one program of the kernel computes: whole rows, with so many warps."""
+    """The block that one program of the kernel computes: whole rows, with a number of warps."""
 
     rows: int
     warps: int
 
 
 def tile_for(width: int) -> Tile:
-    """As many rows as keep 16 to 32 elements on each thread of four warps."""
+    """Choose a tile with 16 to 32 elements per thread of four warps.
+
+    Args:
+        width: elements of a row.
+
+    Returns:
+        The tile.
+    """
     return Tile(rows=max(1, 2048 // backend.power_of_two(width)), warps=4)
 
 
@@ -31,9 +38,20 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """Add the residual, and normalise every row of the sum to zero mean and unit variance, scaled and shifted.
 
-    x and residual (..., C), weight and bias (C,) -> sum (..., C), normed (..., C). `kernels`: "torch", "triton" or
-    "auto", see `backend`.
-    Raises: ValueError for shapes, dtypes or devices that do not go together.
+    Args:
+        x: (..., C).
+        residual: (..., C).
+        weight: scale (C,).
+        bias: shift (C,).
+        eps: added to the variance.
+        kernels: "torch", "triton" or "auto", see `backend`; None for the setting of the process.
+
+    Returns:
+        The sum and the normalised sum, (..., C) each.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not match.
+
     Source: https://arxiv.org/abs/1607.06450, equation 4.
     """
     if x.shape != residual.shape or x.ndim == 0 or weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
@@ -49,17 +67,37 @@ def add_layer_norm(
 
 
 def reference(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + residual, and (sum - mean) / sqrt(variance + eps) * weight + bias, in torch."""
+    """Compute x + residual and its LayerNorm in torch.
+
+    Args:
+        x: (..., C).
+        residual: (..., C).
+        weight: scale (C,).
+        bias: shift (C,).
+        eps: added to the variance.
+
+    Returns:
+        The sum and the normalised sum, (..., C) each.
+    """
     total = x + residual
     return total, layer_norm(total, weight, bias, eps)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """F.layer_norm of x (..., C), exact too where the mean of a row is many deviations.
+    """Compute `F.layer_norm`, exact even where the mean of a row is many standard deviations.
 
-    On the CPU torch rounds means to float32, and computes x * scale + shift: off by 2^-24 mean / deviation. Rows of
-    half the precision cannot have so large a ratio that it would show. The norm of x - c is that of x, with the same
-    derivatives, for which c is a constant.
+    On the CPU torch rounds means to float32 and computes x * scale + shift, with an error of 2^-24 mean / deviation.
+    Rows in half precision cannot have a ratio large enough to matter. The norm of x - c is that of x for any constant
+    c, with the same derivatives.
+
+    Args:
+        x: (..., C).
+        weight: scale (C,).
+        bias: shift (C,).
+        eps: added to the variance.
+
+    Returns:
+        The normalised rows (..., C).
     """
     if x.is_cpu and x.dtype == torch.float32:
         x = x - x.detach().mean(-1, keepdim=True)
@@ -80,7 +118,19 @@ def _obstacle(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> str 
 def launch(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernel over contiguous x and residual (..., C) -> sum (..., C), normed (..., C)."""
+    """Run the kernel.
+
+    Args:
+        x: (..., C), contiguous.
+        residual: (..., C), contiguous.
+        weight: scale (C,).
+        bias: shift (C,).
+        eps: added to the variance.
+        tile: None for that of `tile_for`.
+
+    Returns:
+        The sum and the normalised sum, (..., C) each.
+    """
     from sdinpaint_kernels.add_layer_norm_kernel import add_and_normalise  # noqa: PLC0415 - imports triton
 
     x, residual = x.contiguous(), residual.contiguous()

@@ -1,4 +1,4 @@
-"""The Triton kernel behind `add_layer_norm`: whole rows stay in registers between the sum and its norm."""
+"""The Triton kernel behind `add_layer_norm`. Whole rows stay in registers between the sum and its norm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def add_and_normalise(
     x, residual, weight, bias, total, normed, rows, eps,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of x + residual (rows, C), rounded to their dtype, and of the LayerNorm of that; all contiguous."""
+    """Compute ROWS rows of x + residual (rows, C), rounded to their dtype, and their LayerNorm; all are contiguous."""
     first = tl.program_id(0) * ROWS
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)
     inside = (row < rows - first) & (column < C)[None, :]

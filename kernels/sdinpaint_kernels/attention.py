@@ -1,8 +1,8 @@
 """Attention: softmax(q k^T / sqrt(D)) v per head.
 
-The Triton kernel does what torch's fused attention does, with two differences that pay for a diffusion UNet: head
-dimensions of 40, 80 and 160 are not padded to a power of two but split into two (32 + 16, 64 + 16, 128 + 32), and so
-are short contexts (77 tokens: 64 + 16), which are then read at once rather than walked over.
+The Triton kernel computes what torch's fused attention does, with two differences that suit a diffusion UNet. Head
+dimensions of 40, 80 and 160 are not padded to a power of two but split in two (32 + 16, 64 + 16, 128 + 32). Short
+contexts are split as well (77 tokens: 64 + 16), and then loaded at once instead of in a loop.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ ALIGNED = 8  # elements in the 16 bytes of the largest load
 MAX_HEAD_DIM = 160
 MAX_GRID = 2**16
 WIDE_HEAD_DIM = 256
-"""Above it none of torch's fused attentions is fast, and products of whole rows are faster."""
+"""The largest head dimension at which torch's fused attention is fast; above it, products of whole rows are faster."""
 ROWS_BYTES = 2**28
-"""What the scores of the rows in hand may take at most."""
+"""The maximum size of the scores of the rows that are processed at a time, in bytes."""
 
 
 class Config(NamedTuple):
-    """How the kernel is cut: BLOCK_M queries a program, BLOCK_N keys a tile, and the compiler's two settings."""
+    """The sizes of the kernel, BLOCK_M queries per program and BLOCK_N keys per tile, and two compiler settings."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     pad_pv: bool = False
-    """In the second product, pad the head dimension to a power of two instead of splitting it."""
+    """Pad the head dimension to a power of two in the second product, instead of splitting it."""
 
 
 class Row(NamedTuple):
-    """`config` for head dimensions up to `head_dim` and at least `queries` tokens."""
+    """The `config` for head dimensions up to `head_dim` and at least `queries` tokens."""
 
     head_dim: int
     queries: int
     config: Config
 
 
-# Beside each row the queries and what they took in microseconds on an H100 in float16, with two samples and the heads
-# of SD 1.5, SD 2 and SDXL; in brackets the best that was tried, where that is another. All fit GPUs with 99 KB.
+# Beside each row: numbers of queries and their time in microseconds on an H100 in float16, for two samples with the
+# heads of SD 1.5, SD 2 or SDXL; in brackets the best time of any configuration. All fit in 99 KB of shared memory.
 CONFIGS = (
     Row(48, 0, Config(128, 64, 4, 3, pad_pv=True)),  # 4096: 167, 9216: 873 (830)
     Row(64, 2048, Config(64, 64, 4, 3)),  # 4096: 110 with 5 heads, 202 with 10
@@ -57,7 +57,7 @@ CONFIGS = (
     Row(160, 256, Config(64, 64, 4, 2)),  # 576: 17.3, 256: 7.3 (6.7)
     Row(160, 0, Config(64, 32, 4, 3)),  # 144: 7.3 (5.9)
 )
-"""The first row that fits, for contexts too long to be read at once."""
+"""The configurations for contexts too long to be loaded at once. The first row that fits is used."""
 
 WHOLE_CONFIGS = (
     Row(48, 1024, Config(256, 0, 8, 1, pad_pv=True)),  # 4096: 8.4, 9216: 17.0 (16.2)
@@ -65,12 +65,12 @@ WHOLE_CONFIGS = (
     Row(160, 512, Config(128, 0, 8, 1)),  # 576: 6.1
     Row(160, 0, Config(64, 0, 4, 1)),  # 256: 4.6, 144: 4.5, 64: 4.5 (4.0)
 )
-"""The first row that fits, for contexts of up to WHOLE_CONTEXT tokens: the whole context is one tile."""
+"""The configurations for contexts of up to WHOLE_CONTEXT tokens, in one tile. The first row that fits is used."""
 WHOLE_CONTEXT = 96
 
 
-class Rival(NamedTuple):
-    """Self-attention that took torch `torch_us` and the kernel `kernel_us`, for two samples of heads // 2 heads."""
+class FasterInTorch(NamedTuple):
+    """A self-attention that takes torch `torch_us` and the kernel `kernel_us` microseconds, with two samples."""
 
     head_dim: int
     queries: int
@@ -79,22 +79,34 @@ class Rival(NamedTuple):
     kernel_us: float
 
 
-RIVALS = (
-    Rival(40, 4096, 16, 156, 167),
-    Rival(64, 4096, 20, 180, 202),
-    Rival(80, 1024, 16, 17.9, 19.1),
+FASTER_IN_TORCH = (
+    FasterInTorch(40, 4096, 16, 156, 167),
+    FasterInTorch(64, 4096, 20, 180, 202),
+    FasterInTorch(80, 1024, 16, 17.9, 19.1),
 )
-"""Where torch, which chose cuDNN's attention, was faster on an H100: there, and with more tokens or heads, it runs."""
-RIVAL_CAPABILITY, RIVAL_CUDNN = (9, 0), 91900
-"""Of RIVALS: Hopper, and the oldest cuDNN that torch is known to prefer there; elsewhere the kernel runs."""
+"""The cases in which torch, with cuDNN, is faster on an H100; it runs for these and for more tokens or heads."""
+MEASURED_CAPABILITY, MEASURED_CUDNN = (9, 0), 91900
+"""The compute capability (Hopper) and oldest cuDNN for which FASTER_IN_TORCH holds. Elsewhere the kernel runs."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, kernels: str | None = None) -> Tensor:
-    """Mix `v` by the similarity of `q` and `k`.
+    """Compute scaled dot-product attention.
 
-    q (B, N, heads, D), k and v (B, M, heads, D) -> (B, N, heads, D). Any strides: a head is a view into the
-    projection's output, never a copy. `causal`: token n sees tokens up to n. `kernels` as in `backend`.
-    Raises: ValueError where shapes, dtypes or devices do not fit together.
+    Strides are arbitrary, so that a head may be a view into the output of a projection.
+
+    Args:
+        q: queries (B, N, heads, D).
+        k: keys (B, M, heads, D).
+        v: values (B, M, heads, D).
+        causal: let token n attend only to tokens up to n.
+        kernels: "torch", "triton" or "auto", see `backend`; None for the setting of the process.
+
+    Returns:
+        The mixed values (B, N, heads, D).
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not match.
+
     Source: https://arxiv.org/abs/1706.03762, equation 1; one pass: https://arxiv.org/abs/2205.14135, algorithm 1.
     """
     _check(q, k, v)
@@ -102,7 +114,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, kernels:
         return q.new_empty(q.shape)
     obstacle = _obstacle(q, k, v, causal)
     if obstacle is None and (kernels or backend.SETTING) == "auto":
-        obstacle = _rival(q, k)
+        obstacle = _why_torch(q, k)
     if backend.is_observed() or backend.is_functional():
         return _by_products(q, k, v, causal)
     choice = backend.choose("attention", q, k, v, requested=kernels, obstacle=obstacle)
@@ -111,9 +123,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, kernels:
     if q.is_cuda and q.shape[2] == 1 and q.shape[3] > WIDE_HEAD_DIM and not causal and not _differentiable(q, k, v):
         return _by_rows(q, k, v)
     if kernels != "torch" and is_supported(q, k, v, causal):
-        made = by_blocks(q, k, v)
-        if made is not None:
-            return made
+        out = by_blocks(q, k, v)
+        if out is not None:
+            return out
     return _reference(q, k, v, causal)
 
 
@@ -123,7 +135,7 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
 
 
 def _by_products(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """The equation as it is written: torch's counter and its forward mode know no fused attention of CPUs."""
+    """Compute the equation as written: torch's FLOP counter and forward mode do not support fused attention on CPUs."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = (q @ k.transpose(2, 3)).float() / math.sqrt(q.shape[3])
     if causal:
@@ -136,12 +148,12 @@ def _differentiable(*tensors: Tensor) -> bool:
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """Keep the precision in which half-precision products are summed up."""
+    """Multiply batches of matrices, with results in float32 if they are in half precision."""
     return torch.bmm(a, b, out_dtype=torch.float32) if a.dtype in DTYPES else torch.bmm(a, b)
 
 
 def _by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One head, as plain products of some rows of `q` at a time, with the scores in float32 or better."""
+    """Compute one head by plain products of some rows of `q` at a time, with the scores in float32 or better."""
     rows = max(1, ROWS_BYTES // (q.shape[0] * k.shape[1] * max(4, q.element_size())))
     keys, values = k.squeeze(2).transpose(1, 2), v.squeeze(2)
     scale = 1 / math.sqrt(q.shape[3])
@@ -172,7 +184,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _obstacle(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> str | None:
-    """Why the kernel cannot take this call."""
+    """Return the reason why the kernel cannot take this call."""
     batch, _, heads, head_dim = q.shape
     if causal:
         return "it is causal"
@@ -188,7 +200,7 @@ def _obstacle(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> str | None:
 
 
 def _layout_obstacle(x: Tensor) -> str | None:
-    """Why the kernel cannot read a tensor: it loads 16 bytes at a time, and counts with 32 bits within a sample."""
+    """Return the reason why the kernel cannot read x, in loads of 16 bytes with 32-bit offsets within a sample."""
     strides = x.stride()
     if strides[3] != 1 or any(stride % ALIGNED for stride in strides[:3]):
         return f"rows of strides {strides} do not start on 16 bytes"
@@ -197,15 +209,15 @@ def _layout_obstacle(x: Tensor) -> str | None:
     return None
 
 
-def _rival(q: Tensor, k: Tensor) -> str | None:
-    """Why torch is expected to be faster at a call that the kernel can take."""
+def _why_torch(q: Tensor, k: Tensor) -> str | None:
+    """Return the reason why torch should be faster at a call that the kernel can take."""
     if torch.compiler.is_compiling() or not q.is_cuda or not _is_measured(q.device):
         return None
     batch, queries, heads, head_dim = q.shape
-    for row in RIVALS:
+    for row in FASTER_IN_TORCH:
         if head_dim == row.head_dim and min(queries, k.shape[1]) >= row.queries and batch * heads >= row.heads:
             return (
-                f"torch was faster at {row.queries} tokens and {row.heads} heads of {row.head_dim}: "
+                f"torch is faster at {row.queries} tokens and {row.heads} heads of {row.head_dim}: "
                 f"{row.torch_us} us, the kernel {row.kernel_us} us"
             )
     return None
@@ -213,24 +225,24 @@ def _rival(q: Tensor, k: Tensor) -> str | None:
 
 @functools.cache
 def _is_measured(device: torch.device) -> bool:
-    """Whether RIVALS speaks of this GPU and of the torch that is here."""
+    """Tell whether FASTER_IN_TORCH holds for this GPU and the installed torch."""
     capability, cudnn = torch.cuda.get_device_capability(device), torch.backends.cudnn.version() or 0
-    return capability == RIVAL_CAPABILITY and cudnn >= RIVAL_CUDNN and torch.backends.cuda.cudnn_sdp_enabled()
+    return capability == MEASURED_CAPABILITY and cudnn >= MEASURED_CUDNN and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def _config(head_dim: int, queries: int, keys: int) -> Config:
-    """The row of the tables for these sizes."""
+    """Return the row of the tables for these sizes."""
     table = WHOLE_CONFIGS if keys <= WHOLE_CONTEXT else CONFIGS
     return next(row.config for row in table if head_dim <= row.head_dim and queries >= row.queries)
 
 
 def _power_of_two(width: int) -> int:
-    """The least power of two that covers `width` and fills a tensor core."""
+    """Return the smallest power of two that covers `width` and fills a tensor core."""
     return max(16, 1 << (width - 1).bit_length())
 
 
 def _split(width: int) -> tuple[int, int]:
-    """Two powers of two, the second perhaps 0, that cover `width` with the least padding."""
+    """Return two powers of two, the second perhaps 0, that cover `width` with the least padding."""
     whole = _power_of_two(width)
     head = whole // 2
     if width <= head:
@@ -241,7 +253,7 @@ def _split(width: int) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=1024)
 def _constants(head_dim: int, queries: int, keys: int, config: Config | None = None) -> dict[str, Any]:
-    """What the kernel is compiled for, beside the strides."""
+    """Return the compile-time constants of the kernel, except strides."""
     config = config or _config(head_dim, queries, keys)
     whole = config.block_n == 0
     qk = _split(head_dim)
@@ -266,7 +278,17 @@ def _constants(head_dim: int, queries: int, keys: int, config: Config | None = N
 
 
 def launch(q: Tensor, k: Tensor, v: Tensor, config: Config | None = None) -> Tensor:
-    """Run the kernel."""
+    """Run the kernel.
+
+    Args:
+        q: queries (B, N, heads, D).
+        k: keys (B, M, heads, D).
+        v: values (B, M, heads, D).
+        config: None for the measured one.
+
+    Returns:
+        The mixed values (B, N, heads, D), contiguous.
+    """
     if any(x.data_ptr() % 16 for x in (q, k, v)):
         return _contiguous_reference(q, k, v)
     from sdinpaint_kernels.attention_kernel import attention_kernel  # noqa: PLC0415 - triton only where it runs

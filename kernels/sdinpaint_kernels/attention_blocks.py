@@ -1,8 +1,9 @@
-"""Attention on the CPU in bfloat16, by products of some queries at a time: two thirds of the time of torch's attention.
+"""Attention on the CPU in bfloat16, by products of blocks of queries: two thirds of the time of torch's attention.
 
-Torch's runs its products in float32; these run at the processor's speed for bfloat16, and round the scores to it. What
-softmax subtracts from them is therefore part of the product, by one more column of q and k: large scores are near zero
-when they are rounded. The sum that softmax divides by is one more column of the other product.
+Torch's attention multiplies in float32. These products run at the processor's speed for bfloat16, and round the scores
+to it. The number that softmax subtracts from the scores is therefore part of the product, as one more column of q and
+k: large scores are near zero when they are rounded. The sum that softmax divides by is one more column of the other
+product.
 """
 
 from __future__ import annotations
@@ -17,23 +18,42 @@ from sdinpaint_kernels import backend
 from sdinpaint_kernels.linear import linear
 
 QUERIES = 256
-"""Each thread has so many in hand at a time, so that their scores stay in its cache."""
-LEAST_TOKENS = 2048
-"""With fewer queries or keys torch's attention takes no longer."""
-KEYS_LOOKED_AT = 16
-"""One of so many, to find a number near the largest score of each query: any would do with which exp is finite."""
+"""The number of queries per thread that are processed at a time, so that their scores stay in the thread's cache."""
+MIN_TOKENS = 2048
+"""The minimum number of queries and of keys; with fewer, torch's attention is as fast."""
+KEY_STRIDE = 16
+"""The step between the keys that are searched for a number near each query's largest score; it keeps exp finite."""
 ALIGNED = 16
-"""Columns of the second product are made a multiple of it."""
+"""The number of columns of the second product is padded to a multiple of this."""
 
 
 def is_supported(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
-    """Whether this call gains from it, and may."""
-    few = min(q.shape[1], k.shape[1]) < LEAST_TOKENS
+    """Tell whether this call may run by blocks, and gains from it.
+
+    Args:
+        q: queries (B, N, heads, D).
+        k: keys (B, M, heads, D).
+        v: values (B, M, heads, D).
+        causal: whether attention is causal.
+
+    Returns:
+        True if `by_blocks` should run.
+    """
+    few = min(q.shape[1], k.shape[1]) < MIN_TOKENS
     return q.dtype == torch.bfloat16 and not (causal or few) and backend.on_cpu(q, k, v)
 
 
 def by_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-    """q (B, N, heads, D), k and v (B, M, heads, D) -> (B, N, heads, D); None where a sum overflowed."""
+    """Compute attention by blocks of queries.
+
+    Args:
+        q: queries (B, N, heads, D), bfloat16.
+        k: keys (B, M, heads, D).
+        v: values (B, M, heads, D).
+
+    Returns:
+        The mixed values (B, N, heads, D); None where a sum overflowed.
+    """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for sample in range(q.shape[0]):
         for head in range(q.shape[2]):
@@ -42,10 +62,10 @@ def by_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
 
 
 def _one_head(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-    """q (N, D), k and v (M, D) -> out (N, D)."""
+    """Compute one head from q (N, D), k and v (M, D), and write it to out (N, D)."""
     head_dim = q.shape[1]
     q = q * (math.log2(math.e) / math.sqrt(head_dim))
-    some = k[::KEYS_LOOKED_AT].contiguous()
+    some = k[::KEY_STRIDE].contiguous()
     keys = F.pad(k, (0, 1), value=1.0)
     values = F.pad(torch.cat([v.T, v.new_ones(1, len(v))]), (0, 0, 0, -(head_dim + 1) % ALIGNED))
     queries = QUERIES * torch.get_num_threads()

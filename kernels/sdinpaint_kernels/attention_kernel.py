@@ -1,4 +1,4 @@
-"""The Triton kernel behind `attention`: a block of queries walks over the keys with a running softmax."""
+"""The Triton kernel behind `attention`. A block of queries loops over the keys with a running softmax."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def _load(
     STRIDE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, FULL: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """WIDTH columns of `rows` from START: (rows, WIDTH), zero past column D and, unless FULL, past row `limit`."""
+    """Load WIDTH columns of `rows` from START: zero past column D and, unless FULL, past row `limit`."""
     columns = START + tl.arange(0, WIDTH)
     pointers = base + rows[:, None] * STRIDE + columns[None, :]
     if not FULL:
@@ -30,7 +30,7 @@ def _load_pair(
     STRIDE: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, D: tl.constexpr, FULL: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A head's columns as HEAD and TAIL of them; without a TAIL the second is the first again, and unused."""
+    """Load a head's columns as HEAD and TAIL columns; without a TAIL the second is the first again, and unused."""
     head = _load(base, rows, limit, STRIDE, 0, HEAD, D, FULL, UPCAST)
     tail = _load(base, rows, limit, STRIDE, HEAD, TAIL, D, FULL, UPCAST) if TAIL else head
     return head, tail
@@ -51,10 +51,10 @@ def _attend(
     q0, q1, k0, k1, v0, v1, peak, total, out0, out1, columns, limit,
     SCALE: tl.constexpr, QK_TAIL: tl.constexpr, PV_TAIL: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Take one tile of keys and values into the running softmax; unless FULL, without those from column `limit` on.
+    """Update the running softmax with one tile of keys and values; unless FULL, without those from column `limit` on.
 
-    `peak` is the largest score so far, `total` the sum of exp2 of the scores below it. SCALE is log2(e) / sqrt(D): exp2
-    is the hardware's instruction, and the subtraction of the peak is one multiply-add with it.
+    `peak` is the largest score so far, and `total` the sum of exp2 of the scores relative to it. SCALE is
+    log2(e) / sqrt(D): exp2 is the hardware's instruction, and subtracting the peak is one multiply-add with it.
     """
     scores = tl.dot(q0, tl.trans(k0))
     if QK_TAIL:
@@ -82,13 +82,13 @@ def attention_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr, WHOLE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head of one picture against all its keys.
+    """Compute attention of BLOCK_M queries of one head of one batch item to all its keys.
 
-    q (B, N, heads, D), k and v (B, M, heads, D), out as q. Grid: (blocks of queries, heads, B). Batch strides come in
-    units of 8 elements; they and the compile-time strides show the compiler that every row starts on 16 bytes.
-    The keys are tiles of BLOCK_N and at the end one of BLOCK_TAIL, masked. WHOLE: M <= BLOCK_N + BLOCK_TAIL, and
-    everything is loaded before the first product. UPCAST: products in float32, for the interpreter, whose bfloat16
-    products are wrong.
+    q is (B, N, heads, D), k and v are (B, M, heads, D), and out is like q. The grid is (blocks of queries, heads, B).
+    Batch strides come in units of 8 elements; together with the compile-time strides they tell the compiler that every
+    row is aligned to 16 bytes. The keys are read in tiles of BLOCK_N, and at the end one of BLOCK_TAIL, masked. With
+    WHOLE, M <= BLOCK_N + BLOCK_TAIL, and everything is loaded before the first product. UPCAST multiplies in float32,
+    for the interpreter, whose bfloat16 products are wrong.
     """
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64) * 8

@@ -1,7 +1,8 @@
-"""Which implementation an operation runs: torch's, or a Triton kernel; and why not the other.
+"""Chooses the implementation of an operation, torch's or a Triton kernel, and reports the reason.
 
-The environment variable SDINPAINT_KERNELS sets it for a process, an operation's `kernels` argument for a call: "torch",
-"triton", or "auto" (the kernel wherever it can run). Asking for Triton where it cannot run gives torch and a warning.
+The environment variable SDINPAINT_KERNELS sets it for the process, an operation's `kernels` argument for a call:
+"torch", "triton", or "auto" (the kernel wherever it can run). Asking for Triton where it cannot run gives torch and a
+warning.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from torch.autograd import forward_ad
 SETTINGS = ("auto", "torch", "triton")
 SETTING = os.environ.get("SDINPAINT_KERNELS", "auto")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Triton's interpreter runs kernels on the CPU, very slowly: for tests."""
+"""True if Triton's interpreter runs kernels on the CPU, which is very slow and meant for tests."""
 PLAIN = (Tensor, torch.nn.Parameter)
-"""Types of tensors whose memory holds their numbers as they are; a subclass may keep them in another form."""
+"""The types of tensors whose memory holds the plain numbers; a subclass may store them in another form."""
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 OLDEST_GPU = (8, 0)  # Ampere: the first with bfloat16 and asynchronous copies
 
@@ -33,31 +34,42 @@ _warned: set[tuple[str, str]] = set()
 
 
 class Choice(NamedTuple):
-    """What runs, "torch" or "triton", and why."""
+    """The implementation that runs, "torch" or "triton", and the reason."""
 
     name: str
     why: str
 
 
 TRITON = Choice("triton", "supported")
-ASKED = Choice("torch", "asked for")
+REQUESTED = Choice("torch", "requested")
 
 
 def choose(
     operation: str, x: Tensor, *others: Tensor | None, requested: str | None = None, obstacle: str | None = None
 ) -> Choice:
-    """Decide one call over `x` and `others`, all on one device; `obstacle` is why the kernel cannot take this call.
+    """Choose the implementation for one call.
 
-    Raises: ValueError for a setting that there is not.
+    Args:
+        operation: its name.
+        x: the main input.
+        *others: the other inputs, on the same device.
+        requested: the `kernels` argument of the call.
+        obstacle: the reason why the kernel cannot take this call, if there is one.
+
+    Returns:
+        The choice.
+
+    Raises:
+        ValueError: the setting is unknown.
     """
     setting = requested or SETTING
     if setting not in SETTINGS:
         source = "kernels" if requested else "the environment variable SDINPAINT_KERNELS"
-        raise ValueError(f"{source} is {setting!r}; one of {', '.join(SETTINGS)} is expected")
+        raise ValueError(f"{source} is {setting!r}; expected one of {', '.join(SETTINGS)}")
     if setting == "torch":
-        return ASKED
+        return REQUESTED
     why = _call_obstacle(x, others) or obstacle
-    # What the machine can do is not for a compiler to trace: the registered operation asks again when it runs.
+    # A compiler must not trace checks of the machine; the registered operation checks again when it runs.
     compiling = torch.compiler.is_compiling()
     if why is None and not compiling:
         why = _machine_obstacle(operation, x.device)
@@ -65,12 +77,19 @@ def choose(
         return TRITON
     if setting == "triton" and not compiling and (operation, why) not in _warned:
         _warned.add((operation, why))
-        warnings.warn(f"{operation} runs in torch although Triton was asked for: {why}", stacklevel=3)
+        warnings.warn(f"{operation} runs in torch although Triton was requested: {why}", stacklevel=3)
     return Choice("torch", why)
 
 
 def on_cpu(*tensors: Tensor | None) -> bool:
-    """Whether a call over these may take what is written for inference on the CPU, and was measured on x86."""
+    """Tell whether a call may run code written for CPU inference, which was measured on x86.
+
+    Args:
+        *tensors: the inputs of the call.
+
+    Returns:
+        True if it may.
+    """
     dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
     return (
         SETTING != "torch"
@@ -87,35 +106,35 @@ def on_cpu(*tensors: Tensor | None) -> bool:
 
 
 def is_transformed() -> bool:
-    """Tell whether a compiler, a tracer or a transform of functions follows the single operations of a model."""
+    """Tell whether a compiler, a tracer or a function transform observes the single operations of a model."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or is_functional()
 
 
 def is_functional() -> bool:
-    """Tell whether a transform of `torch.func` or differentiation in forward mode is on."""
+    """Tell whether a transform of `torch.func` or forward-mode differentiation is active."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def is_observed() -> bool:
-    """Tell whether something counts or replaces operations one by one: it is shown those that torch documents."""
+    """Tell whether a dispatch mode counts or replaces operations; it must then see torch's documented ones."""
     return not torch.compiler.is_compiling() and bool(torch._C._len_torch_dispatch_stack())
 
 
 def cpu_report() -> str:
-    """The dtypes in which `on_cpu` is true of this machine, and else why not."""
+    """Describe what runs on the CPU of this machine: the accelerated dtypes, or the reason why there are none."""
     if SETTING == "torch" or INTERPRETED:
-        return "torch alone: asked for"
+        return "torch alone: requested"
     dtypes = [str(dtype).removeprefix("torch.") for dtype in CPU_DTYPES if _cpu_supports(dtype)]
     if not dtypes:
-        return "torch alone: it has no oneDNN here, or this is no x86"
+        return "torch alone: torch was built without oneDNN, or the processor is no x86"
     return f"Winograd convolutions and oneDNN's products in {' and '.join(dtypes)}"
 
 
 @functools.cache
 def _cpu_supports(dtype: torch.dtype) -> bool:
-    """Whether oneDNN computes with this dtype on this processor."""
+    """Tell whether oneDNN computes with this dtype on this processor."""
     if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
         return False
     return dtype == torch.float32 or (dtype in CPU_DTYPES and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
@@ -124,10 +143,19 @@ def _cpu_supports(dtype: torch.dtype) -> bool:
 def define(
     schema: str, kernel: Callable[..., Any], reference: Callable[..., Any], fake: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Register an operation, `schema` as in torch.library, that torch.compile keeps as it is -> the operation.
+    """Register a custom operation that torch.compile does not break up.
 
-    `kernel`, `reference` and `fake` take the arguments of the schema in order; the outputs of all three have the same
-    shapes, strides and dtypes. Without a usable GPU, and once the kernel has failed, the reference runs.
+    Without a usable GPU, and after the kernel has failed once, the reference runs. All three functions take the
+    arguments of the schema in order, and return outputs of the same shapes, strides and dtypes.
+
+    Args:
+        schema: as in `torch.library`.
+        kernel: runs the Triton kernel.
+        reference: computes the same in torch.
+        fake: returns empty outputs, for tracing.
+
+    Returns:
+        The operation.
     """
     name = schema.partition("(")[0]
 
@@ -152,7 +180,7 @@ def define(
 
 
 def report() -> dict[str, str]:
-    """Operation -> what runs on this machine where a call is supported: "triton", or "torch: " and why."""
+    """Return by operation what runs supported calls on this machine: "triton", or "torch: " and the reason."""
     if not torch.cuda.is_available():
         return dict.fromkeys(sorted(_operations), "torch: there is no GPU that torch can use")
     x = torch.empty(0, device="cuda")
@@ -161,14 +189,14 @@ def report() -> dict[str, str]:
 
 
 def _call_obstacle(x: Tensor, others: tuple[Tensor | None, ...]) -> str | None:
-    """Why this very call needs torch, whatever the machine."""
+    """Return the reason why this call needs torch, on any machine."""
     device = x.device.type
     if device != "cuda" and not (INTERPRETED and device == "cpu"):
         return f"the tensors are on the {device}"
     if is_functional():
-        return "a transform of functions is on"
+        return "a function transform is active"
     if is_observed():
-        return "operations are counted or replaced one by one"
+        return "a dispatch mode counts or replaces operations"
     if torch.is_grad_enabled():
         for tensor in (x, *others):
             if tensor is not None and tensor.requires_grad:
@@ -179,7 +207,7 @@ def _call_obstacle(x: Tensor, others: tuple[Tensor | None, ...]) -> str | None:
 
 
 def _machine_obstacle(operation: str, device: torch.device) -> str | None:
-    """Why no call of this operation can run a kernel on this device."""
+    """Return the reason why no call of this operation can run a kernel on this device."""
     return _failures.get(operation) or _device_obstacle(device.type, device.index)
 
 
@@ -188,26 +216,35 @@ def _device_obstacle(kind: str, index: int | None) -> str | None:
     if kind != "cuda" and not (INTERPRETED and kind == "cpu"):
         return f"the tensors are on the {kind}"
     try:
-        import triton  # noqa: F401, PLC0415 - a sixth of a second, and only where there is a GPU
+        import triton  # noqa: F401, PLC0415 - takes a sixth of a second, and is needed only with a GPU
     except (ImportError, OSError, RuntimeError) as error:
         return f"triton cannot be imported: {error}"
     if kind != "cuda":
         return None
     if torch.version.hip:
-        return "only NVIDIA's GPUs are supported"
+        return "only NVIDIA GPUs are supported"
     found = torch.cuda.get_device_capability(index)
     return None if found >= OLDEST_GPU else "compute capability {}.{} is below {}.{}".format(*found, *OLDEST_GPU)
 
 
 def kernel_errors() -> tuple[type[Exception], ...]:
-    """What Triton raises when it cannot compile or launch: no compiler, no room for its cache, too few registers ..."""
+    """Return what Triton raises when it cannot compile or launch, for example for lack of a compiler or registers."""
     from triton.errors import TritonError  # noqa: PLC0415
 
     return (TritonError, RuntimeError, OSError, AssertionError, ImportError)
 
 
 def check_same(operation: str, x: Tensor, **others: Tensor | None) -> None:
-    """Raises: ValueError unless all tensors are floating point, of one dtype (but under autocast), on one device."""
+    """Check that all tensors are floating point, of one dtype (except under autocast), and on one device.
+
+    Args:
+        operation: its name, for the error.
+        x: the main input.
+        **others: the other inputs by name.
+
+    Raises:
+        ValueError: they are not.
+    """
     if not x.is_floating_point():
         raise ValueError(f"{operation} takes floating-point numbers, not x of dtype {x.dtype}")
     for name, other in others.items():
@@ -222,5 +259,12 @@ def check_same(operation: str, x: Tensor, **others: Tensor | None) -> None:
 
 
 def power_of_two(number: int) -> int:
-    """The smallest power of two that is no less: the sizes that Triton's tiles may have."""
+    """Round up to a power of two, which the sizes of Triton's tiles must be.
+
+    Args:
+        number: at least 1.
+
+    Returns:
+        The smallest power of two that is not less.
+    """
     return 1 << (number - 1).bit_length()

@@ -1,8 +1,8 @@
-"""Tells whether a tensor still holds the numbers that it held before, whichever way it was written to.
+"""Detects whether a tensor still holds the same numbers, by whatever means it may have been written to.
 
-Torch counts what is written through a tensor itself, but not through `.data`, a numpy view or an inference tensor. So
-the numbers are compared, by a digest of all of them that is taken at the speed of memory. Weights that are mapped from
-a file need no reading: the system moves a page of a private map to other memory when it is first written to.
+Torch counts writes through a tensor itself, but not those through `.data`, a numpy view or an inference tensor. So the
+numbers are compared by a digest of all of them, which is computed at the speed of memory. Weights that are mapped from
+a file need no reading, because the system copies a page of a private mapping when it is first written to.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ __all__ = ["Contents", "contents", "unchanged"]
 Words = NDArray[np.uint64]
 
 ROW = 1024
-"""Words of 64 bits that are summed up to one; their factors stay in the fastest cache."""
+"""The number of 64-bit words that are summed to one; their factors stay in the first-level cache."""
 BLOCK = 64 * ROW
-"""Words in hand at a time, which stay in the second cache."""
+"""The number of words that are processed at a time; they stay in the second-level cache."""
 SMALL = 1 << 15
-"""Bytes below which a hash of them takes less time than sums do."""
+"""The size in bytes below which a hash is faster than sums."""
 SEVERAL = 8 * BLOCK
-"""Words from which on several threads share them."""
+"""The number of words from which on several threads share the work."""
 GROUP, ROWS_AT_ONCE = 1 << 28, 1 << 13
-"""Bytes and rows in hand at a time on a GPU."""
+"""The bytes and rows that are processed at a time on a GPU."""
 LEVELS = 4
-"""Levels of sums of sums: enough for ROW ** LEVELS words."""
+"""The number of levels of sums of sums, enough for ROW ** LEVELS words."""
 UPPER = np.uint64(32)
-# Odd factors lose no change of a single word. Two rows, for whole words and for their upper halves, and one a level.
+# Odd factors preserve any change of a single word. The axes are (whole words, upper halves), level, and factor.
 FACTORS: Words = np.random.default_rng(0).integers(0, 2**63, (2, LEVELS, ROW), np.uint64) * 2 + 1
 
 
@@ -48,13 +48,20 @@ class Contents(NamedTuple):
 
     place: tuple[Any, ...]
     mapped: torch.UntypedStorage | None
-    """The storage of a map that nothing was written to. While it is held, no other memory comes to its addresses."""
+    """The storage of a mapping that nothing was written to. Holding it keeps its addresses from being reused."""
     digest: tuple[Any, ...] | None
-    """A digest of the numbers in any other memory."""
+    """A digest of the numbers, for any other memory."""
 
 
 def contents(tensors: Sequence[Tensor]) -> list[Contents]:
-    """Take down what each tensor holds now."""
+    """Record what each tensor holds now.
+
+    Args:
+        tensors: dense tensors on any device.
+
+    Returns:
+        One record per tensor.
+    """
     maps = pages.private_maps() if any(x.is_cpu for x in tensors) else []
     mapped = [x.untyped_storage() if pages.lies_in(x, maps) and pages.is_unwritten(x) else None for x in tensors]
     digests = iter(_digests([x for x, storage in zip(tensors, mapped, strict=True) if storage is None]))
@@ -65,10 +72,16 @@ def contents(tensors: Sequence[Tensor]) -> list[Contents]:
 
 
 def unchanged(before: Sequence[Contents], tensors: Sequence[Tensor], *, read_devices: bool = True) -> list[bool]:
-    """Tell of each tensor whether it lies where it lay and holds the same numbers, bit for bit.
+    """Tell for each tensor whether it is at the same place and holds the same numbers, bit for bit.
 
-    Reading numbers on a GPU means to wait for it. Without `read_devices`, those that torch saw nobody write to count as
-    the same there.
+    Args:
+        before: what `contents` recorded of each tensor.
+        tensors: the tensors, in the same order.
+        read_devices: also read tensors on a GPU, which waits for the GPU. Without it, they count as unchanged if torch
+            counted no write to them.
+
+    Returns:
+        True for each tensor that did not change.
     """
     same = [one.place == _place(x) for one, x in zip(before, tensors, strict=True)]
     read = [
@@ -83,7 +96,7 @@ def unchanged(before: Sequence[Contents], tensors: Sequence[Tensor], *, read_dev
 
 
 def _place(x: Tensor) -> tuple[Any, ...]:
-    """Return where and how a tensor lies in memory, and how often torch saw it written to where it counts that."""
+    """Return where and how a tensor lies in memory, and torch's count of writes to it where there is one."""
     count = 0 if x.is_inference() else x._version
     return x.data_ptr(), x.device, x.dtype, x.shape, x.stride(), count
 
@@ -92,15 +105,15 @@ def _place(x: Tensor) -> tuple[Any, ...]:
 def _digests(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
     """Return for each tensor a few numbers that depend on every bit of it and on its position.
 
-    Each word of 64 bits is multiplied by a factor and all are summed up modulo 2^64; so are the upper halves of the
-    words, because the highest bits of two words would cancel. It guards against mistakes, not against forgery.
+    Each 64-bit word is multiplied by a factor, and all are summed modulo 2^64. The upper halves of the words are summed
+    as well, because changes of the highest bits of two words would cancel. This guards against mistakes, not forgery.
     """
     on_device = iter(_device_digests([x for x in tensors if not x.is_cpu]))
     return [_digest(x) if x.is_cpu else next(on_device) for x in tensors]
 
 
 def _digest(x: Tensor) -> tuple[Any, ...]:
-    x = _dense(x)  # in a name of its own, for as long as its memory is read
+    x = _dense(x)  # the name keeps a copy alive while its memory is read
     if x.nbytes < SMALL:
         return (hashlib.sha256(ctypes.string_at(x.data_ptr(), x.nbytes)).digest(),)
     values = np.ctypeslib.as_array((ctypes.c_uint8 * x.nbytes).from_address(x.data_ptr()))
@@ -114,7 +127,7 @@ def _digest(x: Tensor) -> tuple[Any, ...]:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Return x itself if its numbers lie in one piece, in whichever order, and else a copy of which that is true."""
+    """Return x itself if its numbers are contiguous in some order, and else a contiguous copy."""
     last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return x if last or x.is_contiguous() else x.detach().contiguous()
 
@@ -140,7 +153,7 @@ def _sums(words: Words, factors: Words) -> Words:
 
 
 def _row_sums_by_threads(words: Words) -> list[Words]:
-    """Return `_row_sums`, shared out between threads that end with it, so that a forked process misses none."""
+    """Compute `_row_sums` on threads that end with the call, so that a forked process misses none."""
     threads = min(torch.get_num_threads(), os.cpu_count() or 1)
     step = -(-len(words) // (threads * BLOCK)) * BLOCK
     with ThreadPoolExecutor(threads) as pool:
@@ -149,7 +162,7 @@ def _row_sums_by_threads(words: Words) -> list[Words]:
 
 
 def _device_digests(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-    """Sum up rows of 32 bits times factors where the tensors lie, some of them at a time, and wait for it once."""
+    """Sum rows of 32-bit words times factors on the tensors' device, in groups, and wait for the device once."""
     flat = [_flat(x) for x in tensors]
     sums, counts = [], [-(-len(x) // (4 * ROW)) for x in flat]
     for group in _groups(flat):
@@ -161,13 +174,13 @@ def _device_digests(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """Return the bytes of x in the order of its memory, of a copy if it has gaps."""
+    """Return the bytes of x in memory order, or those of a copy if it has gaps."""
     x = _dense(x.detach())
     return (x if x.is_contiguous() else x.permute(0, 2, 3, 1)).reshape(-1).view(torch.uint8)
 
 
 def _groups(flat: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield some megabytes of tensors on one device at a time."""
+    """Yield groups of tensors of some megabytes on one device."""
     group: list[Tensor] = []
     for x in flat:
         if group and (group[0].device != x.device or sum(map(len, group)) + len(x) > GROUP):

@@ -1,12 +1,12 @@
 """A 3 x 3 convolution that keeps height and width; on the CPU by Winograd's F(2 x 2, 3 x 3), or as a matrix product.
 
-Each 2 x 2 of the output comes from a 4 x 4 of the input by 16 products where the sum over 3 x 3 takes 36: the input
-tiles are transformed, multiplied by transformed weights, and transformed back. The transforms only add and subtract:
-float32 keeps the precision of torch's convolution, in bfloat16 each of them rounds, to about four times torch's error.
-The transformed weights are kept beside the weights, 16 numbers for each 9.
+Each 2 x 2 of the output is computed from a 4 x 4 of the input by 16 products, where the sum over 3 x 3 takes 36: the
+input tiles are transformed, multiplied by transformed weights, and transformed back. The transforms only add and
+subtract. In float32 the precision is that of torch's convolution; in bfloat16 each transform rounds, and the error is
+about four times torch's. The prepacked weights take 16 numbers for each 9 of the weights.
 
-Small maps have many weights for few pixels. There torch's convolution spends half of its time on bringing the weights
-into its own order; the product of what lies under the window reads them as they are.
+Small maps have many weights for few pixels. There torch's convolution spends half of its time on reordering weights;
+the product with unfolded windows reads them as they are.
 """
 
 from __future__ import annotations
@@ -21,29 +21,37 @@ from sdinpaint_kernels import backend
 from sdinpaint_kernels.linear import linear, products
 from sdinpaint_kernels.prepacked import prepacked
 
-LEAST_CHANNELS = 256
-"""With fewer on either side the transforms take more time than they save."""
-LEAST_TILES = 64
-"""Of 2 x 2 pixels in a picture: with fewer, torch's order of the weights costs more than the products."""
+MIN_CHANNELS = 256
+"""The minimum number of input and output channels; with fewer, the transforms take more time than they save."""
+MIN_TILES = 64
+"""The minimum number of 2 x 2 tiles of an image; with fewer, reordering the weights outweighs the products."""
 TILES = 512
-"""How many each thread has in hand at a time: what they are transformed to stays in its cache."""
+"""The number of tiles per thread that are processed at a time, so that their transforms stay in the thread's cache."""
 
-# Rows: what the four numbers of each transformed weight are of its three. Source: https://arxiv.org/abs/1509.09308,
-# section 4.1, G. The transforms of input and output, B and A there, are written out below.
+# The matrix that transforms three weights to four numbers. Source: https://arxiv.org/abs/1509.09308, section 4.1, G.
+# The transforms of input and output, B and A there, are written out below.
 G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 
 
 def conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernels: str | None = None) -> Tensor:
-    """Convolve with stride 1 and one row and column of zeros around.
+    """Apply a 3 x 3 convolution with stride 1 and zero padding of 1.
 
-    x (B, C, H, W), weight (O, C, 3, 3), bias (O,) -> (B, O, H, W). `kernels`: "torch" for torch's own, see `backend`.
+    Args:
+        x: feature map (B, C, H, W).
+        weight: (O, C, 3, 3).
+        bias: (O,), or None.
+        kernels: "torch" for torch's own convolution, see `backend`.
+
+    Returns:
+        The output (B, O, H, W).
+
     Source: https://arxiv.org/abs/1509.09308, algorithm 1.
     """
-    wide = min(weight.shape[:2]) >= LEAST_CHANNELS
+    wide = min(weight.shape[:2]) >= MIN_CHANNELS
     if kernels == "torch" or not wide or x.numel() == 0 or not backend.on_cpu(x, weight, bias):
         return F.conv2d(x, weight, bias, padding=1)
     height, width = x.shape[2:]
-    if height * width < 4 * LEAST_TILES:
+    if height * width < 4 * MIN_TILES:
         return _by_product(x, weight, bias)
     if height % 2 or width % 2:
         return F.conv2d(x, weight, bias, padding=1)
@@ -56,7 +64,7 @@ def _by_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _transform(weight: Tensor) -> Tensor:
-    """(O, C, 3, 3) -> (16, O, C), in float32 or better until the end."""
+    """Transform weights (O, C, 3, 3) to (16, O, C), in float32 or better until the end."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     once = torch.tensor(G, dtype=wide, device=weight.device)
     outputs, inputs = weight.shape[:2]
@@ -72,13 +80,13 @@ def _by_tiles(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
     out = x.new_empty(batch, height // 2, 2, width // 2, 2, weights.shape[1])
     for images, top, bottom in _chunks(batch, height // 2, width // 2):
         into = out[images, top:bottom]
-        made = products(_tiles(pixels[images], top, bottom).flatten(1, 3), weights)
-        _assemble([one.view(*into.shape[:2], *into.shape[3::2]) for one in made], bias, into)
+        multiplied = products(_tiles(pixels[images], top, bottom).flatten(1, 3), weights)
+        _assemble([one.view(*into.shape[:2], *into.shape[3::2]) for one in multiplied], bias, into)
     return out.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 def _chunks(batch: int, rows: int, columns: int) -> Iterator[tuple[slice, int, int]]:
-    """Some images and some rows of tiles of theirs at a time."""
+    """Yield slices of images and ranges of their rows of tiles, to be processed one after the other."""
     tiles = TILES * torch.get_num_threads()
     images, band = max(1, tiles // (rows * columns)), max(1, tiles // columns)
     for first in range(0, batch, images):
@@ -87,7 +95,7 @@ def _chunks(batch: int, rows: int, columns: int) -> Iterator[tuple[slice, int, i
 
 
 def _tiles(pixels: Tensor, top: int, bottom: int) -> Tensor:
-    """Pixels (B, H, W, C), rows of tiles `top` to `bottom` -> their 4 x 4 transformed (16, B, rows, W / 2, C)."""
+    """Transform the 4 x 4 inputs of rows of tiles, from pixels (B, H, W, C) to (16, B, rows, W / 2, C)."""
     batch, height, width, channels = pixels.shape
     first, last = 2 * top - 1, 2 * bottom + 1
     band = pixels[:, max(first, 0) : min(last, height)]
@@ -105,12 +113,12 @@ def _tiles(pixels: Tensor, top: int, bottom: int) -> Tensor:
 
 
 def _assemble(products: Sequence[Tensor], bias: Tensor | None, out: Tensor) -> None:
-    """16 products (B, rows, columns, O), transformed back and with the bias -> out (B, rows, 2, columns, 2, O)."""
+    """Transform 16 products (B, rows, columns, O) back, add the bias, and write to out (B, rows, 2, columns, 2, O)."""
     a, b, c, d = (products[start : start + 4] for start in range(0, 16, 4))
     upper = [(one + two).add_(three) for one, two, three in zip(a, b, c, strict=True)]
     lower = [(two - three).sub_(four) for two, three, four in zip(b, c, d, strict=True)]
     for row, (first, second, third, fourth) in enumerate((upper, lower)):
-        if bias is not None:  # the second has a part in both columns, and with the same sign
+        if bias is not None:  # the second term is in both columns, with the same sign
             second.add_(bias)
         torch.add(first.add_(second), third, out=out[:, :, row, :, 0])
         torch.sub(second.sub_(third), fourth, out=out[:, :, row, :, 1])

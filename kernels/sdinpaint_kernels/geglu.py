@@ -1,4 +1,4 @@
-"""GEGLU: one half of the channels, gated by the GELU of the other."""
+"""GEGLU: the first half of the channels, gated by the GELU of the second half."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Tile(NamedTuple):
-    """What one program of the kernel computes: rows by columns of the output, with so many warps."""
+    """The block of the output that one program of the kernel computes: rows by columns, with a number of warps."""
 
     rows: int = 4
     columns: int = 256
@@ -25,10 +25,18 @@ TILE = Tile()
 
 
 def geglu(x: Tensor, *, kernels: str | None = None) -> Tensor:
-    """Gate the first half of the last dimension by the exact GELU (with erf) of the second.
+    """Gate the first half of the last dimension by the exact GELU (with erf) of the second half.
 
-    x (..., 2 * inner) -> (..., inner). `kernels`: "torch", "triton" or "auto", see `backend`.
-    Raises: ValueError where x cannot be split or holds no floating-point numbers.
+    Args:
+        x: (..., 2 * inner).
+        kernels: "torch", "triton" or "auto", see `backend`; None for the setting of the process.
+
+    Returns:
+        The gated half (..., inner).
+
+    Raises:
+        ValueError: x cannot be split in two, or is not floating point.
+
     Source: https://arxiv.org/abs/2002.05202, equation 6.
     """
     if x.ndim == 0 or x.shape[-1] % 2 or not x.is_floating_point():
@@ -41,7 +49,14 @@ def geglu(x: Tensor, *, kernels: str | None = None) -> Tensor:
 
 
 def reference(x: Tensor) -> Tensor:
-    """value * 0.5 * gate * (1 + erf(gate / sqrt(2))) in torch."""
+    """Compute value * 0.5 * gate * (1 + erf(gate / sqrt(2))) in torch.
+
+    Args:
+        x: (..., 2 * inner).
+
+    Returns:
+        The gated half (..., inner).
+    """
     value, gate = x.chunk(2, dim=-1)
     return value * F.gelu(gate)
 
@@ -57,7 +72,15 @@ def _obstacle(x: Tensor) -> str | None:
 
 
 def launch(x: Tensor, tile: Tile = TILE) -> Tensor:
-    """Run the kernel over contiguous x (..., 2 * inner) -> (..., inner)."""
+    """Run the kernel.
+
+    Args:
+        x: (..., 2 * inner), contiguous.
+        tile: the block of one program.
+
+    Returns:
+        The gated half (..., inner).
+    """
     from sdinpaint_kernels.geglu_kernel import gate  # noqa: PLC0415 - triton is imported where it runs
 
     x = x.contiguous()

@@ -1,4 +1,4 @@
-"""The Triton kernel behind `geglu`: both halves are read once, and the gated one is written."""
+"""The Triton kernel behind `geglu`. It reads both halves once and writes the gated one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HALF_ROOT = tl.constexpr(0.7071067811865476)
 
 @triton.jit
 def gate(x, out, rows, INNER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """One tile of `out` (rows, INNER) from x (rows, 2 * INNER); both contiguous."""
+    """Compute one tile of `out` (rows, INNER) from x (rows, 2 * INNER); both are contiguous."""
     first = tl.program_id(0) * ROWS
     row = tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]

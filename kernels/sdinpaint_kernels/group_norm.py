@@ -1,4 +1,4 @@
-"""GroupNorm, with the time embedding that may be added before it and the SiLU that usually follows it.
+"""GroupNorm, with an optional addition of the time embedding before it and an optional SiLU after it.
 
 y = (x + a - mean) / sqrt(variance + eps) * weight + bias, with the mean and the variance of each group of channels of
 each sample. The kernels take channels-last memory, in which a group is a run of 4 to 80 channels in every pixel: far
@@ -27,15 +27,15 @@ NARROW = 64  # channels of a tile at the least
 TILE = 8192  # elements: 64 for each thread of four warps
 PROGRAMS = 528  # four for each multiprocessor of an H100
 DIRECT_CHUNKS = 64
-LEAST_IN_BANDS = 2**16
-"""Numbers of a map on the CPU; with fewer, starting a dozen operations takes longer than the passes that they spare."""
+MIN_BANDED = 2**16
+"""The minimum size of a map to run in bands on the CPU; below it, starting a dozen operations costs more."""
 
 
 class Plan(NamedTuple):
-    """How a feature map is cut for the kernels.
+    """The division of a feature map among the programs of the kernels.
 
-    A program takes `bundle` groups, in tiles of `rows` pixels by `width` channels, `tiles` of them one after the other:
-    a chunk. Up to `direct` chunks are merged by those who need them, more of them by a kernel of its own.
+    A program processes `bundle` groups, in tiles of `rows` pixels by `width` channels. It processes `tiles` of them one
+    after the other: a chunk. Up to `direct` chunks are merged by the programs that need them, more by another kernel.
     """
 
     bundle: int
@@ -47,19 +47,36 @@ class Plan(NamedTuple):
     direct: int = DIRECT_CHUNKS
 
     def chunks(self, pixels: int) -> int:
-        """The number of chunks of a sample."""
+        """Return the number of chunks of a sample.
+
+        Args:
+            pixels: height times width.
+
+        Returns:
+            The number of chunks.
+        """
         return -(-pixels // (self.rows * self.tiles))
 
 
 @functools.cache
 def plan(samples: int, channels: int, pixels: int, groups: int) -> Plan:
-    """The plan for a shape that has no obstacle."""
+    """Choose the plan for a shape that the kernels support.
+
+    Args:
+        samples: batch size.
+        channels: channels of the feature map.
+        pixels: height times width.
+        groups: groups of channels.
+
+    Returns:
+        The plan.
+    """
     per_group = channels // groups
     smallest = _smallest_bundle(per_group)
     narrow = backend.power_of_two(smallest * per_group)
     rows = backend.power_of_two(pixels)
     if pixels <= ONE_PASS_PIXELS and rows * narrow <= ONE_PASS_TILE:
-        # Many small programs: there are few pixels, and every program waits for its own.
+        # With so few pixels, many small programs keep the GPU busy.
         return Plan(smallest, narrow, rows, 1, warps=max(4, rows * narrow // 2048), one_pass=True)
     # As narrow as a cache line, though some lanes then hold no channel: on an H100 that beat fuller, wider tiles by up
     # to a half, at every shape of the UNets and autoencoders.
@@ -71,7 +88,7 @@ def plan(samples: int, channels: int, pixels: int, groups: int) -> Plan:
 
 
 def _smallest_bundle(per_group: int) -> int:
-    """The fewest groups whose channels start, in every pixel and for every bundle, where a load may."""
+    """Return the smallest number of groups whose channels are aligned for loads in every pixel and bundle."""
     return ALIGNED // math.gcd(per_group, ALIGNED)
 
 
@@ -89,11 +106,23 @@ def group_norm(
 ) -> Tensor:
     """Normalise every group of channels to zero mean and unit variance, scale and shift by channel, then SiLU if asked.
 
-    x (N, C, H, W) in any memory format -> the same shape and format; weight and bias (C,); addend (N, C), which may be
-    a slice of wider rows, is added to all pixels of x first. `eps` has no default: the released models use 1e-5 in some
-    places and 1e-6 in others. `overwrite`: the caller needs x no longer, and the result may take its memory.
-    `kernels`: "torch", "triton" or "auto", see `backend`.
-    Raises: ValueError for shapes, dtypes or devices that do not go together.
+    Args:
+        x: feature map (B, C, H, W) in any memory format.
+        groups: number of groups, which divides C.
+        weight: scale (C,).
+        bias: shift (C,).
+        eps: added to the variance. There is no default: the released models use 1e-5 in some places and 1e-6 in others.
+        silu: apply SiLU to the result.
+        addend: (B, C), added to all pixels of x first; it may be a slice of wider rows.
+        overwrite: x is not needed afterwards, so the result may reuse its memory.
+        kernels: "torch", "triton" or "auto", see `backend`; None for the setting of the process.
+
+    Returns:
+        The normalised map (B, C, H, W), in the memory format of x.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not match.
+
     Source: https://arxiv.org/abs/1803.08494, equations 1 to 3.
     """
     _check(x, groups, weight, bias, addend)
@@ -101,7 +130,7 @@ def group_norm(
     choice = backend.choose("group_norm", x, weight, bias, addend, requested=kernels, obstacle=obstacle)
     if choice.name == "triton":
         return _operation(x, groups, weight, bias, eps, silu, addend)
-    many = x.numel() >= LEAST_IN_BANDS or x.dtype in HALF  # of which every operation rounds
+    many = x.numel() >= MIN_BANDED or x.dtype in HALF  # every operation in torch rounds to half precision
     if x.numel() > 0 and many and moments.may_run_in_place(x, weight, bias, addend):
         return banded(x, groups, weight, bias, eps, silu, addend, overwrite)
     return reference(x, groups, weight, bias, eps, silu, addend)
@@ -117,7 +146,21 @@ def banded(
     addend: Tensor | None,
     overwrite: bool = False,
 ) -> Tensor:
-    """The formula for inference on the CPU: as exact in every memory format, and SiLU while a band is in the cache."""
+    """Compute the formula for inference on the CPU: accurate in every memory format, and band by band within the cache.
+
+    Args:
+        x: feature map (B, C, H, W).
+        groups: number of groups.
+        weight: scale (C,).
+        bias: shift (C,).
+        eps: added to the variance.
+        silu: apply SiLU to the result.
+        addend: (B, C), or None.
+        overwrite: the result may reuse the memory of x.
+
+    Returns:
+        The normalised map (B, C, H, W).
+    """
     norm = moments.affine(moments.measure(x), groups, weight, bias, eps, addend, x.dtype)
     return moments.apply(x, norm, silu, overwrite)
 
@@ -125,23 +168,36 @@ def banded(
 def reference(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, addend: Tensor | None
 ) -> Tensor:
-    """The formula in torch, differentiable and for a compiler to see through, in the memory format of x."""
+    """Compute the formula in torch, differentiable and traceable by a compiler.
+
+    Args:
+        x: feature map (B, C, H, W).
+        groups: number of groups.
+        weight: scale (C,).
+        bias: shift (C,).
+        eps: added to the variance.
+        silu: apply SiLU to the result.
+        addend: (B, C), or None.
+
+    Returns:
+        The normalised map (B, C, H, W), in the memory format of x.
+    """
     if x.is_cpu:
         out = _about_means(x, groups, weight, bias, eps, addend)
     else:
         x = x if addend is None else x + addend[:, :, None, None]
         out = F.group_norm(x, groups, weight, bias, eps)
-    # The norm's output is ours to overwrite, unless autograd still needs it.
+    # The norm's output may be overwritten, unless autograd still needs it.
     out = F.silu(out, inplace=not out.requires_grad) if silu else out
-    # On CUDA, torch's norm puts out channels-first whatever it gets.
+    # On CUDA, torch's norm always returns channels-first memory.
     return out.contiguous(memory_format=moments.layout_of(x))
 
 
 def _about_means(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, addend: Tensor | None) -> Tensor:
-    """F.group_norm of x + addend about the means of their groups, channels-first.
+    """Apply `F.group_norm` to x + addend less the means of its groups, channels-first.
 
-    On the CPU, torch computes E[x^2] - E[x]^2 of channels-last maps from long sums in float32, and x * scale + shift in
-    both formats: the one loses digits to the size of the map, the other to the mean.
+    On the CPU, torch computes E[x^2] - E[x]^2 of channels-last maps from long float32 sums, and x * scale + shift in
+    both formats. The former loses digits as the map grows, the latter as the mean grows.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     total = _centred(x.to(wide), groups)
@@ -151,7 +207,7 @@ def _about_means(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: floa
 
 
 def _centred(x: Tensor, groups: int) -> Tensor:
-    """x less the means of its groups, which are constants to a derivative: a norm is the same for any of them."""
+    """Subtract the means of the groups, as constants for autograd: a norm is the same for any constant."""
     grouped = x.unflatten(1, (groups, -1))
     return (grouped - grouped.detach().mean((2, 3, 4), keepdim=True)).flatten(1, 2)
 
@@ -160,7 +216,7 @@ def _check(x: Tensor, groups: int, weight: Tensor, bias: Tensor, addend: Tensor 
     channels = x.shape[1] if x.ndim == 4 else 0
     if groups < 1 or channels < 1 or channels % groups:
         raise ValueError(
-            f"group_norm takes x (N, C, H, W) with C a multiple of the {groups} groups, "
+            f"group_norm takes x (B, C, H, W) with C a multiple of the {groups} groups, "
             f"not shape {tuple(x.shape)} with stride {x.stride()}"
         )
     if weight.shape != (channels,) or bias.shape != (channels,):
@@ -169,7 +225,7 @@ def _check(x: Tensor, groups: int, weight: Tensor, bias: Tensor, addend: Tensor 
             f"not {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
     if addend is not None and addend.shape != x.shape[:2]:
-        raise ValueError(f"group_norm takes addend (N, C) = {tuple(x.shape[:2])}, not {tuple(addend.shape)}")
+        raise ValueError(f"group_norm takes addend (B, C) = {tuple(x.shape[:2])}, not {tuple(addend.shape)}")
     backend.check_same("group_norm", x, weight=weight, bias=bias, addend=addend)
 
 
@@ -200,7 +256,21 @@ def launch(
     addend: Tensor | None,
     cut: Plan | None = None,
 ) -> Tensor:
-    """Run the kernels over channels-last x (N, C, H, W) -> the same, channels-last; `cut` overrides the plan."""
+    """Run the kernels.
+
+    Args:
+        x: feature map (B, C, H, W), channels-last.
+        groups: number of groups.
+        weight: scale (C,).
+        bias: shift (C,).
+        eps: added to the variance.
+        silu: apply SiLU to the result.
+        addend: (B, C), or None.
+        cut: overrides the plan.
+
+    Returns:
+        The normalised map (B, C, H, W), channels-last.
+    """
     from sdinpaint_kernels import group_norm_kernel as kernel  # noqa: PLC0415 - triton is imported where it runs
 
     x = x.contiguous(memory_format=torch.channels_last)

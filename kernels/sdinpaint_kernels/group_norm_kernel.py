@@ -1,8 +1,8 @@
 """The Triton kernels behind `group_norm`: one pass for small maps; measure, merge and apply for large ones.
 
-Means and squared deviations are taken about a value of the data, and merged by Chan's formula, in float32: no digits
-are lost where the mean is many standard deviations. Every sum has one fixed order, so that equal inputs give equal
-bits. x and out are channels-last (N, HW, C); `measured` (2, N, groups, chunks) holds means and sums of squared
+Means and squared deviations are taken about a value of the data, and merged by Chan's formula, in float32, so that no
+digits are lost where the mean is many standard deviations. Every sum has a fixed order, so that equal inputs give equal
+bits. x and out are channels-last (B, HW, C). `measured` (2, B, groups, chunks) holds means and sums of squared
 deviations.
 """
 
@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def _members(CPG: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
-    """(GROUPS, WIDTH): does the channel belong to the group?"""
+    """Return a mask (GROUPS, WIDTH) of the channels that belong to each group."""
     return tl.arange(0, GROUPS)[:, None] == (tl.arange(0, WIDTH) // CPG)[None, :]
 
 
@@ -26,13 +26,13 @@ def _by_group(values, members):
 
 @triton.jit
 def _by_channel(values, members):
-    """Give every channel (WIDTH,) its group's value (GROUPS,)."""
+    """Give every channel (WIDTH,) the value of its group (GROUPS,)."""
     return tl.sum(tl.where(members, values[:, None], 0.0), 0)
 
 
 @triton.jit
 def _channels(bundle, C: tl.constexpr, CPG: tl.constexpr, BUNDLE: tl.constexpr, WIDTH: tl.constexpr):
-    """Channel numbers (WIDTH,), and which of them are the bundle's."""
+    """Return the channel numbers (WIDTH,), and a mask of those that are in the bundle."""
     start = bundle * (BUNDLE * CPG)
     local = tl.arange(0, WIDTH)
     return start + local, (local < BUNDLE * CPG) & (local < C - start)
@@ -40,7 +40,7 @@ def _channels(bundle, C: tl.constexpr, CPG: tl.constexpr, BUNDLE: tl.constexpr, 
 
 @triton.jit
 def _optional(base, offset, mask):
-    """What is at base + offset in float32; zero where there is no base."""
+    """Load the values at base + offset in float32; zeros if base is None."""
     if base is None:
         values = tl.zeros(offset.shape, tl.float32)
     else:
@@ -59,7 +59,7 @@ def normalise(
     SILU: tl.constexpr, C: tl.constexpr, CPG: tl.constexpr, BUNDLE: tl.constexpr, GROUPS: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """All pixels of one bundle of one sample, which stay in registers."""
+    """Normalise all pixels of one bundle of one sample, which stay in registers."""
     sample = tl.program_id(1)
     channel, present = _channels(tl.program_id(0), C, CPG, BUNDLE, WIDTH)
     members = _members(CPG, GROUPS, WIDTH)
@@ -83,7 +83,7 @@ def measure(
     C: tl.constexpr, CPG: tl.constexpr, BUNDLE: tl.constexpr, GROUPS: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Mean and squared deviations of the groups of one bundle in one chunk of one sample."""
+    """Compute mean and squared deviations of the groups of one bundle in one chunk of one sample."""
     chunk, bundle, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     channel, present = _channels(bundle, C, CPG, BUNDLE, WIDTH)
     members = _members(CPG, GROUPS, WIDTH)
@@ -118,7 +118,7 @@ def measure(
 def _merged(
     measured, plane, index, mask, pixels, chunks, chunk_pixels, CPG: tl.constexpr, SLOTS: tl.constexpr
 ):  # fmt: skip
-    """Mean and squared deviations (GROUPS,) over all chunks of the groups `index`; SLOTS is no less than `chunks`."""
+    """Merge mean and squared deviations (GROUPS,) of the groups `index` over all chunks; SLOTS is at least `chunks`."""
     chunk = tl.arange(0, SLOTS)[None, :]
     inside = mask[:, None] & (chunk < chunks)
     slot = index[:, None] * chunks + chunk
@@ -135,7 +135,7 @@ def merge(
     measured, merged, pixels, chunks, chunk_pixels,
     CPG: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """The chunks of one group of one sample into one chunk: the same tensor with chunks = 1."""
+    """Merge the chunks of one group of one sample into one chunk: the same layout with chunks = 1."""
     index = tl.program_id(0) + tl.zeros((1,), tl.int32)
     groups = tl.num_programs(0)
     mean, squares = _merged(measured, groups * chunks, index, index >= 0, pixels, chunks, chunk_pixels, CPG, SLOTS)

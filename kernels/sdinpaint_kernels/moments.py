@@ -1,8 +1,8 @@
 """GroupNorm in torch alone from moments that lose no digits, in bands of pixels that stay in the cache.
 
-In float32, E[x^2] - E[x]^2 loses what a mean of many deviations takes up, and a sum over a million equal numbers
-drifts, because every addition rounds the same way. Here each channel is shifted by a number near its mean, a band is
-summed by `torch.sum`, which adds up sums of sums, and the bands' sums are added in float64.
+In float32, E[x^2] - E[x]^2 loses digits where the mean is many standard deviations, and a sum over a million equal
+numbers drifts, because every addition rounds the same way. Here each channel is shifted by a number near its mean, a
+band is summed by `torch.sum`, which adds up partial sums, and the sums of the bands are added in float64.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch.nn import functional as F
 from sdinpaint_kernels.backend import is_transformed
 
 BAND = 2**19
-"""Numbers for each thread: two megabytes of float32. Smaller bands spend more time on starting threads."""
+"""The numbers of a band per thread: two megabytes of float32. Smaller bands spend more time on starting threads."""
 SAMPLED = 8
-"""A channel is shifted by the mean of its first eighth, which is near enough to the mean of all.
+"""The reciprocal of the fraction of a channel whose mean is the shift, which is near enough to the mean of all.
 
-The mean of a fraction f of some numbers is never more than sqrt(1 / f - 1) of their standard deviations from the mean
-of all (Cauchy and Schwarz), so that the shifted squares sum up to no more than 1 / f times the squared deviations. An
-error in the sum is an error in the variance no more than eight times as large, whatever the numbers are.
+The mean of a fraction f of some numbers is at most sqrt(1 / f - 1) of their standard deviations from the mean of all
+(Cauchy and Schwarz), so that the shifted squares sum up to at most 1 / f times the squared deviations. A relative
+error of the sum then gives at most eight times that error of the variance, whatever the numbers are.
 """
 
 
 class Moments(NamedTuple):
-    """Mean and variance (N, C) in float64 of every channel over so many pixels."""
+    """Mean and variance (B, C) in float64 of every channel over a number of pixels."""
 
     pixels: int
     mean: Tensor
@@ -37,7 +37,7 @@ class Moments(NamedTuple):
 
 
 class Affine(NamedTuple):
-    """(x - centre) * scale + shift, each (N, C, 1): without the centre, x * scale would round away small deviations."""
+    """The function (x - centre) * scale + shift, (B, C, 1) each; without centre, rounding loses small deviations."""
 
     centre: Tensor
     scale: Tensor
@@ -45,7 +45,14 @@ class Affine(NamedTuple):
 
 
 def may_run_in_place(*tensors: Tensor | None) -> bool:
-    """Whether these are on the CPU, and nobody asks for a graph or a derivative of what is computed from them."""
+    """Tell whether all tensors are on the CPU, and neither a graph nor a gradient of the result is needed.
+
+    Args:
+        *tensors: the inputs; None is skipped.
+
+    Returns:
+        True if results may be written in place.
+    """
     return not is_transformed() and all(
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.is_cpu
@@ -56,13 +63,27 @@ def may_run_in_place(*tensors: Tensor | None) -> bool:
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
-    """Channels-last where the channels of a pixel lie together, as in a part of such a map too; else channels-first."""
+    """Return the memory format of a feature map or a part of one.
+
+    Args:
+        x: (B, C, H, W).
+
+    Returns:
+        Channels-last if the channels of a pixel are adjacent, else contiguous.
+    """
     together = x.stride(1) == 1 and not x.is_contiguous()
     return torch.channels_last if together else torch.contiguous_format
 
 
 def measure(x: Tensor) -> Moments:
-    """The moments of x (N, C, H, W), which is not empty, in any memory format and floating-point dtype."""
+    """Compute the moments of a feature map.
+
+    Args:
+        x: (B, C, H, W), not empty, in any memory format and floating-point dtype.
+
+    Returns:
+        The moments of each channel.
+    """
     pixels = x.flatten(2)
     count = pixels.shape[2]
     rows, work = _band(pixels)
@@ -77,7 +98,14 @@ def measure(x: Tensor) -> Moments:
 
 
 def merge(parts: Iterable[Moments]) -> Moments:
-    """The moments of all parts of a map, of which there is at least one, by Chan's formula."""
+    """Merge the moments of the parts of a map by Chan's formula.
+
+    Args:
+        parts: at least one.
+
+    Returns:
+        The moments of the whole map.
+    """
     counts, means, variances = zip(*parts, strict=True)
     share = torch.tensor(counts, dtype=torch.float64, device=means[0].device)[:, None, None] / sum(counts)
     mean = (share * torch.stack(means)).sum(0)
@@ -88,7 +116,20 @@ def merge(parts: Iterable[Moments]) -> Moments:
 def affine(
     moments: Moments, groups: int, weight: Tensor, bias: Tensor, eps: float, addend: Tensor | None, dtype: torch.dtype
 ) -> Affine:
-    """GroupNorm of x + addend (N, C) as a function of x of this dtype."""
+    """Express GroupNorm of x + addend as a function of x.
+
+    Args:
+        moments: the moments of x.
+        groups: number of groups.
+        weight: scale (C,).
+        bias: shift (C,).
+        eps: added to the variance.
+        addend: (B, C), or None.
+        dtype: that of x; the function is in float32 or better.
+
+    Returns:
+        The function.
+    """
     added = 0 if addend is None else addend.double()
     means, variances = (one.unflatten(1, (groups, -1)) for one in (moments.mean + added, moments.variance))
     mean = means.mean(2, keepdim=True)
@@ -102,15 +143,22 @@ def affine(
 
 
 def apply(x: Tensor, norm: Affine, silu: bool, overwrite: bool = False) -> Tensor:
-    """The function of x (N, C, H, W), then SiLU if asked -> the same shape, dtype and memory format.
+    """Apply an affine function, then SiLU if asked.
 
-    `overwrite`: x is needed no longer, and may become the result: new memory costs as much time as the arithmetic.
+    Args:
+        x: feature map (B, C, H, W).
+        norm: the function.
+        silu: apply SiLU to the result.
+        overwrite: x is not needed afterwards and may become the result: new memory takes as long as the arithmetic.
+
+    Returns:
+        The result, in the shape, dtype and memory format of x.
     """
     layout = layout_of(x)
     given, x = x, x.contiguous(memory_format=layout)
     out = x
     if x is given and not overwrite:
-        # The format is named for its strides: convolutions ask for those, and a single sample's own may differ.
+        # The format is named, because convolutions check strides, and those of a single sample may differ.
         out = torch.empty_like(x, memory_format=layout, device=x.device)
     pixels, written = x.flatten(2), out.flatten(2)
     rows, work = _band(pixels)
@@ -127,9 +175,9 @@ def apply(x: Tensor, norm: Affine, silu: bool, overwrite: bool = False) -> Tenso
 
 
 def _sum(band: Tensor) -> Tensor:
-    """Sum a band (N, C, pixels) over its pixels -> (N, C) in float64; each thread adds up the pixels that it wrote.
+    """Sum a band (B, C, pixels) over its pixels to (B, C) in float64; each thread adds up the pixels that it wrote.
 
-    Left alone, torch shares out the channels of channels-last memory: half of all numbers would change their core.
+    By itself, torch divides channels-last memory by channels, so that half of all numbers would move to another core.
     """
     threads = torch.get_num_threads()
     if band.stride(1) != 1 or band.shape[2] % threads:
@@ -138,7 +186,7 @@ def _sum(band: Tensor) -> Tensor:
 
 
 def _band(pixels: Tensor) -> tuple[int, Tensor]:
-    """The pixels of (N, C, pixels) in a band, and memory for one band in float32 or better."""
+    """Return the number of pixels of a band of (B, C, pixels), and memory for one band in float32 or better."""
     samples, channels, count = pixels.shape
     threads = torch.get_num_threads()
     rows = min(count, max(1, BAND // (samples * channels)) * threads)

@@ -1,4 +1,4 @@
-"""Pages of a mapped file: whether anything was written to them, and how their memory is released until it is read."""
+"""Pages of memory-mapped files: whether they were written to, and releasing their memory until they are read again."""
 
 from __future__ import annotations
 
@@ -13,16 +13,25 @@ import numpy as np
 from torch import Tensor
 
 PAGEMAP = Path("/proc/self/pagemap")
-"""Eight bytes for each page of this process. Source: Linux, Documentation/admin-guide/mm/pagemap.rst"""
+"""The file of Linux with eight bytes for each page of this process.
+
+Source: Linux, Documentation/admin-guide/mm/pagemap.rst
+"""
 MAPS = Path("/proc/self/maps")
 PRESENT, SWAPPED, OF_FILE = (np.uint64(1) << np.uint64(bit) for bit in (63, 62, 61))
 
 
 def release(x: Tensor) -> bool:
-    """Release the pages that hold nothing but `x`; they come back from their file when they are read.
+    """Release the pages that hold only this tensor; they are loaded from their file again when they are read.
 
-    Only on Linux, and only if all of them are of a file: what was written to a private map, by whomever, no longer is.
-    Returns whether that was done.
+    This works on Linux only, and only if all pages belong to a file. A page of a private mapping that was written to
+    does not.
+
+    Args:
+        x: a contiguous tensor on the CPU; others are left alone.
+
+    Returns:
+        True if the pages were released.
     """
     page = mmap.PAGESIZE
     first, last = -(-x.data_ptr() // page), (x.data_ptr() + x.nbytes) // page
@@ -35,7 +44,7 @@ def release(x: Tensor) -> bool:
 
 
 def private_maps() -> list[tuple[int, int]]:
-    """List the addresses, from and to, of files that are mapped so that changes stay in this process; else none."""
+    """Return the start and end addresses of all private file mappings of this process; none if unknown."""
     try:
         lines = MAPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
@@ -51,29 +60,43 @@ def private_maps() -> list[tuple[int, int]]:
 
 
 def lies_in(x: Tensor, maps: Sequence[tuple[int, int]]) -> bool:
-    """Tell whether all of x lies in one of these maps."""
+    """Tell whether a tensor is entirely inside one of these mappings.
+
+    Args:
+        x: a tensor.
+        maps: start and end addresses, from `private_maps`.
+
+    Returns:
+        True if it is.
+    """
     start, end = x.data_ptr(), x.data_ptr() + x.nbytes
     return x.is_cpu and start < end and any(first <= start and end <= last for first, last in maps)
 
 
 def is_unwritten(x: Tensor) -> bool:
-    """Tell whether no page under x, which lies in a private map of a file, was written to since it was mapped.
+    """Tell whether no page under a tensor was written to since it was mapped.
 
-    A page that x shares with what lies beside it counts as written to when its neighbour was.
+    A page that the tensor shares with its neighbour in memory counts as written to if the neighbour was.
+
+    Args:
+        x: a tensor in a private mapping of a file.
+
+    Returns:
+        True if none was; False where the system does not tell.
     """
     return _none_written(x.data_ptr() // mmap.PAGESIZE, -(-(x.data_ptr() + x.nbytes) // mmap.PAGESIZE))
 
 
 def _none_written(first: int, last: int) -> bool:
-    """Tell whether each of these pages is of a file or was not read yet: what was written to no longer is."""
+    """Tell whether each of these pages still belongs to a file or was not read yet; a written page does neither."""
     try:
         with PAGEMAP.open("rb", buffering=0) as file:
             file.seek(8 * first)
-            told = np.frombuffer(file.read(8 * (last - first)), np.uint64)
+            entries = np.frombuffer(file.read(8 * (last - first)), np.uint64)
     except OSError:  # a system that does not tell
         return False
-    written = (told & SWAPPED > 0) | ((told & PRESENT > 0) & (told & OF_FILE == 0))
-    return len(told) == last - first and not np.any(written)
+    written = (entries & SWAPPED > 0) | ((entries & PRESENT > 0) & (entries & OF_FILE == 0))
+    return len(entries) == last - first and not np.any(written)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The networks, written by hand. A parameter's name is its name in the official single-file checkpoint."""
+"""The networks, with the parameter names of the official single-file checkpoints."""
 
 from sdinpaint.models.clip import CLIPText
 from sdinpaint.models.controlnet import ControlNet, ControlNetConfig

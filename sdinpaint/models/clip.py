@@ -1,4 +1,4 @@
-"""The text half of CLIP: token ids to one state per token, and to one for the whole text.
+"""The text encoder of CLIP: token ids to one hidden state per token, and to a pooled embedding of the text.
 
 Source: https://github.com/openai/CLIP/blob/main/clip/model.py and mlfoundations/open_clip; names as in transformers'
 CLIPTextModelWithProjection, which the released SD1 files hold.
@@ -19,7 +19,14 @@ from sdinpaint.models import fused
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """The sigmoid approximation of GELU that OpenAI's CLIP was trained with."""
+    """Compute the sigmoid approximation of GELU that OpenAI's CLIP was trained with.
+
+    Args:
+        x: any shape.
+
+    Returns:
+        x * sigmoid(1.702 x), the shape of x.
+    """
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -27,7 +34,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, 
 
 
 class Embeddings(nn.Module):
-    """Token plus position."""
+    """The sum of token and position embeddings."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -35,7 +42,7 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.context_length, config.width)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, L) -> (B, L, D)."""
+        """Embed token ids (B, L); return (B, L, D)."""
         return self.token_embedding(ids) + self.position_embedding(
             torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device)
         )
@@ -53,13 +60,13 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, D) -> (B, L, D)."""
+        """Let each token of x (B, L, D) attend to itself and the tokens before it; return (B, L, D)."""
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj))
         return self.out_proj(attention(q, k, v, causal=True).flatten(2))
 
 
 class MLP(nn.Module):
-    """Two linear layers around the activation."""
+    """Two linear layers with an activation between them."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -68,12 +75,12 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.mlp_width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, D) -> (B, L, D)."""
+        """Apply the layers to each token of x (B, L, D); return (B, L, D)."""
         return self.fc2(self.activation(self.fc1(x)))
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each on normalised input and added back."""
+    """A pre-norm transformer layer: attention and MLP, each with a residual connection."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -83,18 +90,25 @@ class Layer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, D) -> (B, L, D)."""
+        """Apply the layer to x (B, L, D); return (B, L, D)."""
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
 
 def end_positions(ids: Tensor) -> Tensor:
-    """ids (B, L) -> where the text ends (B,): at the first of the highest id, whatever the padding is."""
+    """Find the end-of-text token, which has the highest id, so that padding does not matter.
+
+    Args:
+        ids: token ids (B, L).
+
+    Returns:
+        The position of the first end-of-text token of each text, (B,).
+    """
     return ids.argmax(dim=-1)
 
 
 class TextEncoder(nn.Module):
-    """The stack of layers."""
+    """The stack of transformer layers."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -102,7 +116,7 @@ class TextEncoder(nn.Module):
 
 
 class TextModel(nn.Module):
-    """Embeddings, layers, final norm."""
+    """Embeddings, transformer layers and the final norm."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -112,7 +126,7 @@ class TextModel(nn.Module):
 
 
 class CLIPText(nn.Module):
-    """A text encoder: the states that condition a UNet, and for XL's second one the pooled text."""
+    """A text encoder. It returns the text embeddings for a UNet, and for SDXL's second one the pooled text as well."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -122,11 +136,26 @@ class CLIPText(nn.Module):
             self.text_projection = nn.Linear(config.width, config.projection_dim, bias=False)
 
     def forward(self, ids: Tensor, *, pooled: bool = False) -> Any:
-        """ids (B, L) int64 -> context (B, L, D), or with `pooled` what `encode` returns."""
+        """Encode token ids to text embeddings.
+
+        Args:
+            ids: token ids (B, L), int64.
+            pooled: return the pooled text as well.
+
+        Returns:
+            Text embeddings (B, L, D); with `pooled` the pair that `encode` returns.
+        """
         return self.encode(ids) if pooled else self.encode(ids)[0]
 
     def encode(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """ids (B, L) int64 -> context (B, L, D) and the pooled text (B, P), None where there is no projection."""
+        """Encode token ids to text embeddings and pooled text.
+
+        Args:
+            ids: token ids (B, L), int64.
+
+        Returns:
+            Text embeddings (B, L, D), and the pooled text (B, P), which is None where the encoder has no projection.
+        """
         config, norm = self.config, self.text_model.final_layer_norm
         kept = config.num_layers - config.skip_last
         layers = self.text_model.encoder.layers

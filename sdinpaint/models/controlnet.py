@@ -1,4 +1,4 @@
-"""A ControlNet: the UNet's way down once more, which is shown a picture and tells the UNet what to add to its own.
+"""The ControlNet: a copy of the UNet's encoder that sees a conditioning image and returns residuals for the UNet.
 
 Source: Zhang et al. 2023; https://github.com/lllyasviel/ControlNet/blob/main/cldm/cldm.py (ControlNet); names and
 numbers as trained.
@@ -20,16 +20,24 @@ from sdinpaint.models.weights import Model
 
 @dataclass(frozen=True, kw_only=True)
 class ControlNetConfig:
-    """Shape of a ControlNet."""
+    """The shape of a ControlNet."""
 
     unet: UNetConfig
-    """The way down that it copies, with as many input channels as latents have."""
+    """The configuration of the UNet whose encoder is copied, with as many input channels as latents have."""
     hint_widths: tuple[int, ...]
-    """Channels of the hint at full resolution, at a half, ... down to that of the latents."""
+    """The channels of the conditioning image's features, from full resolution down to the resolution of the latents."""
 
 
 def hint_block(widths: tuple[int, ...], channels: int) -> nn.Sequential:
-    """Convolutions from RGB to `channels`; each width but the first begins with halving height and width."""
+    """Build the convolutions that encode the conditioning image; each width but the first halves height and width.
+
+    Args:
+        widths: channels at each resolution, finest first.
+        channels: channels of the output.
+
+    Returns:
+        A network from (B, 3, 8H, 8W) to (B, channels, H, W), for four widths.
+    """
     layers: list[nn.Module] = [Conv3(3, widths[0])]
     for wide, wider in pairwise(widths):
         layers += [nn.SiLU(), Conv3(wide, wide), nn.SiLU(), nn.Conv2d(wide, wider, 3, stride=2, padding=1)]
@@ -37,13 +45,20 @@ def hint_block(widths: tuple[int, ...], channels: int) -> nn.Sequential:
 
 
 def zero_conv(channels: int) -> nn.Sequential:
-    """A 1 x 1 convolution, of zeros before training: a new ControlNet changes nothing."""
+    """Build a 1 x 1 convolution. Training starts with zero weights, so that a new ControlNet changes nothing.
+
+    Args:
+        channels: channels of input and output.
+
+    Returns:
+        The convolution, in a sequence as in the official checkpoint.
+    """
     return nn.Sequential(nn.Conv2d(channels, channels, 1))
 
 
 @plain
 class ControlNet(Model):
-    """Residuals for a UNet's `control`, given what the UNet is given and a hint: a picture of what to heed."""
+    """Computes residuals for a UNet's `control` from the UNet's inputs and a conditioning image."""
 
     def __init__(self, config: ControlNetConfig) -> None:
         super().__init__()
@@ -61,15 +76,30 @@ class ControlNet(Model):
         self.middle_block_out = zero_conv(widths[-1])
 
     def hint_features(self, hint: Tensor) -> Tensor:
-        """hint (B, 3, 8H, 8W) -> (B, model_channels, H, W): the same at every step, so computed once a run."""
+        """Encode the conditioning image. The features are the same at every step, so they are computed once per run.
+
+        Args:
+            hint: the conditioning image (B, 3, 8H, 8W).
+
+        Returns:
+            Features (B, model_channels, H, W).
+        """
         return self.input_hint_block(hint)
 
     def forward(
         self, x: Tensor, features: Tensor, t: Tensor, context: Tensor, vector: Tensor | None = None
     ) -> list[Tensor]:
-        """x (B, 4, H, W), t (B,), context (B, L, D), vector (B, V) for XL; features (B, C, H, W): `hint_features`.
+        """Compute the residuals that guide a UNet.
 
-        -> one residual for each of the UNet's input blocks, and one for its middle.
+        Args:
+            x: noisy latents (B, 4, H, W).
+            features: what `hint_features` returned, (B, model_channels, H, W).
+            t: training timesteps (B,), may be fractional.
+            context: text embeddings (B, L, D).
+            vector: pooled text with size and crop conditioning (B, V), for SDXL.
+
+        Returns:
+            One residual for each of the UNet's input blocks, and one for its middle block.
         """
         sines = timestep_embedding(t, self.config.unet.model_channels).to(next(self.parameters()).dtype)
         emb = fused.mlp(self.time_embed, sines)

@@ -1,4 +1,4 @@
-"""Processes that fork: their children can compute."""
+"""Support for processes that fork after torch has computed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["let_children_compute"]
 
 @functools.cache
 def let_children_compute() -> None:
-    """From now on a forked child computes on one thread, where it would wait for ever.
+    """Make forked child processes compute on one thread, because they would deadlock on several.
 
-    OpenMP's threads are not copied by a fork, but the child's OpenMP believes in them as soon as the parent has used
-    them, and every larger operation of torch waits for them. One thread needs no others.
+    A fork does not copy OpenMP's threads. The child's OpenMP still counts on them once the parent has used them, so
+    that every larger operation of torch would wait for them.
     Source: https://gcc.gnu.org/bugzilla/show_bug.cgi?id=58378 (libgomp), and torch's own data loader.
     """
     if hasattr(os, "register_at_fork"):

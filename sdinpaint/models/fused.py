@@ -1,13 +1,13 @@
-"""Fusions: plain layers that are computed together, with fewer passes over memory than one call after the other takes.
+"""Fusions: several plain layers computed together, with fewer passes over memory than separate calls take.
 
-A block asks `is_plain` of its layers before it takes one of these; a few, of single layers, ask themselves and call
-what is not plain. Each gives what the calls give, within rounding.
+A block checks `is_plain` of its layers before it uses a fusion of a whole block. Fusions of a few layers check that
+themselves, and call layers that are not plain. Each fusion gives the result of the separate calls, up to rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from sdinpaint_kernels import add_bias, add_layer_norm, attention, conv3, geglu, group_norm, linear, upsample_conv3
@@ -17,21 +17,65 @@ from torch.nn import functional as F
 from sdinpaint.models.layers import Conv3, GroupNorm, LayerNorm, are_plain, is_plain, repeated, to_map, to_tokens
 from sdinpaint.models.weights import joined
 
-if TYPE_CHECKING:
-    from sdinpaint.models import unet, vae
-
 ROWS = 1024
-"""Tokens that a feed-forward network takes at a time on a CPU, because it is wider inside than outside."""
+"""The tokens that a feed-forward network processes at a time on a CPU, to keep its wide hidden layer small."""
 
 
 POINTWISE = ((1, 1), (1, 1), 1)
-"""Kernel, stride and groups of a convolution that is a matrix product."""
+"""The kernel size, stride and groups of a convolution that is a matrix product."""
+
+
+class ResBlock(Protocol):
+    """The layers of a UNet's residual block."""
+
+    in_layers: nn.Sequential
+    emb_layers: nn.Sequential
+    out_layers: nn.Sequential
+    skip_connection: nn.Module
+
+    def is_fusible(self) -> bool:
+        """Tell whether `res_block` computes what calling the layers does."""
+
+
+class Attention(Protocol):
+    """The layers of self-attention or cross-attention in a UNet."""
+
+    heads: int
+    to_q: nn.Linear
+    to_k: nn.Linear
+    to_v: nn.Linear
+    to_out: nn.Sequential
+
+
+class FeedForward(Protocol):
+    """The layers of a feed-forward network in a UNet."""
+
+    net: nn.Sequential
+
+
+class VAEResBlock(Protocol):
+    """The layers of a VAE's residual block."""
+
+    norm1: GroupNorm
+    conv1: Conv3
+    norm2: GroupNorm
+    conv2: Conv3
+    has_shortcut: bool
+    nin_shortcut: nn.Conv2d
+    """A 1 x 1 convolution; it exists only if `has_shortcut`."""
 
 
 def norm_silu(norm: nn.Module, x: Tensor, addend: Tensor | None = None, *, overwrite: bool = False) -> Tensor:
-    """SiLU(norm(x + addend)) in two passes: x (B, C, H, W), addend (B or 1, C) -> (B, C, H, W).
+    """Compute SiLU(norm(x + addend)) in two passes over memory.
 
-    `overwrite`: x is needed no longer, and may become the result.
+    Args:
+        norm: a GroupNorm, or a module that stands in for one.
+        x: feature map (B, C, H, W).
+        addend: added to every pixel first, (B or 1, C).
+        overwrite: x is not needed afterwards, so the result may reuse its memory.
+
+    Returns:
+        The activations (B, C, H, W).
     """
     if not isinstance(norm, GroupNorm) or not is_plain(norm):
         return F.silu(norm(x if addend is None else x + addend[:, :, None, None]))
@@ -43,7 +87,15 @@ def norm_silu(norm: nn.Module, x: Tensor, addend: Tensor | None = None, *, overw
 
 
 def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
-    """A 1 x 1 convolution as a matrix product, which adds the bias at no cost: x (B, C, H, W) -> (B, O, H, W)."""
+    """Apply a 1 x 1 convolution as a matrix product, which adds the bias at no cost.
+
+    Args:
+        conv: the convolution; one that is not 1 x 1 or not plain is called.
+        x: feature map (B, C, H, W).
+
+    Returns:
+        The output (B, O, H, W).
+    """
     if (
         not isinstance(conv, nn.Conv2d)
         or not is_plain(conv)
@@ -54,19 +106,43 @@ def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
 
 
 def product(layer: nn.Module, x: Tensor) -> Tensor:
-    """A linear layer by the faster of the libraries: x (..., C) -> (..., O)."""
+    """Apply a linear layer with the faster of torch's libraries.
+
+    Args:
+        layer: the linear layer; one that is not plain is called.
+        x: (..., C).
+
+    Returns:
+        The output (..., O).
+    """
     if not isinstance(layer, nn.Linear) or not is_plain(layer):
         return layer(x)
     return linear(x, layer.weight, layer.bias)
 
 
 def adds_bias_apart(x: Tensor) -> bool:
-    """Tell whether torch adds the bias of a convolution of x in a pass over memory of its own: so it is on a GPU."""
+    """Tell whether torch adds a convolution's bias in a separate pass over memory, as it does on a GPU.
+
+    Args:
+        x: the input of the convolution.
+
+    Returns:
+        True on a GPU.
+    """
     return x.is_cuda
 
 
 def add_conv(x: Tensor, conv: nn.Conv2d, h: Tensor) -> Tensor:
-    """x + conv(h), without a map of its own for the sum where nothing else needs the convolution's."""
+    """Compute x + conv(h) without a separate feature map for the sum, unless autograd needs one.
+
+    Args:
+        x: feature map (B, O, H, W).
+        conv: a plain 3 x 3 convolution with a bias.
+        h: its input (B, C, H, W).
+
+    Returns:
+        The sum (B, O, H, W).
+    """
     if adds_bias_apart(x):
         return add_bias(x, conv3(h, conv.weight), bias_of(conv))
     h = conv3(h, conv.weight, conv.bias)
@@ -74,9 +150,16 @@ def add_conv(x: Tensor, conv: nn.Conv2d, h: Tensor) -> Tensor:
 
 
 def mlp(layers: nn.Module, x: Tensor) -> Tensor:
-    """Linear layers with activations between: x (..., C) -> (..., O).
+    """Apply linear layers and the activations between them.
 
-    Its few rows are where torch's own product depends on the address of the weights: how a file was laid out.
+    For few rows torch's own product would depend on the address of the weights, and so on how a file was laid out.
+
+    Args:
+        layers: one layer, or a sequence of layers.
+        x: (..., C).
+
+    Returns:
+        The output (..., O).
     """
     if not isinstance(layers, nn.Sequential) or not is_plain(layers):
         return product(layers, x)
@@ -86,7 +169,15 @@ def mlp(layers: nn.Module, x: Tensor) -> Tensor:
 
 
 def norm_silu_conv(layers: nn.Module, x: Tensor) -> Tensor:
-    """GroupNorm, SiLU and convolution, three layers one after the other: x (B, C, H, W) -> (B, O, H, W)."""
+    """Apply a GroupNorm, a SiLU and a convolution.
+
+    Args:
+        layers: a sequence of these three layers; any other is called.
+        x: feature map (B, C, H, W).
+
+    Returns:
+        The output (B, O, H, W).
+    """
     if not isinstance(layers, nn.Sequential) or not are_plain(layers, GroupNorm, nn.SiLU, Conv3):
         return layers(x)
     norm, _, conv = layers
@@ -94,14 +185,32 @@ def norm_silu_conv(layers: nn.Module, x: Tensor) -> Tensor:
 
 
 def upsample(conv: nn.Module, x: Tensor, size: Sequence[int] | None) -> Tensor:
-    """Pixels repeated up to `size`, or twice along both sides, then conv: x (B, C, H, W) -> (B, O, *size)."""
+    """Upsample to the nearest pixel, then convolve.
+
+    Args:
+        conv: a 3 x 3 convolution.
+        x: feature map (B, C, H, W).
+        size: height and width of the output; None doubles them.
+
+    Returns:
+        The output (B, O, H', W').
+    """
     if isinstance(conv, Conv3) and is_plain(conv):
         return upsample_conv3(x, conv.weight, conv.bias, size or ())
     return conv(F.interpolate(x, size or [2 * side for side in x.shape[-2:]], mode="nearest"))
 
 
-def res_block(block: unet.ResBlock, x: Tensor, addend: Tensor) -> Tensor:
-    """A UNet's block of which the time embedding was added up with a bias: addend (B or 1, C), see `addend`."""
+def res_block(block: ResBlock, x: Tensor, addend: Tensor) -> Tensor:
+    """Apply a residual block of a UNet whose time embedding was already projected by `addend`.
+
+    Args:
+        block: a block whose layers are plain.
+        x: feature map (B, C, H, W).
+        addend: the projected time embedding with the first convolution's bias, (B or 1, O).
+
+    Returns:
+        The output (B, O, H, W).
+    """
     norm: Any
     conv: Any
     norm, _, conv = block.in_layers
@@ -113,18 +222,41 @@ def res_block(block: unet.ResBlock, x: Tensor, addend: Tensor) -> Tensor:
     return add_conv(pointwise(block.skip_connection, x), conv, norm_silu(norm, h, addend, overwrite=True))
 
 
-def addend(block: unet.ResBlock, emb: Tensor) -> Tensor:
-    """emb (..., E) -> (..., C): what is added between the block's convolutions, with the bias of the first."""
+def addend(block: ResBlock, emb: Tensor) -> Tensor:
+    """Project the time embedding for a residual block, and add the bias of the block's first convolution.
+
+    Args:
+        block: a residual block of a UNet.
+        emb: time embedding (..., E).
+
+    Returns:
+        The vector that is added between the block's convolutions, (..., O).
+    """
     return mlp(block.emb_layers, emb) + bias_of(block.in_layers[-1])
 
 
 def bias_of(conv: nn.Module) -> Tensor:
-    """The bias of a convolution that has one, (C,)."""
+    """Return the bias (C,) of a convolution that has one.
+
+    Args:
+        conv: the convolution.
+
+    Returns:
+        Its bias, typed as a tensor.
+    """
     return cast(Tensor, conv.bias)
 
 
-def self_attention(block: unet.SelfAttention, x: Tensor) -> Tensor:
-    """Queries, keys and values from one product where their weights are packed: x (B, N, C) -> (B, N, C)."""
+def self_attention(block: Attention, x: Tensor) -> Tensor:
+    """Apply self-attention, with one product for queries, keys and values where their weights are packed.
+
+    Args:
+        block: a self-attention whose layers are plain.
+        x: tokens (B, N, C).
+
+    Returns:
+        The output (B, N, C).
+    """
     layers = block.to_q, block.to_k, block.to_v
     packed = joined([layer.weight for layer in layers])
     if packed is None:
@@ -134,16 +266,33 @@ def self_attention(block: unet.SelfAttention, x: Tensor) -> Tensor:
     return mlp(block.to_out, attention(q, k, v).flatten(2))
 
 
-def cross_attention(block: unet.CrossAttention, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """x (B, N, C) or half that batch, keys and values (B, L, C) of a context -> (B, N, C)."""
+def cross_attention(block: Attention, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Apply cross-attention with precomputed keys and values.
+
+    Args:
+        block: a cross-attention whose layers are plain.
+        x: tokens (B, N, C); the batch may be a divisor of that of the keys.
+        keys: projected text embeddings (B, L, C).
+        values: projected text embeddings (B, L, C).
+
+    Returns:
+        The output (B, N, C), with the batch of the keys.
+    """
     q, k, v = (one.unflatten(-1, (block.heads, -1)) for one in (product(block.to_q, x), keys, values))
     return mlp(block.to_out, attention(repeated(q, len(k)), k, v).flatten(2))
 
 
-def feed_forward(block: unet.FeedForward, x: Tensor) -> Tensor:
-    """x (B, N, C) -> (B, N, C); on a CPU some tokens at a time, so that what is wide stays small.
+def feed_forward(block: FeedForward, x: Tensor) -> Tensor:
+    """Apply a feed-forward network; on a CPU to some tokens at a time, so that its hidden layer stays small.
 
-    Memory of many megabytes is fetched from the system anew each time, which takes as long as a product over it.
+    The system provides memory of many megabytes anew each time, which takes as long as a product over it.
+
+    Args:
+        block: a feed-forward network whose layers are plain.
+        x: tokens (B, N, C).
+
+    Returns:
+        The output (B, N, C).
     """
     gate: Any
     gate, _, back = block.net
@@ -157,15 +306,32 @@ def feed_forward(block: unet.FeedForward, x: Tensor) -> Tensor:
 
 
 def add_norm(norm: nn.Module, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """x and h (B, N, C) -> x + h, and that normalised, in one pass on a GPU."""
+    """Add a residual and normalise the sum, in one pass over memory on a GPU.
+
+    Args:
+        norm: a LayerNorm.
+        x: tokens (B, N, C).
+        h: the residual (B, N, C).
+
+    Returns:
+        x + h, and the normalised sum, (B, N, C) each.
+    """
     if isinstance(norm, LayerNorm) and is_plain(norm) and norm.weight is not None and norm.bias is not None:
         return add_layer_norm(h, x, norm.weight, norm.bias, norm.eps)
     x = x + h
     return x, norm(x)
 
 
-def vae_res_block(block: vae.ResBlock, x: Tensor) -> Tensor:
-    """An autoencoder's block: x (B, C, H, W) -> (B, channels_out, H, W)."""
+def vae_res_block(block: VAEResBlock, x: Tensor) -> Tensor:
+    """Apply a residual block of the VAE.
+
+    Args:
+        block: a block whose layers are plain.
+        x: feature map (B, C, H, W).
+
+    Returns:
+        The output (B, O, H, W).
+    """
     h = norm_silu(block.norm1, x)
     if adds_bias_apart(x):
         h = norm_silu(block.norm2, conv3(h, block.conv1.weight), bias_of(block.conv1)[None], overwrite=True)

@@ -1,4 +1,4 @@
-"""Weights that are on the device, and in the dtype that it computes in, only while they are used."""
+"""Offloading: weights are on the device, in the dtype for computing, only while they are used."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["Offloading"]
 
 
 class Offloading:
-    """Weights in host memory between their uses: as their file holds them, and mapped from it.
+    """Keeps weights in host memory between uses, in the dtype of their file and mapped from it.
 
-    Weights beside those of `models` are brought to the device in their own dtype. What is written to a weight while it
-    is used stays: it is then kept in host memory as it was used.
+    Weights that do not belong to `models` are moved to the device in their own dtype. A weight that is written to
+    during a use keeps the new values: it then stays in host memory in the dtype of the use.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, models: Iterable[nn.Module]) -> None:
@@ -30,12 +30,12 @@ class Offloading:
 
     def _begin(self) -> None:
         self._uses: Counter[nn.Parameter] = Counter()
-        self._home: dict[nn.Parameter, Tensor] = {}
-        self._brought: dict[nn.Parameter, Contents] = {}
+        self._on_host: dict[nn.Parameter, Tensor] = {}
+        self._loaded: dict[nn.Parameter, Contents] = {}
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Hand to pickle and deepcopy what is not about the present uses."""
+        """Return the state for pickle and deepcopy, which leaves out the uses in progress."""
         return {"device": self.device, "dtype": self.dtype, "_own": self._own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -44,61 +44,70 @@ class Offloading:
 
     @contextmanager
     def using(self, *models: nn.Module) -> Iterator[None]:
-        """The models are ready until the end. Uses within this one, and those of other threads, share them."""
+        """Bring models to the device for the duration of a `with` block.
+
+        Nested uses, and uses in other threads, share the weights on the device.
+
+        Args:
+            *models: the models to use.
+
+        Yields:
+            Nothing; the models are ready inside the block.
+        """
         with ExitStack() as ready:
             for model in models:
                 weights = list(model.parameters())
-                ready.callback(self._leave, weights)  # first: also what came half way leaves
+                ready.callback(self._leave, weights)  # first, so that a failed entry is undone too
                 self._enter(model, weights)
             yield
 
     def _enter(self, model: nn.Module, weights: Sequence[nn.Parameter]) -> None:
-        # plain tensors, which serve inside of inference mode and outside
+        # Plain tensors serve inside and outside of inference mode.
         with self._lock, torch.inference_mode(False), torch.no_grad():
             self._uses.update(weights)
-            coming = [weight for weight in weights if self._uses[weight] == 1]
-            self._home.update((weight, weight.data) for weight in coming)
+            entering = [weight for weight in weights if self._uses[weight] == 1]
+            self._on_host.update((weight, weight.data) for weight in entering)
             try:
-                self._bring(model, coming)
+                self._load(model, entering)
             except BaseException:
-                for weight in coming:
-                    point_to(weight, self._home.pop(weight))
+                for weight in entering:
+                    point_to(weight, self._on_host.pop(weight))
                 raise
 
-    def _bring(self, model: nn.Module, coming: Sequence[nn.Parameter]) -> None:
-        own = [weight for weight in coming if weight in self._own and not self._is_ready(weight)]
+    def _load(self, model: nn.Module, entering: Sequence[nn.Parameter]) -> None:
+        own = [weight for weight in entering if weight in self._own and not self._is_ready(weight)]
         moved = _moved([weight.data for weight in own], self.device, self.dtype)
         for weight, ready in zip(own, moved, strict=True):
             release(weight.data)
             point_to(weight, ready)
-        model.to(self.device)  # which also lays weights out as they are best there
-        brought = [weight for weight in coming if weight.data_ptr() != self._home[weight].data_ptr()]
-        self._brought.update(zip(brought, contents(brought), strict=True))
+        model.to(self.device)  # this also packs weights as is best there
+        loaded = [weight for weight in entering if weight.data_ptr() != self._on_host[weight].data_ptr()]
+        self._loaded.update(zip(loaded, contents(loaded), strict=True))
 
     def _leave(self, weights: Sequence[nn.Parameter]) -> None:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             self._uses.subtract(weights)
-            going = [weight for weight in weights if self._uses[weight] == 0 and weight in self._home]
-            brought = {weight: self._brought.pop(weight) for weight in going if weight in self._brought}
-            same = dict(zip(brought, unchanged(list(brought.values()), list(brought)), strict=True))
-            for weight in going:
-                home = self._home.pop(weight)
+            leaving = [weight for weight in weights if self._uses[weight] == 0 and weight in self._on_host]
+            loaded = {weight: self._loaded.pop(weight) for weight in leaving if weight in self._loaded}
+            same = dict(zip(loaded, unchanged(list(loaded.values()), list(loaded)), strict=True))
+            for weight in leaving:
+                on_host = self._on_host.pop(weight)
                 if same.get(weight, False):
-                    point_to(weight, home)
-                elif weight.data_ptr() != home.data_ptr():  # it was written to, or given other memory
-                    point_to(weight, weight.data.to(home.device, copy=True))
+                    point_to(weight, on_host)
+                elif weight.data_ptr() != on_host.data_ptr():  # written to, or given other memory
+                    point_to(weight, weight.data.to(on_host.device, copy=True))
                 forget_derived(weight)
-                release(weight.data)  # the pages that nobody wrote to
+                release(weight.data)  # drops the pages that nobody wrote to
 
     def _is_ready(self, weight: Tensor) -> bool:
         return weight.device.type == self.device.type and weight.dtype == self.dtype
 
 
 def _moved(weights: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The weights on a device in a dtype, one by one.
+    """Yield the weights on a device in a dtype, one by one.
 
-    On a CPU they lie in one block, whose memory the system gets back; it does not get that of many smaller ones, which
-    C's allocator keeps wherever something behind them is in use.
+    On a CPU they share one block, whose memory returns to the system when it is released. C's allocator keeps the
+    memory of many smaller blocks wherever something behind them is in use.
     """
     if device.type != "cpu":
         yield from (weight.to(device, dtype) for weight in weights)

@@ -1,4 +1,4 @@
-"""The denoising UNet of SD1: residual blocks, text-conditioned transformers, and skip connections.
+"""The denoising UNet of Stable Diffusion: residual blocks, text-conditioned transformers, and skip connections.
 
 Source: https://github.com/CompVis/stable-diffusion/blob/main/ldm/modules/diffusionmodules/openaimodel.py (UNetModel)
 and ldm/modules/attention.py (SpatialTransformer); names and numbers as trained.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from sdinpaint_kernels import attention, geglu
@@ -23,19 +22,26 @@ from sdinpaint.models.layers import (
     are_plain,
     channels_last,
     is_plain,
+    needs_gradients,
     plain,
     repeated,
     to_map,
     to_tokens,
 )
-from sdinpaint.models.weights import Model, Places, Snapshot
-
-Precomputed = dict[nn.Module, Tensor]
-"""By block, what it makes of the text and the time: computed once, for many steps."""
+from sdinpaint.models.prepared_unet import Conditioned, Precomputed, PreparedUNet
+from sdinpaint.models.weights import Places, Snapshot
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """t (B,), may be fractional -> (B, dim) float32: cosines, then sines, of geometrically spaced frequencies."""
+    """Compute the sinusoidal embedding of timesteps.
+
+    Args:
+        t: timesteps (B,), may be fractional.
+        dim: width of the embedding.
+
+    Returns:
+        Cosines, then sines, of geometrically spaced frequencies, float32 (B, dim).
+    """
     half = dim // 2
     frequencies = torch.exp(-math.log(10000.0) / half * torch.arange(half, dtype=torch.float32, device=t.device))
     angles = t.float()[:, None] * frequencies
@@ -44,7 +50,7 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 @plain
 class ResBlock(nn.Module):
-    """Two convolutions around the addition of the time embedding, and a shortcut."""
+    """A residual block: two convolutions, with the time embedding added between them, and a shortcut."""
 
     def __init__(self, channels_in: int, channels_out: int, emb_dim: int, groups: int) -> None:
         super().__init__()
@@ -59,15 +65,23 @@ class ResBlock(nn.Module):
             Conv3(channels_out, channels_out),
         )
         same = channels_in == channels_out
-        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
+        self.skip_connection: nn.Module = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
 
     def is_fusible(self) -> bool:
-        """Tell whether the layers that `fused.res_block` computes are plain, and those that were made above."""
+        """Tell whether the layers that `fused.res_block` computes are plain, and of the classes set up here."""
         first = are_plain(self.in_layers, GroupNorm, nn.SiLU, Conv3)
         return first and are_plain(self.out_layers, GroupNorm, nn.SiLU, nn.Identity, Conv3)
 
     def forward(self, x: Tensor, emb: Tensor | Precomputed) -> Tensor:
-        """x (B, C, H, W), emb (B, E), or the addend that was made of it -> (B, channels_out, H, W)."""
+        """Apply the block.
+
+        Args:
+            x: feature map (B, C, H, W).
+            emb: time embedding (B, E), or the precomputed vectors that this block and others add.
+
+        Returns:
+            The output (B, channels_out, H, W).
+        """
         if isinstance(emb, dict):
             return fused.res_block(self, x, emb[self])
         if self.is_fusible():
@@ -78,7 +92,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """The weights of multi-head attention from tokens to a context, which may be the tokens."""
+    """The projections of multi-head attention from tokens to a context, which may be the tokens themselves."""
 
     def __init__(self, width: int, context_dim: int, heads: int) -> None:
         super().__init__()
@@ -89,20 +103,27 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
     def heads_of(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, heads, C / heads)."""
+        """Split channels into heads.
+
+        Args:
+            x: (B, N, C).
+
+        Returns:
+            A view (B, N, heads, C / heads).
+        """
         return x.unflatten(-1, (self.heads, -1))
 
 
 @plain
 class SelfAttention(Attention):
-    """Attention to the tokens themselves."""
+    """Attention from tokens to the same tokens."""
 
     def packed(self) -> tuple[nn.Linear, ...]:
         """Return the layers that one product computes where they are plain."""
         return self.to_q, self.to_k, self.to_v
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, C) -> (B, N, C)."""
+        """Let every token of x (B, N, C) attend to all of them; return (B, N, C)."""
         if is_plain(self) and all(type(layer) is nn.Linear and layer.bias is None for layer in self.packed()):
             return fused.self_attention(self, x)
         q, k, v = (self.heads_of(project(x)) for project in (self.to_q, self.to_k, self.to_v))
@@ -111,14 +132,29 @@ class SelfAttention(Attention):
 
 @plain
 class CrossAttention(Attention):
-    """Attention to a text."""
+    """Attention from tokens to text embeddings."""
 
     def keys_values(self, context: Tensor) -> Tensor:
-        """context (B, L, D) -> (2, B, L, C)."""
+        """Project text embeddings to keys and values.
+
+        Args:
+            context: text embeddings (B, L, D).
+
+        Returns:
+            Keys and values, stacked, (2, B, L, C).
+        """
         return torch.stack([self.to_k(context), self.to_v(context)])
 
     def forward(self, x: Tensor, context: Tensor | Precomputed) -> Tensor:
-        """x (B, N, C), context (B, L, D), or the keys and values that were made of it -> (B, N, C)."""
+        """Let every token attend to the text.
+
+        Args:
+            x: tokens (B, N, C).
+            context: text embeddings (B, L, D), or the precomputed keys and values of this block and others.
+
+        Returns:
+            The output (B, N, C).
+        """
         if isinstance(context, dict):
             return fused.cross_attention(self, x, *context[self])
         if is_plain(self):
@@ -130,33 +166,33 @@ class CrossAttention(Attention):
 
 @plain
 class GEGLU(nn.Module):
-    """A linear layer whose one half is gated by the GELU of the other."""
+    """A linear layer whose first half of channels is gated by the GELU of its second half."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
         self.proj = nn.Linear(width, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, C) -> (B, N, inner)."""
+        """Apply the layer to x (B, N, C); return (B, N, inner)."""
         return geglu(self.proj(x))
 
 
 @plain
 class FeedForward(nn.Module):
-    """GEGLU to four times the width, and back."""
+    """A feed-forward network: GEGLU to four times the width, and a projection back."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, C) -> (B, N, C)."""
+        """Apply the network to each token of x (B, N, C); return (B, N, C)."""
         return fused.feed_forward(self, x) if are_plain(self.net, GEGLU, nn.Identity, nn.Linear) else self.net(x)
 
 
 @plain
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to the text, feed-forward; each on normalised input and added back."""
+    """Self-attention, cross-attention and feed-forward, each on normalised input with a residual connection."""
 
     def __init__(self, width: int, context_dim: int, heads: int) -> None:
         super().__init__()
@@ -168,7 +204,15 @@ class TransformerBlock(nn.Module):
         self.norm3 = LayerNorm(width)
 
     def forward(self, x: Tensor, context: Tensor | Precomputed) -> Tensor:
-        """x (B, N, C), context (B, L, D) -> (B, N, C)."""
+        """Apply the block.
+
+        Args:
+            x: tokens (B, N, C).
+            context: text embeddings (B, L, D), or precomputed keys and values.
+
+        Returns:
+            The output (B, N, C).
+        """
         x, h = fused.add_norm(self.norm2, x, self.attn1(self.norm1(x)))
         h = self.attn2(h, context)
         x, h = fused.add_norm(self.norm3, repeated(x, len(h)), h)
@@ -183,23 +227,31 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         heads = config.num_heads or channels // (config.head_dim or channels)
         self.norm = GroupNorm(config.norm_groups, channels, eps=1e-6)  # as trained: not the ResBlocks' 1e-5
-        self.of_tokens = config.linear_projection
-        self.proj_in = nn.Linear(channels, channels) if self.of_tokens else nn.Conv2d(channels, channels, 1)
+        self.linear_projection = config.linear_projection
+        self.proj_in = nn.Linear(channels, channels) if self.linear_projection else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, config.context_dim, heads) for _ in range(depth)
         )
-        self.proj_out = nn.Linear(channels, channels) if self.of_tokens else nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Linear(channels, channels) if self.linear_projection else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor | Precomputed) -> Tensor:
-        """x (B, C, H, W), context (B, L, D) -> (B, C, H, W)."""
+        """Apply the blocks.
+
+        Args:
+            x: feature map (B, C, H, W).
+            context: text embeddings (B, L, D), or precomputed keys and values.
+
+        Returns:
+            The output (B, C, H, W).
+        """
         h = self.norm(x)
-        if self.of_tokens:
+        if self.linear_projection:
             tokens = fused.product(self.proj_in, to_tokens(h))
         else:
             tokens = to_tokens(fused.pointwise(self.proj_in, h))
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
-        if self.of_tokens:
+        if self.linear_projection:
             h = to_map(fused.product(self.proj_out, tokens), x)
         else:
             h = fused.pointwise(self.proj_out, to_map(tokens, x))
@@ -208,27 +260,35 @@ class SpatialTransformer(nn.Module):
 
 @plain
 class Downsample(nn.Module):
-    """Halve height and width (rounded up) by a strided convolution."""
+    """Halves height and width (rounded up) by a strided convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, ceil(H / 2), ceil(W / 2))."""
+        """Downsample x (B, C, H, W); return (B, C, ceil(H / 2), ceil(W / 2))."""
         return self.op(x)
 
 
 @plain
 class Upsample(nn.Module):
-    """Repeat pixels up to a size, then convolve."""
+    """Upsamples to the nearest pixel, then convolves."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = Conv3(channels, channels)
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """x (B, C, H, W) -> (B, C, *size); `size` is the next skip's, which is 2H - 1 where halving rounded up."""
+        """Upsample a feature map.
+
+        Args:
+            x: feature map (B, C, H, W).
+            size: height and width of the next skip connection, 2H - 1 where halving rounded up; None doubles.
+
+        Returns:
+            The output (B, C, *size).
+        """
         return fused.upsample(self.conv, x, size)
 
 
@@ -237,12 +297,12 @@ INPUTS: dict[type[nn.Module], tuple[str, ...]] = {
     SpatialTransformer: ("context",),
     Upsample: ("size",),
 }
-"""The inputs that a layer of a `Stage` takes beside the map, by its class."""
+"""The inputs beside the feature map that a layer of a `Stage` takes, by the layer's class."""
 
 
 @plain
 class Stage(nn.ModuleList):
-    """One entry of the UNet's lists: hands each layer the inputs that it takes, also where it was wrapped since."""
+    """One entry of the UNet's lists of blocks; it passes each layer, even a wrapped one, the inputs that it takes."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__(layers)
@@ -255,7 +315,17 @@ class Stage(nn.ModuleList):
         context: Tensor | Precomputed,
         size: Sequence[int] | None = None,
     ) -> Tensor:
-        """x (B, C, H, W), emb (B, E), context (B, L, D), size: where an Upsample goes -> (B, C', H', W')."""
+        """Apply the layers.
+
+        Args:
+            x: feature map (B, C, H, W).
+            emb: time embedding (B, E), or precomputed vectors.
+            context: text embeddings (B, L, D), or precomputed keys and values.
+            size: height and width for an Upsample; None doubles.
+
+        Returns:
+            The output (B, C', H', W').
+        """
         given = {"emb": emb, "context": context, "size": size}
         for layer, names in zip(self, self.inputs, strict=True):
             x = layer(x, *(given[name] for name in names))
@@ -263,19 +333,43 @@ class Stage(nn.ModuleList):
 
 
 def time_embed(config: UNetConfig) -> nn.Sequential:
-    """The two linear layers that turn a timestep's sines into `emb`."""
+    """Build the two linear layers that turn a sinusoidal embedding into the time embedding.
+
+    Args:
+        config: the shape of the UNet.
+
+    Returns:
+        A network from (B, model_channels) to (B, 4 * model_channels).
+    """
     width = config.model_channels
     return nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width))
 
 
 def block(config: UNetConfig, channels_in: int, channels_out: int, depth: int) -> list[nn.Module]:
-    """A residual block, and transformer blocks where there are any."""
+    """Build a residual block, and a transformer where there is one.
+
+    Args:
+        config: the shape of the UNet.
+        channels_in: channels of the input.
+        channels_out: channels of the output.
+        depth: number of transformer blocks; 0 for none.
+
+    Returns:
+        The layers in order.
+    """
     layers: list[nn.Module] = [ResBlock(channels_in, channels_out, 4 * config.model_channels, config.norm_groups)]
     return layers + [SpatialTransformer(channels_out, depth, config)] * bool(depth)
 
 
 def input_blocks(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
-    """The way down, and the width of what each of its entries puts out; a ControlNet has the same."""
+    """Build the encoder of a UNet, which a ControlNet copies.
+
+    Args:
+        config: the shape of the UNet.
+
+    Returns:
+        The blocks, and the number of output channels of each.
+    """
     channels = config.model_channels
     stages, widths = [Stage([Conv3(config.in_channels, channels)])], [channels]
     levels = list(zip(config.channel_mult, config.transformer_depth, strict=True))
@@ -291,17 +385,24 @@ def input_blocks(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
 
 
 def middle_block(config: UNetConfig) -> Stage:
-    """The lowest resolution; a ControlNet has the same."""
+    """Build the middle block, at the lowest resolution, which a ControlNet copies.
+
+    Args:
+        config: the shape of the UNet.
+
+    Returns:
+        The block, which keeps the shape of its input.
+    """
     channels = config.model_channels * config.channel_mult[-1]
     last = ResBlock(channels, channels, 4 * config.model_channels, config.norm_groups)
     return Stage([*block(config, channels, channels, config.middle_depth), last])
 
 
 @plain
-class UNet(Model):
-    """Predicts the noise (or v) in noisy latents, given the time and a text.
+class UNet(Conditioned):
+    """Predicts the noise (or v) in noisy latents, given the timestep and the text conditioning.
 
-    Inpainting models take 9 channels: noisy latents 4, mask 1, masked image's latents 4, in this order.
+    Inpainting models take 9 channels: noisy latents (4), mask (1), and latents of the masked image (4), in this order.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -333,7 +434,15 @@ class UNet(Model):
         )
 
     def embed(self, t: Tensor, vector: Tensor | None = None) -> Tensor:
-        """t (B,), vector (B, V) for XL -> emb (B, E); t (1,) stands for the t of every vector."""
+        """Compute the time embedding.
+
+        Args:
+            t: timesteps (B,), may be fractional; (1,) serves every row of `vector`.
+            vector: pooled text with size and crop conditioning (B, V), for SDXL.
+
+        Returns:
+            The time embedding (B, E).
+        """
         sines = timestep_embedding(t, self.config.model_channels).to(next(self.parameters()).dtype)
         emb = fused.mlp(self.time_embed, sines)
         return emb if vector is None else repeated(emb, len(vector)) + fused.mlp(self.label_emb, vector)
@@ -346,14 +455,23 @@ class UNet(Model):
         vector: Tensor | None = None,
         control: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """x (B, in_channels, H, W), t (B,), context (B, L, D), vector (B, V) for XL -> (B, 4, H, W).
+        """Predict the noise (or v).
 
-        control: a ControlNet's residuals, one to add to each of the input blocks' outputs and one to the middle's.
-        Under guidance, x and t may have half the batch of context and vector: what both halves have in common, which is
-        all before they meet the first of the two, is computed once.
+        Under guidance, x and t may have half the batch of context and vector. Everything up to the first layer that
+        sees context or vector is the same for both halves, and is then computed once.
+
+        Args:
+            x: noisy latents, with mask and masked latents for inpainting models, (B, in_channels, H, W).
+            t: timesteps (B,), or precomputed vectors of the residual blocks.
+            context: text embeddings (B, L, D), or precomputed keys and values.
+            vector: pooled text with size and crop conditioning (B, V), for SDXL.
+            control: residuals of a ControlNet, one for the output of each input block and one for the middle block.
+
+        Returns:
+            The raw network output (B, 4, H, W).
         """
         emb = self.embed(t, vector) if isinstance(t, Tensor) else t
-        x = channels_last(x)  # and so is all that is made of it
+        x = channels_last(x)  # so is everything computed from it
         skips = []
         for stage in self.input_blocks:
             x = stage(x, emb, context)
@@ -369,11 +487,14 @@ class UNet(Model):
         return fused.norm_silu_conv(self.out, x)
 
     def prepare(self, context: Tensor, vector: Tensor | None = None) -> PreparedUNet | None:
-        """Precompute what follows from the text alone; None where a layer is not plain, or gradients are needed.
+        """Precompute the conditioning that is the same at every step.
 
         Args:
             context: text embeddings (B, L, D).
-            vector: size and crop conditioning with the pooled text (B, V), for XL.
+            vector: pooled text with size and crop conditioning (B, V), for SDXL.
+
+        Returns:
+            The UNet with precomputed conditioning; None where a layer is not plain, or gradients are needed.
         """
         if not is_plain(self) or needs_gradients(self, context, vector):
             return None
@@ -385,67 +506,3 @@ class UNet(Model):
         used = Snapshot(PreparedUNet.precomputed_from(self, blocks, texts))
         kept = [layer.keys_values(context) for layer in texts]
         return PreparedUNet(self, blocks, texts, kept, vector, Places(self), used)
-
-
-@dataclass(frozen=True)
-class PreparedUNet:
-    """A UNet with precomputed conditioning, which is computed once for all steps of a run.
-
-    It serves as long as `is_current()`: no layer was hooked or replaced, and the weights are the same.
-    """
-
-    unet: UNet
-    blocks: list[ResBlock]
-    texts: list[CrossAttention]
-    kept: list[Tensor]
-    """Keys and values of the text, (2, B, L, C), for each of `texts`."""
-    vector: Tensor | None
-    places: Places
-    used: Snapshot
-    """The weights that something was precomputed from."""
-
-    @staticmethod
-    def precomputed_from(unet: UNet, blocks: Sequence[ResBlock], texts: Sequence[CrossAttention]) -> list[Tensor]:
-        """List the weights that make keys, values and addends."""
-        embedding = [unet.time_embed, *([unet.label_emb] if unet.config.vector_dim is not None else [])]
-        layers = [
-            *embedding,
-            *(one for text in texts for one in (text.to_k, text.to_v)),
-            *(b.emb_layers for b in blocks),
-        ]
-        weights = [weight for layer in layers for weight in layer.parameters()]
-        return weights + [fused.bias_of(block.in_layers[-1]) for block in blocks]
-
-    @property
-    def key(self) -> str:
-        """The addresses at which a captured graph reads weights."""
-        return self.places.key
-
-    def is_current(self) -> bool:
-        """Tell whether another preparation would give the same; on a GPU as far as torch saw weights written to."""
-        return (
-            is_plain(self.unet)
-            and all(block.is_fusible() for block in self.blocks)
-            and not needs_gradients(self.unet)
-            and self.places.hold(self.unet)
-            and self.used.holds(self.precomputed_from(self.unet, self.blocks, self.texts), read_devices=False)
-        )
-
-    def embed(self, t: Tensor) -> Tensor:
-        """t (S,) -> (S, B, sum of C): what all residual blocks add at each t; B is 1 without vector."""
-        label = 0 if self.vector is None else fused.mlp(self.unet.label_emb, self.vector)
-        emb = self.unet.embed(t)[:, None] + label
-        return torch.cat([fused.addend(block, emb) for block in self.blocks], dim=-1)
-
-    def __call__(self, x: Tensor, emb: Tensor, kept: Sequence[Tensor], control: Sequence[Tensor] | None) -> Tensor:
-        """x (B, in_channels, H, W) or half that batch, emb: a row of `embed`, kept: as here -> (B, 4, H, W)."""
-        addends = emb.split([block.out_layers[-1].out_channels for block in self.blocks], dim=-1)
-        made: Precomputed = dict(zip(self.blocks, addends, strict=True))
-        return self.unet(x, made, dict(zip(self.texts, kept, strict=True)), None, control)
-
-
-def needs_gradients(module: nn.Module, *given: Tensor | None) -> bool:
-    """Tell whether gradients are on and any of the tensors or weights takes part in them."""
-    if not torch.is_grad_enabled():
-        return False
-    return any(one is not None and one.requires_grad for one in (*given, *module.parameters()))

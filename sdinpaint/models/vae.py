@@ -1,4 +1,4 @@
-"""The KL autoencoder: pictures to latents an eighth of their height and width, and back.
+"""The KL autoencoder (VAE): images to latents of an eighth of their height and width, and back.
 
 Source: https://github.com/CompVis/stable-diffusion/blob/main/ldm/modules/diffusionmodules/model.py (Encoder, Decoder);
 names and numbers as trained.
@@ -20,12 +20,12 @@ from sdinpaint.models.layers import Conv3, GroupNorm, channels_last, is_plain, p
 from sdinpaint.models.weights import Model
 
 Direction = Literal["encode", "decode"]
-EPS = 1e-6  # of every GroupNorm in the VAE, as trained
+EPS = 1e-6  # for every GroupNorm in the VAE, as trained
 
 
 @plain
 class ResBlock(nn.Module):
-    """Two normalised convolutions and a shortcut."""
+    """A residual block: two normalised convolutions and a shortcut."""
 
     def __init__(self, channels_in: int, channels_out: int, groups: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class ResBlock(nn.Module):
         self.has_shortcut = channels_in != channels_out
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, channels_out, H, W)."""
+        """Apply the block to x (B, C, H, W); return (B, channels_out, H, W)."""
         kinds = [type(layer) for layer in (self.norm1, self.conv1, self.norm2, self.conv2)]
         if kinds == [GroupNorm, Conv3] * 2 and is_plain(self.norm1, self.conv1, self.norm2, self.conv2):
             return fused.vae_res_block(self, x)
@@ -49,7 +49,7 @@ class ResBlock(nn.Module):
 
 @plain
 class Attention(nn.Module):
-    """One head of self-attention over all positions; its projections are 1 x 1 convolutions."""
+    """Single-head self-attention over all positions; its projections are 1 x 1 convolutions."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, H, W)."""
+        """Let every position of x (B, C, H, W) attend to all of them; return (B, C, H, W)."""
         h = self.norm(x)
         q, k, v = (to_tokens(fused.pointwise(conv, h)).unsqueeze(2) for conv in (self.q, self.k, self.v))
         return x + fused.pointwise(self.proj_out, to_map(attention(q, k, v).squeeze(2), x))
@@ -68,40 +68,40 @@ class Attention(nn.Module):
 
 @plain
 class Downsample(nn.Module):
-    """Halve height and width; pads at the right and at the bottom only, as trained."""
+    """Halves height and width. It pads at the right and at the bottom only, as trained."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, H / 2, W / 2)."""
+        """Downsample x (B, C, H, W); return (B, C, H / 2, W / 2)."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 @plain
 class Upsample(nn.Module):
-    """Double height and width by repeating pixels, then convolve."""
+    """Doubles height and width by repeating pixels, then convolves."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = Conv3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, 2H, 2W)."""
+        """Upsample x (B, C, H, W); return (B, C, 2H, 2W)."""
         return fused.upsample(self.conv, x, None)
 
 
 @plain
 class Level(nn.Module):
-    """Residual blocks of one resolution; the owner adds `downsample` or `upsample` where there is one."""
+    """The residual blocks of one resolution; its owner adds a `downsample` or `upsample` where there is one."""
 
     def __init__(self, widths: list[int], groups: int) -> None:
         super().__init__()
         self.block = nn.ModuleList(ResBlock(a, b, groups) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, widths[-1], H', W')."""
+        """Apply the level to x (B, C, H, W); return (B, widths[-1], H', W')."""
         for block in self.block:
             x = block(x)
         for name in ("downsample", "upsample"):
@@ -121,13 +121,13 @@ class Middle(nn.Module):
         self.block_2 = ResBlock(channels, channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, H, W)."""
+        """Apply the block to x (B, C, H, W); return (B, C, H, W)."""
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
 @plain
 class Encoder(nn.Module):
-    """Picture to the posterior's mean and log-variance, before `quant_conv`."""
+    """Maps an image to mean and log-variance of the posterior, before `quant_conv`."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Encoder(nn.Module):
         self.conv_out = Conv3(widths[-1], 2 * config.latent_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, 3, 8H, 8W) -> (B, 8, H, W)."""
+        """Encode x (B, 3, 8H, 8W) in [-1, 1]; return (B, 8, H, W)."""
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
@@ -153,7 +153,7 @@ class Encoder(nn.Module):
 
 @plain
 class Decoder(nn.Module):
-    """Latents, after `post_quant_conv`, to a picture."""
+    """Maps latents, after `post_quant_conv`, to an image."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class Decoder(nn.Module):
         widths = [config.channels * mult for mult in config.channel_mult]
         self.conv_in = Conv3(config.latent_channels, widths[-1])
         self.mid = Middle(widths[-1], groups)
-        # `up` is indexed from the finest level to the coarsest, and run the other way round.
+        # `up` is indexed from the finest level to the coarsest, but run in reverse.
         self.up = nn.ModuleList(
             Level([above, *[wide] * blocks], groups) for wide, above in pairwise([*widths, widths[-1]])
         )
@@ -171,7 +171,7 @@ class Decoder(nn.Module):
         self.conv_out = Conv3(config.channels, config.in_channels)
 
     def forward(self, z: Tensor) -> Tensor:
-        """z (B, 4, H, W) -> (B, 3, 8H, 8W)."""
+        """Decode z (B, 4, H, W); return (B, 3, 8H, 8W)."""
         z = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             z = level(z)
@@ -180,7 +180,7 @@ class Decoder(nn.Module):
 
 @plain
 class VAE(Model):
-    """The autoencoder around *scaled* latents: nobody outside this file sees unscaled ones."""
+    """The autoencoder, whose methods take and return *scaled* latents; unscaled ones stay inside `models`."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -191,23 +191,53 @@ class VAE(Model):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def forward(self, x: Tensor, direction: Direction = "encode") -> tuple[Tensor, ...]:
-        """Run one half, so that what wraps or replaces a VAE is called like it: `posterior(x)`, or `(decode(x),)`."""
+        """Run one direction, so that a module that wraps or replaces the VAE is called like it.
+
+        Args:
+            x: an image (B, 3, 8H, 8W) in [-1, 1], or scaled latents (B, 4, H, W).
+            direction: which half to run.
+
+        Returns:
+            The result of `posterior(x)`, or the tuple `(decode(x),)`.
+        """
         return self.posterior(x) if direction == "encode" else (self.decode(x),)
 
     def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """image (B, 3, 8H, 8W) in [-1, 1] -> mean and standard deviation of the scaled latents, (B, 4, H, W) each."""
+        """Encode an image to the distribution of its latents.
+
+        Args:
+            image: (B, 3, 8H, 8W) in [-1, 1].
+
+        Returns:
+            Mean and standard deviation of the scaled latents, (B, 4, H, W) each.
+        """
         return self.scaled(self.encoder(channels_last(image)))
 
     def scaled(self, moments: Tensor) -> tuple[Tensor, Tensor]:
-        """What the encoder makes (B, 8, H, W) -> mean and standard deviation of the scaled latents."""
+        """Convert the encoder's output to mean and standard deviation.
+
+        Args:
+            moments: the output of the encoder (B, 8, H, W).
+
+        Returns:
+            Mean and standard deviation of the scaled latents, (B, 4, H, W) each.
+        """
         mean, logvar = self.quant_conv(moments).chunk(2, dim=1)
         std = (0.5 * logvar.clamp(-30.0, 20.0)).exp()
         return mean * self.config.scaling_factor, std * self.config.scaling_factor
 
     def encode(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """image (B, 3, 8H, 8W) in [-1, 1] -> scaled latents (B, 4, H, W): the mean, or a sample with a generator.
+        """Encode an image to latents: the mean, or a sample if there is a generator.
 
-        The sample is drawn in float32 on the generator's device, so that one seed serves every dtype and device.
+        The sample is drawn in float32 on the generator's device, so that a seed gives the same noise in every dtype and
+        on every device.
+
+        Args:
+            image: (B, 3, 8H, 8W) in [-1, 1].
+            generator: source of the sample's noise.
+
+        Returns:
+            Scaled latents (B, 4, H, W).
         """
         mean, std = self.posterior(image)
         if generator is None:
@@ -216,10 +246,24 @@ class VAE(Model):
         return mean + std * noise.to(mean)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, 4, H, W) -> image (B, 3, 8H, 8W), about [-1, 1]."""
+        """Decode latents to an image.
+
+        Args:
+            latents: scaled latents (B, 4, H, W).
+
+        Returns:
+            The image (B, 3, 8H, 8W), about in [-1, 1].
+        """
         return self.decoder(self.unscaled(latents))
 
     def unscaled(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, 4, H, W) -> what the decoder takes."""
+        """Convert scaled latents to the input of the decoder.
+
+        Args:
+            latents: scaled latents (B, 4, H, W).
+
+        Returns:
+            Unscaled latents after `post_quant_conv`, (B, 4, H, W).
+        """
         latents = channels_last(latents) / self.config.scaling_factor
         return self.post_quant_conv(latents)

@@ -1,8 +1,8 @@
-"""The owner of weights: how they lie in memory, how they are written, and whether what is derived from them holds.
+"""Weights: their layout in memory, writing to them, and tracking whether they changed.
 
-Whatever is derived from weights (another form, a fingerprint, a copy in another dtype) is kept beside a `Snapshot` of
-them and asked `holds()` before it is used. An edit by any of torch's ordinary ways, in place, through `.data`, through
-numpy, by `load_state_dict` or by an optimizer, is noticed.
+Everything derived from weights (another form, a fingerprint, a copy in another dtype) is stored with a `Snapshot` of
+them, and `holds()` is checked before it is used. Edits by any of torch's ordinary means are noticed: in place, through
+`.data`, through numpy, by `load_state_dict`, or by an optimizer.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ __all__ = ["Contents", "Model", "Packed", "Snapshot", "all_weights", "contents",
 __all__ += ["Places", "point_to", "release", "unchanged", "write"]
 
 ALIGNED = 64
-"""Bytes, to a multiple of which a weight begins, as torch's own memory does: products may round in another order at
-other addresses."""
+"""The alignment of weights in bytes, as torch aligns memory; at other addresses products may round differently."""
 
 
 @runtime_checkable
@@ -30,36 +29,43 @@ class Packed(Protocol):
     """A layer that multiplies by several weights at once."""
 
     def packed(self) -> Sequence[nn.Linear]:
-        """Return the linear layers whose weights lie one after the other, in order."""
+        """Return the linear layers whose weights are contiguous in memory, in order."""
 
 
 class Model(nn.Module):
-    """A network whose weights are laid out anew whenever it is moved, cast, copied or unpickled; values stay."""
+    """A network that packs its weights again when it is moved, cast, copied or unpickled; values do not change."""
 
     def _apply(self, fn: object, recurse: bool = True) -> Self:
-        """Do what `to`, `cuda` and `half` ask for."""
+        """Apply a conversion, as `to`, `cuda` and `half` do, and pack the result."""
         nn.Module._apply(self, fn, recurse)
         pack(self)
         return self
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        """Take what pickle and deepcopy hand over."""
+        """Restore from pickle or deepcopy, and pack the weights."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         pack(self)
 
 
 class Snapshot:
-    """Some weights at one moment, without a copy of them; as `all_weights` yields those of a module."""
+    """The identity and contents of some weights at one moment, without a copy of the numbers."""
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
         weights = list(weights)
         self._which, self._contents = list(map(id, weights)), contents(weights)
 
     def holds(self, weights: Iterable[Tensor], *, read_devices: bool = True) -> bool:
-        """Tell whether these are the very same weights and hold the same numbers, bit for bit.
+        """Tell whether these are the same weights with the same numbers, bit for bit.
 
-        It reads what is not mapped from a file, at the speed of memory; on a GPU only with `read_devices`, because that
-        means to wait for it. Without, it misses there what was written through `.data` or numpy.
+        Weights in ordinary memory are read, at the speed of memory; weights that are mapped from a file are not.
+
+        Args:
+            weights: weights in the same order as at the start, for example from `all_weights`.
+            read_devices: also read weights on a GPU, which waits for the GPU. Without it, writes through `.data` or
+                numpy go unnoticed there.
+
+        Returns:
+            True if nothing changed.
         """
         weights = list(weights)
         return self._which == list(map(id, weights)) and all(
@@ -68,20 +74,27 @@ class Snapshot:
 
 
 def all_weights(module: nn.Module) -> Iterator[Tensor]:
-    """Yield every parameter and buffer once."""
+    """Yield every parameter and buffer once.
+
+    Args:
+        module: a network, or a part of one.
+
+    Returns:
+        An iterator over parameters, then buffers.
+    """
     return chain(module.parameters(), module.buffers())
 
 
 @torch.no_grad()
 def write(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Write values into weights, where they lie; casts them to the weights' dtype and device.
+    """Write values into weights in place, cast to the dtype and device of the weights.
 
     Args:
         module: a network of a pipeline, or a part of one.
-        values: by the names of `module.state_dict()`, tensors of the same shapes; not all names need be there.
+        values: tensors of the same shapes, by the names of `module.state_dict()`; names may be left out.
 
     Raises:
-        SettingError: for a name that the module does not have, or another shape; nothing is written then.
+        SettingError: a name is not in the module, or a shape differs; nothing is written then.
     """
     weights = dict(chain(module.named_parameters(), module.named_buffers()))
     for name, value in values.items():
@@ -96,16 +109,24 @@ def write(module: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 def point_to(weight: Tensor, data: Tensor) -> None:
-    """Let a weight lie in other memory from now on; what was derived from it is forgotten."""
+    """Move a weight to other memory, and drop the cached forms of it.
+
+    Args:
+        weight: a parameter.
+        data: a tensor of its shape, which becomes its memory.
+    """
     forget(weight)
     weight.data = data
 
 
 @torch.no_grad()
 def pack(model: nn.Module) -> None:
-    """Lay weights that are read at once one after the other, and on a GPU make convolutions channels-last.
+    """Make weights that are read together contiguous, and on a GPU make convolutions channels-last.
 
-    Weights on the meta device, and those of layers that were replaced, stay as they are.
+    Weights on the meta device, and those of replaced layers, stay as they are.
+
+    Args:
+        model: a network, or a part of one.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.weight.is_cuda:
@@ -120,7 +141,7 @@ def _pack(weights: list[Any]) -> None:
     alike = {(weight.device, weight.dtype, weight.shape[1:], type(weight)) for weight in weights}
     if len(alike) > 1 or weights[0].is_meta or type(weights[0]) is not nn.Parameter:
         return
-    if any(weight.is_inference() for weight in weights):  # torch lets nobody move these without losing its count
+    if any(weight.is_inference() for weight in weights):  # torch cannot move these and keep its write count
         return
     if joined(weights) is not None and weights[0].data_ptr() % ALIGNED == 0:
         return
@@ -133,9 +154,13 @@ def _pack(weights: list[Any]) -> None:
 
 
 def joined(weights: Sequence[Tensor]) -> Tensor | None:
-    """Return weights (O, C) that `pack` laid one after the other as one (sum of O, C); None where they are not.
+    """View weights that `pack` made contiguous as one matrix.
 
-    None also where they need gradients, which the whole would not pass on to its parts.
+    Args:
+        weights: matrices (O, C), in the order in which they were packed.
+
+    Returns:
+        The matrix (sum of O, C). None if they are not contiguous, or need gradients, which the view would not pass on.
     """
     first, memory = weights[0], weights[0].untyped_storage().data_ptr()
     in_order = all(
@@ -152,9 +177,9 @@ def joined(weights: Sequence[Tensor]) -> Tensor | None:
 
 
 class Places:
-    """Where a model's weights are, for what reads them by their addresses, as a captured CUDA graph does.
+    """The addresses of a model's weights, for captured CUDA graphs, which read the weights there.
 
-    It costs next to nothing, and keeps memory of a GPU from going to others meanwhile.
+    Checking it costs almost nothing. It also keeps the memory on a GPU from being reused in the meantime.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -163,7 +188,14 @@ class Places:
         self._held = [weight.untyped_storage() for weight in weights if weight.is_cuda]
 
     def hold(self, model: nn.Module) -> bool:
-        """Tell whether the weights are there still, and torch saw nobody write to them."""
+        """Tell whether the weights are still at these addresses, and torch counted no write to them.
+
+        Args:
+            model: the same model.
+
+        Returns:
+            True if both hold.
+        """
         weights = list(model.parameters())
         return (self.key, self._versions) == (_addresses(weights), _versions(weights))
 
@@ -177,6 +209,10 @@ def _versions(weights: Sequence[Tensor]) -> list[int]:
 
 
 def forget_derived(*weights: Tensor) -> None:
-    """Drop the other forms that layers keep of these weights, until they are used again."""
+    """Drop the cached forms of these weights; they are made again when needed.
+
+    Args:
+        *weights: parameters.
+    """
     for weight in weights:
         forget(weight)

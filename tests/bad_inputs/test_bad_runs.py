@@ -54,7 +54,7 @@ def test_an_autoencoder_that_overflows_runs_again_in_float32(folder, half):
 
     rewrite(folder / VAE_FILE, louder)
     pipe = load(folder, dtype="float16")
-    with pytest.warns(SdInpaintWarning, match=rf"overflowed in torch\.float16; the picture is {half}d in float32"):
+    with pytest.warns(SdInpaintWarning, match=rf"overflowed in torch\.float16; the image is {half}d in float32"):
         found = inpaint(pipe).image
     assert {weight.dtype for weight in pipe.vae.parameters()} == {torch.float16}
     expected = np.asarray(inpaint(load(folder)).image).astype(int)

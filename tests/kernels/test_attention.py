@@ -173,21 +173,21 @@ def shaped(batch, queries, heads, head_dim):
     return SimpleNamespace(shape=(batch, queries, heads, head_dim), is_cuda=True, device="cuda:0")
 
 
-@pytest.mark.parametrize("row", module.RIVALS)
+@pytest.mark.parametrize("row", module.FASTER_IN_TORCH)
 def test_torch_runs_where_it_was_faster_on_the_gpu_that_was_measured(row, monkeypatch):
     monkeypatch.setattr(module, "_is_measured", lambda device: device == "cuda:0")
     faster = shaped(2, row.queries, row.heads // 2, row.head_dim)
-    assert f"{row.torch_us} us, the kernel {row.kernel_us} us" in module._rival(faster, faster)
+    assert f"{row.torch_us} us, the kernel {row.kernel_us} us" in module._why_torch(faster, faster)
     assert row.torch_us < row.kernel_us
     fewer = (
         shaped(2, row.queries // 2, row.heads // 2, row.head_dim),
         shaped(1, row.queries, row.heads // 2, row.head_dim),
         shaped(2, row.queries, row.heads // 2, row.head_dim + 8),
     )
-    assert [module._rival(q, q) for q in fewer] == [None] * 3
-    assert module._rival(faster, shaped(2, 77, row.heads // 2, row.head_dim)) is None
+    assert [module._why_torch(q, q) for q in fewer] == [None] * 3
+    assert module._why_torch(faster, shaped(2, 77, row.heads // 2, row.head_dim)) is None
     monkeypatch.setattr(module, "_is_measured", lambda device: False)
-    assert module._rival(faster, faster) is None
+    assert module._why_torch(faster, faster) is None
 
 
 @pytest.mark.parametrize(
@@ -202,8 +202,8 @@ def test_what_was_measured_speaks_of_hopper_and_its_cudnn(capability, cudnn, mea
 @pytest.mark.parametrize(("asked", "looks"), [("auto", True), ("triton", False), ("torch", False)])
 def test_who_asks_for_an_implementation_gets_it_even_where_it_is_slower(asked, looks, monkeypatch):
     looked = []
-    monkeypatch.setattr(module, "_rival", lambda q, k: looked.append(q))
-    monkeypatch.setattr(backend, "choose", lambda *_, **told: backend.ASKED)
+    monkeypatch.setattr(module, "_why_torch", lambda q, k: looked.append(q))
+    monkeypatch.setattr(backend, "choose", lambda *_, **told: backend.REQUESTED)
     attention(*packed(1, 2, 40, 8, 8), kernels=asked)
     assert bool(looked) is looks
 
@@ -320,7 +320,7 @@ def test_on_a_gpu_the_kernel_runs():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("row", module.RIVALS)
+@pytest.mark.parametrize("row", module.FASTER_IN_TORCH)
 def test_on_a_gpu_what_torch_puts_out_needs_no_copy_to_join_its_heads(row):
     q, k, v = packed(2, row.heads // 2, row.head_dim, row.queries, row.queries, torch.bfloat16, "cuda")
     out = attention(q, k, v, kernels="torch")

@@ -27,7 +27,7 @@ def draw(batch, queries, keys, heads, head_dim, spread=1.0):
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """So that small inputs are cut into several blocks."""
-    monkeypatch.setattr(attention_blocks, "LEAST_TOKENS", 32)
+    monkeypatch.setattr(attention_blocks, "MIN_TOKENS", 32)
     monkeypatch.setattr(attention_blocks, "QUERIES", 24)
 
 

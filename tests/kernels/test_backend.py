@@ -51,7 +51,7 @@ def test_a_gpu_runs_the_kernel_unless_something_is_in_the_way():
     with torch.no_grad():
         assert choose(tensor()).name == "triton"
         assert choose(tensor(), None, tensor(requires_grad=True)).name == "triton"
-        assert choose(tensor(), requested="torch") == ("torch", "asked for")
+        assert choose(tensor(), requested="torch") == ("torch", "requested")
         assert choose(tensor(), obstacle="it is odd") == ("torch", "it is odd")
     assert choose(tensor(), None, tensor(requires_grad=True)) == ("torch", "gradients are needed")
     assert choose(tensor(CPU)) == ("torch", "the tensors are on the cpu")
@@ -87,7 +87,7 @@ def test_the_variable_decides_for_a_process_and_the_argument_for_a_call(monkeypa
     assert choose(tensor()).name == "torch"
     assert choose(tensor(), requested="auto").name == "triton"
     monkeypatch.setattr(backend, "SETTING", "fast")
-    with pytest.raises(ValueError, match=r"SDINPAINT_KERNELS is 'fast'; one of auto, torch, triton"):
+    with pytest.raises(ValueError, match=r"SDINPAINT_KERNELS is 'fast'; expected one of auto, torch, triton"):
         choose(tensor())
 
 
@@ -103,7 +103,7 @@ def test_the_variable_is_read(setting, expected):
 def test_asking_for_triton_in_vain_warns_once():
     x = torch.ones(2, 8)
     with pytest.warns(
-        UserWarning, match="geglu runs in torch although Triton was asked for: the tensors are on the cpu"
+        UserWarning, match="geglu runs in torch although Triton was requested: the tensors are on the cpu"
     ):
         assert geglu(x, kernels="triton").shape == (2, 4)
     with warnings.catch_warnings():

@@ -36,7 +36,7 @@ def check(x, weight, bias):
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch):
     """So that small weights do."""
-    monkeypatch.setattr(own, "LEAST_CHANNELS", 128)
+    monkeypatch.setattr(own, "MIN_CHANNELS", 128)
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def error(found, right):
 def bands(monkeypatch):
     """Several bands, of which the last is smaller, though the maps are small."""
     monkeypatch.setattr(moments, "BAND", 3000)
-    monkeypatch.setattr(own, "LEAST_IN_BANDS", 0)
+    monkeypatch.setattr(own, "MIN_BANDED", 0)
 
 
 # in torch

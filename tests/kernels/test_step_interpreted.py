@@ -36,7 +36,7 @@ def step(unet, texts, x, extra, setting, dtype=torch.float32):
     trained = schedules.train_sigmas(SD15_INPAINT.schedule)
     denoise = Denoiser(unet, trained, "eps", *given, extra=[one.to(dtype) for one in extra], dtype=dtype)
     with warnings.catch_warnings(), torch.inference_mode():
-        warnings.filterwarnings("error", message=".*although Triton was asked for")
+        warnings.filterwarnings("error", message=".*although Triton was requested")
         return denoise(x.to(dtype), 1.7)
 
 

@@ -35,8 +35,8 @@ def check(x, weight, bias):
 @pytest.fixture
 def laid_out(monkeypatch):
     """The weights that are laid out, in turn."""
-    seen, real = [], own._laid_out
-    monkeypatch.setattr(own, "_laid_out", lambda weight: (seen.append(weight.shape), real(weight))[1])
+    seen, real = [], own._transposed_kernel
+    monkeypatch.setattr(own, "_transposed_kernel", lambda weight: (seen.append(weight.shape), real(weight))[1])
     return seen
 
 
@@ -94,8 +94,8 @@ def test_it_can_be_compiled_around():
 
 @pytest.mark.parametrize("row", range(4))
 def test_a_wrong_sum_of_weights_is_seen(row, monkeypatch):
-    wrong = [list(numbers) for numbers in own.MET]
+    wrong = [list(numbers) for numbers in own.SUMMED]
     wrong[row][row % 3] += 0.01
-    monkeypatch.setattr(own, "MET", wrong)
+    monkeypatch.setattr(own, "SUMMED", wrong)
     with pytest.raises(AssertionError):
         check(*draw(*IN_ONE[0]))

@@ -373,7 +373,7 @@ def test_what_never_leaves_is_not(larger, monkeypatch):
 
 
 def test_nothing_is_kept_beside_weights_that_are_not_there(larger, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("sdinpaint_kernels.conv3"), "LEAST_CHANNELS", 128)
+    monkeypatch.setattr(importlib.import_module("sdinpaint_kernels.conv3"), "MIN_CHANNELS", 128)
     pipe = load(larger, device="cpu", offload=True, progress=False)
     convs = {module.weight for module in pipe.unet.modules() if isinstance(module, nn.Conv2d)}
     held = []

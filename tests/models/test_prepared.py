@@ -347,7 +347,7 @@ def test_unequal_batches_meet(unets):
     x, t, context = draw(1, 2, 9, 6, 5), torch.tensor([3.0, 700.0]), draw(2, 4, 11, 28)
     whole = unet(torch.cat([x, x]), torch.cat([t, t]), context)
     assert close(unet(x, t, context), whole)
-    with pytest.raises(ValueError, match="a batch of 2 meets one of 3"):
+    with pytest.raises(ValueError, match="a batch of 2 does not divide a batch of 3"):
         unet(x, t, context[:3])
     assert torch.equal(repeated(x, 6), torch.cat([x, x, x]))
     assert repeated(x, 1) is x

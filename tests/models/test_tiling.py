@@ -181,7 +181,7 @@ def test_what_overflows_is_run_in_float32_bands(vae, half):
     layer = getattr(loud, f"{half}r").conv_in
     layer.weight.mul_(30_000 / layer.weight.abs().max())
     given = draw(half, 17, 9)
-    with pytest.warns(SdInpaintWarning, match=f"the picture is {half}d in float32"):
+    with pytest.warns(SdInpaintWarning, match=f"the image is {half}d in float32"):
         found = getattr(Autoencoding(loud.half()), half)(given, tile=32)
     found = found if half == "decode" else torch.cat(found, dim=1)
     expected = tiled(copy.deepcopy(loud).float(), half, given, 32)

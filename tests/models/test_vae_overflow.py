@@ -54,7 +54,7 @@ def quietly(pipe, half):
 @pytest.mark.parametrize("half", HALVES)
 def test_the_result_is_that_of_float32(tame, half):
     pipe = loud(tame, half)
-    with pytest.warns(SdInpaintWarning, match=rf"overflowed in torch\.float16; the picture is {half}d in float32"):
+    with pytest.warns(SdInpaintWarning, match=rf"overflowed in torch\.float16; the image is {half}d in float32"):
         found = run(pipe, half)
     wide = copy.deepcopy(pipe)
     wide.vae.float()

@@ -17,7 +17,8 @@ from torch import nn
 from sdinpaint.errors import SdInpaintWarning
 from sdinpaint.families import SD15_INPAINT
 from sdinpaint.models import VAE, ControlNet, ControlNetConfig, UNet
-from sdinpaint.models.unet import PreparedUNet, SelfAttention
+from sdinpaint.models.prepared_unet import PreparedUNet
+from sdinpaint.models.unet import SelfAttention
 from sdinpaint.models.weights import joined
 from sdinpaint.pipeline.control import Control
 from sdinpaint.sampling import Conditioning, Denoiser, schedules

@@ -1,0 +1,123 @@
+"""A UNet with precomputed conditioning: what depends on the text or the time alone is computed once for many steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sdinpaint.families import UNetConfig
+from sdinpaint.models import fused
+from sdinpaint.models.layers import is_plain, needs_gradients
+from sdinpaint.models.weights import Model, Places, Snapshot
+
+Precomputed = dict[object, Tensor]
+"""The precomputed conditioning of each block: keys and values of the text, or the projected time embedding."""
+
+
+class Conditioned(Model):
+    """The interface of a UNet that `PreparedUNet` needs, beside calling it."""
+
+    config: UNetConfig
+    time_embed: nn.Module
+    label_emb: nn.Module
+    """Embeds `vector`; it exists only if `config.vector_dim` is not None."""
+
+    def embed(self, t: Tensor, vector: Tensor | None = None) -> Tensor:
+        """Compute the time embedding.
+
+        Args:
+            t: timesteps (B,).
+            vector: pooled text with size and crop conditioning (B, V), for SDXL.
+
+        Returns:
+            The time embedding (B, E).
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class PreparedUNet:
+    """A UNet with precomputed conditioning, which serves all steps of a run.
+
+    It is valid as long as `is_current()`: no layer was hooked or replaced, and the weights are the same.
+    """
+
+    unet: Conditioned
+    blocks: Sequence[fused.ResBlock]
+    texts: Sequence[fused.Attention]
+    kept: list[Tensor]
+    """Keys and values of the text, (2, B, L, C), for each of `texts`."""
+    vector: Tensor | None
+    places: Places
+    used: Snapshot
+    """The state of the weights that something was precomputed from."""
+
+    @staticmethod
+    def precomputed_from(
+        unet: Conditioned, blocks: Sequence[fused.ResBlock], texts: Sequence[fused.Attention]
+    ) -> list[Tensor]:
+        """List the weights that keys, values and time embeddings are computed from.
+
+        Args:
+            unet: the UNet.
+            blocks: its residual blocks.
+            texts: its cross-attentions.
+
+        Returns:
+            The weights, in a fixed order.
+        """
+        embedding = [unet.time_embed, *([unet.label_emb] if unet.config.vector_dim is not None else [])]
+        layers = [
+            *embedding,
+            *(one for text in texts for one in (text.to_k, text.to_v)),
+            *(b.emb_layers for b in blocks),
+        ]
+        weights = [weight for layer in layers for weight in layer.parameters()]
+        return weights + [fused.bias_of(block.in_layers[-1]) for block in blocks]
+
+    @property
+    def key(self) -> str:
+        """The addresses at which a captured CUDA graph reads weights, as a string."""
+        return self.places.key
+
+    def is_current(self) -> bool:
+        """Tell whether preparing again would give the same; on a GPU only writes that torch counts are noticed."""
+        return (
+            is_plain(self.unet)
+            and all(block.is_fusible() for block in self.blocks)
+            and not needs_gradients(self.unet)
+            and self.places.hold(self.unet)
+            and self.used.holds(self.precomputed_from(self.unet, self.blocks, self.texts), read_devices=False)
+        )
+
+    def embed(self, t: Tensor) -> Tensor:
+        """Project the time embeddings of all steps for all residual blocks.
+
+        Args:
+            t: timesteps (S,).
+
+        Returns:
+            The vectors that the blocks add at each timestep, concatenated, (S, B, sum of C); B is 1 without `vector`.
+        """
+        label = 0 if self.vector is None else fused.mlp(self.unet.label_emb, self.vector)
+        emb = self.unet.embed(t)[:, None] + label
+        return torch.cat([fused.addend(block, emb) for block in self.blocks], dim=-1)
+
+    def __call__(self, x: Tensor, emb: Tensor, kept: Sequence[Tensor], control: Sequence[Tensor] | None) -> Tensor:
+        """Predict the noise (or v) from precomputed conditioning.
+
+        Args:
+            x: noisy latents (B, in_channels, H, W); the batch may be half of that of the conditioning.
+            emb: one timestep's row of `embed`.
+            kept: keys and values, as in the attribute `kept`.
+            control: residuals of a ControlNet, or None.
+
+        Returns:
+            The raw network output (B, 4, H, W).
+        """
+        addends = emb.split([block.out_layers[-1].out_channels for block in self.blocks], dim=-1)
+        projected: Precomputed = dict(zip(self.blocks, addends, strict=True))
+        return self.unet(x, projected, dict(zip(self.texts, kept, strict=True)), None, control)
