@@ -99,7 +99,7 @@ class VAEConfig:
         if self.channels % self.norm_groups:
             _refuse(self, "norm_groups", f"a number that divides channels {self.channels}")
         factor: object = self.scaling_factor
-        if isinstance(factor, bool) or not isinstance(factor, Real) or not 0 < factor < math.inf:
+        if isinstance(factor, bool) or not isinstance(factor, Real) or not 0 < float(factor) < math.inf:
             _refuse(self, "scaling_factor", "a positive number")
 
 

@@ -39,7 +39,7 @@ class Report:
     prediction_why: str
     has_ema: bool
     has_tokenizer: bool
-    """Whether the source has a tokenizer; a single file never has."""
+    """True where the source has a tokenizer; a single file never has one."""
     parameters: dict[str, int]
     """Component -> number of parameters."""
     dtypes: dict[str, dict[str, int]]

@@ -158,7 +158,9 @@ def _check_alike(parts: list[Part], family: Family) -> None:
         path, shapes = part.state.weights.path, part.state.shapes()
         if part.layout.family != family.kind:
             hint = "only models that were trained from the same base can be merged"
-            raise CheckpointError("CKPT_MISMATCH", path, part.layout.title, expected=f"one of {family.kind}", hint=hint)
+            raise CheckpointError(
+                "CKPT_MISMATCH", path, part.layout.title, expected=f"a model of {family.kind}", hint=hint
+            )
         if part.layout.in_channels != channels:
             found = f"{role} has {part.layout.in_channels} input channels"
             raise CheckpointError("CKPT_CHANNELS", path, found, expected=f"{channels}")

@@ -92,7 +92,9 @@ def read_json(path: Path) -> Json:
         return {}
     hint = "fetch the file again, or remove it to use the family's values"
     if path.stat().st_size > MAX_JSON:
-        raise CheckpointError("CKPT_BAD_CONFIG", path, f"{path.stat().st_size} bytes", expected="some lines", hint=hint)
+        raise CheckpointError(
+            "CKPT_BAD_CONFIG", path, f"{path.stat().st_size} bytes", expected=f"at most {MAX_JSON} bytes", hint=hint
+        )
     try:
         table = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:

@@ -142,7 +142,7 @@ class Layout:
     in_channels: int | None
     """Input channels of the UNet, 9 for inpainting; None without a UNet."""
     has_ema: bool
-    """Whether there are averaged (EMA) weights of the UNet."""
+    """True where there are averaged (EMA) weights of the UNet."""
     why: tuple[str, ...]
     """The names and shapes that prove it, as sentences."""
 
