@@ -62,7 +62,7 @@ def find_prediction(
     """
     if asked not in (None, "eps", "v"):
         raise SettingError("SETTING_PREDICTION", "prediction", f"{asked!r}", expected="'eps' or 'v'")
-    nothing = Evidence(None, "nothing beside the tensors says whether it predicts noise or v")
+    nothing = Evidence(None, "no file or metadata beside the tensors says whether it predicts noise or v")
     return next(_evidence(asked, scheduler, path, metadata, keys), nothing)
 
 
@@ -70,7 +70,7 @@ def _evidence(
     asked: str | None, scheduler: Mapping[str, Any], path: Path, metadata: Mapping[str, str], keys: Collection[str]
 ) -> Iterator[Evidence]:
     if asked is not None:
-        yield Evidence(cast(Prediction, asked), f"prediction={asked!r} was asked for")
+        yield Evidence(cast(Prediction, asked), f"prediction={asked!r} was requested")
     if scheduler:
         name = scheduler.get("prediction_type", "not given, so epsilon")  # as diffusers reads it
         yield Evidence(prediction_in(scheduler, path) or "eps", f"scheduler_config.json: prediction_type {name}")
