@@ -8,8 +8,12 @@ Widths and depths of a checkpoint come from its own shapes (`sdinpaint.loading`)
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Integral, Real
+from typing import Any, Literal, NoReturn, get_args
+
+from sdinpaint.errors import SettingError
 
 Activation = Literal["quick_gelu", "gelu"]
 Prediction = Literal["eps", "v"]
@@ -41,6 +45,36 @@ class UNetConfig:
     """Whether proj_in and proj_out of a transformer are Linear (SD2, XL) or 1 x 1 convolutions (SD1)."""
     vector_dim: int | None
 
+    def __post_init__(self) -> None:
+        """Refuse a field that no UNet can be built from, and fields that do not fit each other.
+
+        Raises:
+            SettingError: names the field, what was expected and what came.
+        """
+        _check_whole(self, "in_channels", "out_channels", "model_channels", "num_res_blocks", "context_dim")
+        _check_whole(self, "norm_groups")
+        _check_whole(self, "middle_depth", low=0)
+        _check_whole(self, "num_heads", "head_dim", "vector_dim", optional=True)
+        _check_row(self, "channel_mult")
+        _check_row(self, "transformer_depth", low=0)
+        _check_switch(self, "linear_projection")
+        if len(self.transformer_depth) != len(self.channel_mult):
+            _refuse(self, "transformer_depth", f"one number for each of channel_mult {self.channel_mult}")
+        if self.model_channels % 2:
+            _refuse(self, "model_channels", "an even number, for the sines and cosines of the timestep embedding")
+        if self.model_channels % self.norm_groups:
+            _refuse(self, "norm_groups", f"a number that divides model_channels {self.model_channels}")
+        if (self.num_heads is None) == (self.head_dim is None):
+            _refuse(
+                self, "num_heads", f"one of num_heads and head_dim, and None for the other; head_dim is {self.head_dim}"
+            )
+        name = "head_dim" if self.num_heads is None else "num_heads"
+        attending = [mult for mult, depth in zip(self.channel_mult, self.transformer_depth, strict=True) if depth]
+        attending += [self.channel_mult[-1]] * bool(self.middle_depth)
+        widths = sorted({self.model_channels * mult for mult in attending})
+        if any(width % getattr(self, name) for width in widths):
+            _refuse(self, name, f"a number that divides the widths of the levels with attention, {widths}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig:
@@ -53,6 +87,20 @@ class VAEConfig:
     num_res_blocks: int
     norm_groups: int
     scaling_factor: float
+
+    def __post_init__(self) -> None:
+        """Refuse a field that no autoencoder can be built from, and fields that do not fit each other.
+
+        Raises:
+            SettingError: names the field, what was expected and what came.
+        """
+        _check_whole(self, "in_channels", "latent_channels", "channels", "num_res_blocks", "norm_groups")
+        _check_row(self, "channel_mult")
+        if self.channels % self.norm_groups:
+            _refuse(self, "norm_groups", f"a number that divides channels {self.channels}")
+        factor: object = self.scaling_factor
+        if isinstance(factor, bool) or not isinstance(factor, Real) or not 0 < float(factor) < math.inf:
+            _refuse(self, "scaling_factor", "a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +122,22 @@ class TextConfig:
     """Whether the context goes through the final norm."""
     projection_dim: int | None
     """Width of the pooled text, which goes through every layer; None where there is none."""
+
+    def __post_init__(self) -> None:
+        """Refuse a field that no text encoder can be built from, and fields that do not fit each other.
+
+        Raises:
+            SettingError: names the field, what was expected and what came.
+        """
+        _check_whole(self, "vocab_size", "context_length", "width", "mlp_width", "num_layers", "num_heads")
+        _check_whole(self, "projection_dim", optional=True)
+        _check_whole(self, "pad_id", low=0, high=self.vocab_size - 1, optional=True)
+        _check_whole(self, "skip_last", low=0, high=self.num_layers)
+        _check_switch(self, "final_norm")
+        if self.width % self.num_heads:
+            _refuse(self, "num_heads", f"a number that divides width {self.width}")
+        if self.activation not in get_args(Activation):
+            _refuse(self, "activation", " or ".join(map(repr, get_args(Activation))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +181,35 @@ class Family:
     def components(self) -> dict[str, UNetConfig | VAEConfig | TextConfig]:
         """The configuration of each network by its name in a diffusers folder."""
         return {"unet": self.unet, "vae": self.vae, **dict(zip(TEXT_ENCODERS, self.texts, strict=False))}
+
+
+def _check_whole(config: object, *names: str, low: int = 1, high: float = math.inf, optional: bool = False) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not (value is None and optional) and not _is_whole(value, low, high):
+            bounds = f"a whole number from {low}" + ("" if high == math.inf else f" to {high}")
+            _refuse(config, name, bounds + " or None" * optional)
+
+
+def _check_row(config: object, name: str, low: int = 1) -> None:
+    values = getattr(config, name)
+    if not isinstance(values, tuple | list) or not values or not all(_is_whole(value, low) for value in values):
+        _refuse(config, name, f"a tuple of whole numbers from {low}, one for each level")
+    object.__setattr__(config, name, tuple(values))  # a list would make the configuration unhashable
+
+
+def _check_switch(config: object, name: str) -> None:
+    if not isinstance(getattr(config, name), bool):
+        _refuse(config, name, "True or False")
+
+
+def _is_whole(value: Any, low: int, high: float = math.inf) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
+
+
+def _refuse(config: object, name: str, expected: str) -> NoReturn:
+    subject = f"{type(config).__name__}.{name}"
+    raise SettingError("SETTING_CONFIG", subject, f"{getattr(config, name)!r}", expected=expected)
 
 
 SD15_INPAINT = Family(

@@ -83,9 +83,9 @@ def test_sizes_are_read_off_the_shapes(inventory, name):
     """From a family in which all of them are others."""
     family, sd1 = FILES[name], SD15
     weights = inventory(name)
-    unet = replace(sd1.unet, num_heads=family.unet.num_heads, head_dim=family.unet.head_dim, model_channels=1)
+    unet = replace(sd1.unet, num_heads=family.unet.num_heads, head_dim=family.unet.head_dim, model_channels=64)
     assert unet_config(claim(weights, "unet").shapes(), {}, unet, HERE) == family.unet
-    vae = replace(sd1.vae, scaling_factor=family.vae.scaling_factor, channels=1)
+    vae = replace(sd1.vae, scaling_factor=family.vae.scaling_factor, channels=32)
     assert vae_config(claim(weights, "vae").shapes(), {}, vae, HERE) == family.vae
     for component, text in zip(("text_encoder", "text_encoder_2"), family.texts, strict=False):
         projection = None if text.projection_dim is None else 1

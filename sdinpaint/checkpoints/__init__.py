@@ -1,1 +1,1 @@
-"""Checkpoint files: found, understood, inspected, converted and merged; tensors are read once all is known to fit."""
+"""Find, inspect, convert and merge checkpoint files; tensors are read only after all names and shapes are checked."""

@@ -1,4 +1,4 @@
-"""A checkpoint's configuration: sizes from the shapes of its tensors, and what shapes cannot tell from its JSON files.
+"""Configure the models of a checkpoint: sizes come from tensor shapes, and settings without a shape from JSON files.
 
 The weights decide: a number in a JSON file is used only where no shape tells it, and only if it fits the shapes.
 """
@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sdinpaint.errors import CheckpointError
+from sdinpaint.errors import CheckpointError, SettingError
 from sdinpaint.families import (
     Family,
     Prediction,
@@ -25,6 +25,7 @@ from sdinpaint.sampling.schedules import train_sigmas
 
 Shapes = Mapping[str, tuple[int, ...]]
 Json = Mapping[str, Any]
+Config = TypeVar("Config", UNetConfig, VAEConfig, TextConfig)
 
 __all__ = [
     "check_fit",
@@ -37,12 +38,27 @@ __all__ = [
     "whole_number",
 ]
 
-HEAD_DIM = 64  # of every CLIP text encoder
+HEAD_DIM = 64
+"""Width of each attention head in every CLIP text encoder."""
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v"}
+"""Name of a prediction in diffusers -> name here."""
 
 
 def unet_config(shapes: Shapes, json: Json, base: UNetConfig, where: Path) -> UNetConfig:
-    """The UNet of which these are the native shapes. Raises: CheckpointError for a number that fits no shape."""
+    """Find the configuration of a UNet from the shapes of its tensors and from its JSON file.
+
+    Args:
+        shapes: native name -> shape.
+        json: diffusers' config.json; it may be empty.
+        base: the family's UNet, for what neither tells.
+        where: the file or folder that errors name.
+
+    Returns:
+        The configuration; `base` with its norm groups and heads replaced where needed names are missing.
+
+    Raises:
+        CheckpointError: a number of the JSON file does not fit the shapes.
+    """
     try:
         config = _unet_sizes(shapes, base)
     except (KeyError, IndexError, ValueError, ZeroDivisionError):
@@ -60,15 +76,27 @@ def unet_config(shapes: Shapes, json: Json, base: UNetConfig, where: Path) -> UN
         }
         if len(dims) != 1:
             _refuse(where, "attention_head_dim", heads, "numbers of heads that give one head size")
-        return replace(config, norm_groups=groups, num_heads=None, head_dim=dims.pop())
+        return _fitting(config, where, norm_groups=groups, num_heads=None, head_dim=dims.pop())
     if heads is not None:
         count = whole_number({"attention_head_dim": heads}, "attention_head_dim", 0, where)
         _check_divides(where, "attention_head_dim", count, widths)
-        return replace(config, norm_groups=groups, num_heads=count, head_dim=None)
-    return replace(config, norm_groups=groups)
+        return _fitting(config, where, norm_groups=groups, num_heads=count, head_dim=None)
+    return _fitting(config, where, norm_groups=groups, num_heads=base.num_heads, head_dim=base.head_dim)
+
+
+def _fitting(config: Config, where: Path, **settings: Any) -> Config:
+    try:
+        return replace(config, **settings)
+    except SettingError as error:
+        name = error.subject.rpartition(".")[2]
+        hint = "give the configuration that belongs to these weights: config=FOLDER"
+        raise CheckpointError(
+            "CKPT_BAD_CONFIG", where, f"{name} is {error.found}", expected=error.expected, hint=hint
+        ) from error
 
 
 def _unet_sizes(shapes: Shapes, base: UNetConfig) -> UNetConfig:
+    """Return `base` with the sizes that the shapes tell, one norm group and one head."""
     first = shapes["input_blocks.0.0.weight"]
     rows = _count(shapes, r"input_blocks\.(\d+)\.")
     halvings = [row for row in range(rows) if f"input_blocks.{row}.0.op.weight" in shapes]
@@ -91,23 +119,39 @@ def _unet_sizes(shapes: Shapes, base: UNetConfig) -> UNetConfig:
         context_dim=contexts[0],
         linear_projection=projections[0] == 2,
         vector_dim=vector[1] if vector else None,
+        norm_groups=1,
+        num_heads=1,
+        head_dim=None,
     )
 
 
 def vae_config(shapes: Shapes, json: Json, base: VAEConfig, where: Path) -> VAEConfig:
-    """The autoencoder of which these are the native shapes. Raises: CheckpointError for a number that fits no shape."""
+    """Find the configuration of an autoencoder from the shapes of its tensors and from its JSON file.
+
+    Args:
+        shapes: native name -> shape.
+        json: diffusers' config.json; it may be empty.
+        base: the family's autoencoder, for what neither tells.
+        where: the file or folder that errors name.
+
+    Returns:
+        The configuration; `base` with its norm groups and scaling factor replaced where needed names are missing.
+
+    Raises:
+        CheckpointError: a number of the JSON file does not fit the shapes.
+    """
     try:
         config = _vae_sizes(shapes, base)
     except (KeyError, IndexError, ValueError, ZeroDivisionError):
         config = base
     groups = whole_number(json, "norm_num_groups", base.norm_groups, where)
     _check_divides(where, "norm_num_groups", groups, [config.channels * mult for mult in config.channel_mult])
-    return replace(
-        config, norm_groups=groups, scaling_factor=_positive(json, "scaling_factor", base.scaling_factor, where)
-    )
+    factor = _positive(json, "scaling_factor", base.scaling_factor, where)
+    return _fitting(config, where, norm_groups=groups, scaling_factor=factor)
 
 
 def _vae_sizes(shapes: Shapes, base: VAEConfig) -> VAEConfig:
+    """Return `base` with the sizes that the shapes tell, and one norm group."""
     first, latent = shapes["encoder.conv_in.weight"], shapes["decoder.conv_in.weight"]
     levels = _count(shapes, r"encoder\.down\.(\d+)\.")
     widths = [shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(levels)]
@@ -118,11 +162,25 @@ def _vae_sizes(shapes: Shapes, base: VAEConfig) -> VAEConfig:
         channels=first[0],
         channel_mult=tuple(width // first[0] for width in widths),
         num_res_blocks=_count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
+        norm_groups=1,
     )
 
 
 def text_config(shapes: Shapes, json: Json, base: TextConfig, where: Path) -> TextConfig:
-    """The text encoder of which these are the native shapes. Raises: CheckpointError for a number that fits none."""
+    """Find the configuration of a text encoder from the shapes of its tensors and from its JSON file.
+
+    Args:
+        shapes: native name -> shape.
+        json: the config.json of transformers; it may be empty.
+        base: the family's text encoder, for what neither tells.
+        where: the file or folder that errors name.
+
+    Returns:
+        The configuration; `base` with its heads, activation and projection replaced where needed names are missing.
+
+    Raises:
+        CheckpointError: a number of the JSON file does not fit the shapes.
+    """
     try:
         tokens = shapes["text_model.embeddings.token_embedding.weight"]
         config = replace(
@@ -132,22 +190,36 @@ def text_config(shapes: Shapes, json: Json, base: TextConfig, where: Path) -> Te
             context_length=shapes["text_model.embeddings.position_embedding.weight"][0],
             mlp_width=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
             num_layers=_count(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
-            num_heads=max(tokens[1] // HEAD_DIM, 1),
+            num_heads=1,
         )
-    except (KeyError, IndexError):
-        config = base
-    if base.projection_dim is not None:
-        config = replace(config, projection_dim=shapes.get("text_projection.weight", (base.projection_dim,))[0])
-    heads = whole_number(json, "num_attention_heads", config.num_heads, where)
+        default = max(config.width // HEAD_DIM, 1)
+    except (KeyError, IndexError, ValueError):
+        config, default = base, base.num_heads
+    projection = base.projection_dim
+    if projection is not None:
+        projection = shapes.get("text_projection.weight", (projection,))[0]
+    heads = whole_number(json, "num_attention_heads", default, where)
     _check_divides(where, "num_attention_heads", heads, [config.width])
     activation = json.get("hidden_act", base.activation)
     if activation not in ("quick_gelu", "gelu"):
         _refuse(where, "hidden_act", activation, "'quick_gelu' or 'gelu'")
-    return replace(config, num_heads=heads, activation=activation)
+    return _fitting(config, where, num_heads=heads, activation=activation, projection_dim=projection)
 
 
 def schedule_config(json: Json, base: ScheduleConfig, where: Path) -> ScheduleConfig:
-    """The trained schedule as `scheduler_config.json` gives it. Raises: CheckpointError for a kind not built here."""
+    """Read the trained noise schedule from `scheduler_config.json`.
+
+    Args:
+        json: the table of that file; it may be empty.
+        base: the family's schedule, for what the table does not say.
+        where: the file or folder that errors name.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        CheckpointError: a kind of schedule that is not supported, or a value that no schedule can have.
+    """
     kind = json.get("beta_schedule", "scaled_linear")
     if kind != "scaled_linear" or json.get("trained_betas") is not None:
         _refuse(where, "beta_schedule", "trained_betas" if kind == "scaled_linear" else kind, "'scaled_linear'")
@@ -166,7 +238,18 @@ def schedule_config(json: Json, base: ScheduleConfig, where: Path) -> ScheduleCo
 
 
 def prediction_in(json: Json, where: Path) -> Prediction | None:
-    """What `scheduler_config.json` says the UNet predicts; None where it says nothing. Raises: CheckpointError."""
+    """Read from `scheduler_config.json` whether the UNet predicts noise or v.
+
+    Args:
+        json: the table of that file; it may be empty.
+        where: the file or folder that errors name.
+
+    Returns:
+        "eps" or "v"; None where the file does not say.
+
+    Raises:
+        CheckpointError: another kind of prediction.
+    """
     if "prediction_type" not in json:
         return None
     name = json["prediction_type"]
@@ -176,12 +259,20 @@ def prediction_in(json: Json, where: Path) -> Prediction | None:
 
 
 def check_fit(family: Family, where: Path) -> None:
-    """Compare the components with each other. Raises: CheckpointError naming the two that do not fit."""
+    """Check that the sizes of UNet, VAE and text encoders fit each other.
+
+    Args:
+        family: the components' configurations.
+        where: the file or folder that errors name.
+
+    Raises:
+        CheckpointError: names the two components that do not fit.
+    """
     unet, vae = family.unet, family.vae
     width = sum(text.width for text in family.texts)
     if unet.context_dim != width:
         made = " + ".join(str(text.width) for text in family.texts)
-        found = f"the UNet reads text states {unet.context_dim} wide, the text encoder makes them {made} wide"
+        found = f"the UNet takes text embeddings {unet.context_dim} wide, the text encoder makes them {made} wide"
         raise CheckpointError("CKPT_MISMATCH", where, found, hint="take both from one model")
     rows = {text.vocab_size for text in family.texts}
     if len(rows) > 1:
@@ -189,8 +280,8 @@ def check_fit(family: Family, where: Path) -> None:
         raise CheckpointError("CKPT_MISMATCH", where, found, expected="one vocabulary", hint="take both from one model")
     pooled = family.texts[-1].projection_dim
     if unet.vector_dim is not None and (pooled is None or unet.vector_dim <= pooled or (unet.vector_dim - pooled) % 12):
-        found = f"the UNet reads a vector of {unet.vector_dim} numbers, the pooled text has {pooled}"
-        expected = "the pooled text, and as many cosines and sines for each of six sizes"
+        found = f"the UNet takes a conditioning vector of {unet.vector_dim} numbers, the pooled text has {pooled}"
+        expected = "the pooled text embedding, and equally many sines and cosines for each of six sizes"
         raise CheckpointError("CKPT_MISMATCH", where, found, expected=expected, hint="take both from one model")
     takes_mask = unet.out_channels + 1 + vae.latent_channels
     if unet.out_channels != vae.latent_channels or unet.in_channels not in (unet.out_channels, takes_mask):
@@ -200,13 +291,27 @@ def check_fit(family: Family, where: Path) -> None:
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
-    """One more than the largest number that `pattern` finds; 0 where it finds none."""
+    """Return one more than the largest number that `pattern` finds, and 0 where it finds none."""
     compiled = re.compile(pattern)
     return max((int(match[1]) + 1 for name in shapes if (match := compiled.match(name))), default=0)
 
 
 def whole_number(json: Json, name: str, default: int, where: Path, low: int = 1) -> int:
-    """A whole number of a JSON table, `default` where it has none. Raises: CheckpointError."""
+    """Read a whole number from a JSON table.
+
+    Args:
+        json: the table.
+        name: the number's name in it.
+        default: what the number is where the table does not have it.
+        where: the file or folder that errors name.
+        low: the smallest number allowed.
+
+    Returns:
+        The number.
+
+    Raises:
+        CheckpointError: the value is not a whole number, or is out of range.
+    """
     value = json.get(name)
     if value is None:
         return default
@@ -235,26 +340,39 @@ def _refuse(where: Path, name: str, value: object, expected: str) -> None:
 
 
 HINT_WIDTHS = (16, 32, 96, 256)
-"""Channels of the hint's convolutions in all released ControlNets; a file's own are read off its shapes."""
+"""Channels of the convolutions that embed the conditioning image in all released ControlNets.
+
+A file's own numbers are read from its shapes.
+"""
 HINT_WEIGHT = re.compile(r"input_hint_block\.(\d+)\.weight")
 ALIKE = ("model_channels", "channel_mult", "num_res_blocks", "context_dim", "vector_dim")
-"""Names of the settings that a ControlNet shares with its UNet."""
+"""Fields of `UNetConfig` in which a ControlNet and its UNet must agree."""
 BUILT = {"controlnet_conditioning_channel_order": "rgb", "global_pool_conditions": False}
-"""Settings of diffusers that change what is computed, with what is built here; no shape tells them."""
+"""Settings of diffusers' ControlNets that change the computation and have no shape, with the supported values."""
 KINDS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
-"""By the width of the text states."""
+"""Model by the width of its text embeddings."""
 
 
 def controlnet_config(shapes: Shapes, json: Json, unet: UNetConfig, where: Path) -> ControlNetConfig:
-    """The ControlNet of which these are the native shapes, for this UNet.
+    """Find the configuration of a ControlNet from the shapes of its tensors and from its JSON file.
 
-    Raises: CheckpointError for one of another family or kind, and for a number that fits no shape.
+    Args:
+        shapes: native name -> shape.
+        json: diffusers' config.json; it may be empty.
+        unet: the UNet that the ControlNet is for.
+        where: the file or folder that errors name.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        CheckpointError: a ControlNet of another family or kind, or a number that does not fit the shapes.
     """
     for name, built in BUILT.items():
         if json.get(name) not in (None, built):
             said, hint = f"{name} is {json[name]!r}", "give another ControlNet"
             raise CheckpointError("CKPT_BAD_CONFIG", where, said, expected=repr(built), hint=hint)
-    # its way down is the UNet's; of the way up, which it lacks, only the last layer tells a size
+    # A ControlNet has no up path, of which `unet_config` reads the last layer.
     end = {"out.2.weight": (unet.out_channels, unet.model_channels, 3, 3)}
     found = unet_config({**shapes, **end}, json, unet, where)
     if any(getattr(found, name) != getattr(unet, name) for name in ALIKE):
@@ -273,4 +391,4 @@ def controlnet_config(shapes: Shapes, json: Json, unet: UNetConfig, where: Path)
 
 def _kind(unet: UNetConfig) -> str:
     name = KINDS.get(unet.context_dim, "an unknown model")
-    return f"{name}: text states {unet.context_dim} wide, {unet.model_channels} channels times {unet.channel_mult}"
+    return f"{name}: text embeddings {unet.context_dim} wide, {unet.model_channels} channels times {unet.channel_mult}"

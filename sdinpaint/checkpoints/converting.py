@@ -1,4 +1,4 @@
-"""Write checkpoints in another layout or dtype, tensor by tensor: memory does not grow with their size."""
+"""Convert checkpoints to another layout or dtype, tensor by tensor, so that memory does not grow with their size."""
 
 from __future__ import annotations
 
@@ -33,27 +33,28 @@ __all__ = ["LAYOUTS", "Model", "check_request", "convert", "native_items", "sour
 
 LAYOUTS = ("diffusers", "ldm")
 PICKLES = (".ckpt", ".pth", ".pt", ".bin")
-"""Endings that other programs take for a pickle, which is not written."""
+"""File endings that other programs take for a pickle, a format that is never written here."""
 Json = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Model:
-    """What is to be written: tensors under native names, none of them read yet, and what belongs beside them."""
+    """A model to write: its tensors under native names, none of them read yet, with configuration and tokenizers."""
 
     path: Path
-    """The checkpoint that it is made from, or that it follows most."""
+    """The checkpoint that it is made from; the main one for a merged model."""
     kind: str
     """"sd1", "sd2" or "sdxl"; "sd" for a VAE alone."""
     components: Mapping[str, Sequence[Item]]
+    """Component -> its tensors."""
     tables: Mapping[str, Json]
-    """The JSON files of a diffusers folder by their path in it."""
+    """The JSON files of a diffusers folder, by their path in it."""
     tokenizers: Mapping[str, tuple[Path | None, TextConfig]]
-    """Of a diffusers folder: where the model has them, and the text encoders that they are for."""
+    """Folder name in a diffusers folder -> the model's own tokenizer, if it has one, and its text encoder."""
     sources: tuple[SourceFile, ...]
-    """Every file that a tensor is read from."""
+    """All files that tensors are read from."""
     metadata: Mapping[str, str]
-    """What else the files written say about themselves."""
+    """Further metadata of the written files."""
 
 
 def convert(
@@ -67,15 +68,25 @@ def convert(
     progress: bool = True,
     **opening: Any,
 ) -> None:
-    """Write a checkpoint in another layout or dtype: as a diffusers folder, or as one file as the releases are ("ldm").
+    """Write a checkpoint in another layout or dtype: as a diffusers folder, or as a single file in the official layout.
 
-    source: what `load` takes, or a VAE or ControlNet alone. layout: "diffusers" or "ldm"; None: as the target's name
-    says, "ldm" if it ends with .safetensors. dtype: float32, float16 or bfloat16; None keeps that of every tensor, and
-    with it every bit. ema: the averaged weights of the UNet. overwrite: replace what an earlier conversion wrote.
-    opening: what else `load` takes to open a source: config, vae, base, prediction, variant, revision,
-    local_files_only. The target appears when it is whole; its metadata holds the SHA-256 of the source. Memory does not
-    grow with the size of the checkpoint.
-    Raises: CheckpointError, SettingError.
+    The target replaces an older one when it is complete. Its metadata contains the SHA-256 of the source. Memory does
+    not grow with the size of the checkpoint.
+
+    Args:
+        source: a source that `load` takes, or a file or folder of a VAE or ControlNet alone.
+        target: the file or folder to write.
+        layout: "diffusers", or "ldm" for a single file; None chooses "ldm" if the target ends with .safetensors.
+        dtype: float32, float16 or bfloat16; None keeps the dtype and every bit of each tensor.
+        ema: take the UNet's averaged weights.
+        overwrite: replace the result of an earlier conversion.
+        progress: show a progress bar.
+        opening: other arguments of `load` with which to open the source: config, vae, base, prediction, variant,
+            revision, local_files_only.
+
+    Raises:
+        CheckpointError: the source cannot be read, or the target cannot be written.
+        SettingError: an argument is wrong.
     """
     target = Path(target)
     layout, dtype = check_request(target, layout, dtype, (source,), overwrite)
@@ -87,9 +98,20 @@ def convert(
 
 
 def model_of(checkpoint: Checkpoint, ema: bool = False, config: str | Path | None = None) -> Model:
-    """A checkpoint as it is, once every name and shape is known to fit; with a warning for what is left behind.
+    """Prepare a checkpoint for writing, after a check of all names and shapes.
 
-    config: a folder whose tokenizers are taken, if it has some, for a single file.
+    A warning says which tensors and components are left out.
+
+    Args:
+        checkpoint: the opened checkpoint.
+        ema: whether it was opened with the UNet's averaged weights.
+        config: a folder whose tokenizers, if it has any, are used for a single file.
+
+    Returns:
+        The model to write.
+
+    Raises:
+        CheckpointError: names or shapes do not fit.
     """
     checkpoint.build()
     for sentence in (*checkpoint.notes, *_left_out(checkpoint)):
@@ -117,11 +139,11 @@ def _own(home: Path | None, name: str) -> Path | None:
 
 
 def _left_out(checkpoint: Checkpoint) -> Iterator[str]:
-    """What of a checkpoint is not among the tensors of its model, though it is no constant either."""
+    """Yield a sentence for each kind of thing in a checkpoint that is not written, constants aside."""
     ends = ("position_ids", "logit_scale")
     unused = [key for state in checkpoint.states.values() for key in state.dropped if not key.endswith(ends)]
     if unused:
-        yield f"{len(unused)} tensors that no path through the model meets are left out: {', '.join(unused[:5])}"
+        yield f"{len(unused)} tensors that the model does not use are left out: {', '.join(unused[:5])}"
     others = {name for layout in checkpoint.layouts.values() for name in layout.components} - {*checkpoint.parts}
     if others:
         yield f"its {' and '.join(sorted(others))} is left out"
@@ -130,7 +152,7 @@ def _left_out(checkpoint: Checkpoint) -> Iterator[str]:
 def _open_alone(
     path: Path, *, config: str | Path | None = None, variant: str | None = None, **_: object
 ) -> Model | None:
-    """A VAE or a ControlNet alone; None for all else, which is for `open_checkpoint` to open or to explain."""
+    """Open a VAE or a ControlNet alone; return None for anything else, which `open_checkpoint` opens or refuses."""
     if not path.exists():
         return None
     parts = open_parts(
@@ -150,8 +172,8 @@ def _vae_table(part: Part, path: Path) -> Json:
     config = vae_config(part.state.shapes(), part.config, SD15.vae, path)
     build_models({"vae": config}, {"vae": part.state})
     if part.config.get("scaling_factor") is None:
-        found = f"{path}: nothing says by which factor its latents are scaled"
-        message = f"{found}; {config.scaling_factor} is written, as SD1 and SD2 have it (SDXL: 0.13025)"
+        found = f"{path}: the scaling factor of its latents is unknown"
+        message = f"{found}; {config.scaling_factor} is written, the one of SD1 and SD2 (SDXL has 0.13025)"
         warn(message)
     return diffusers_configs(replace(SD15, vae=config))["vae/config.json"]
 
@@ -159,7 +181,7 @@ def _vae_table(part: Part, path: Path) -> Json:
 def _controlnet_table(part: Part, path: Path) -> Json:
     shapes = part.state.shapes()
     released = next(family.unet for family in FAMILIES.values() if family.kind == part.layout.family)
-    # It shares the sizes of its way down with the UNet that it is for, which is not at hand.
+    # The UNet that it is for is not available, but the sizes of its down path are the same.
     unet = unet_config({**shapes, "out.2.weight": (released.out_channels,)}, part.config, released, path)
     config = controlnet_config(shapes, part.config, unet, path)
     build_models({CONTROLNET: config}, {CONTROLNET: part.state})
@@ -167,7 +189,14 @@ def _controlnet_table(part: Part, path: Path) -> Json:
 
 
 def native_items(state: NativeState) -> list[Item]:
-    """The tensors of a component under native names; each is read when its turn comes, and nothing stays mapped."""
+    """List a component's tensors for writing; each is read when it is written, and no file stays mapped.
+
+    Args:
+        state: the component.
+
+    Returns:
+        One item for each native name.
+    """
 
     def item(name: str, shape: tuple[int, ...]) -> Item:
         source = state.sources[name]
@@ -183,7 +212,14 @@ def native_items(state: NativeState) -> list[Item]:
 
 
 def source_files(states: Iterable[NativeState]) -> tuple[SourceFile, ...]:
-    """The files that hold these components, each once."""
+    """List the files that hold some components.
+
+    Args:
+        states: the components.
+
+    Returns:
+        The files, each once.
+    """
     files = (entry.storage.file for state in states for entry in state.weights.entries.values())
     return tuple({file.path: file for file in files}.values())
 
@@ -191,9 +227,21 @@ def source_files(states: Iterable[NativeState]) -> tuple[SourceFile, ...]:
 def check_request(
     target: Path, layout: str | None, dtype: str | torch.dtype | None, sources: Iterable[str | Path], overwrite: bool
 ) -> tuple[str, torch.dtype | None]:
-    """Layout and dtype to write; what cannot be written, or would destroy something, is refused before a file is read.
+    """Check a conversion before any file is read: the layout, the dtype, and that nothing would be destroyed.
 
-    Raises: SettingError, CheckpointError.
+    Args:
+        target: the file or folder to write.
+        layout: "diffusers" or "ldm"; None chooses by the target's name.
+        dtype: float32, float16 or bfloat16; None keeps the dtype of each tensor.
+        sources: the files and folders to be read.
+        overwrite: whether an existing target may be replaced.
+
+    Returns:
+        Layout and dtype.
+
+    Raises:
+        SettingError: the layout, the dtype or the target's name is wrong, or the target is one of the sources.
+        CheckpointError: the target exists and may not be replaced.
     """
     wanted = None if dtype is None else find_dtype(dtype)
     named = "ldm" if target.suffix == ".safetensors" else "diffusers"
@@ -207,11 +255,11 @@ def check_request(
     here = target.resolve()
     for source in map(Path, sources):
         if here == source.resolve() or here in source.resolve().parents:
-            found = f"it is, or holds, the source {str(source)!r}"
+            found = f"it is, or contains, the source {str(source)!r}"
             raise SettingError("SETTING_TARGET", "target", found, hint="choose another name")
     if target.exists() and (not overwrite or target.is_dir() != (named == "diffusers")):
-        found = f"a {'folder' if target.is_dir() else 'file'} of that name is there already"
-        hint = "choose another name, or let one of the same layout be replaced: overwrite=True, --overwrite"
+        found = f"a {'folder' if target.is_dir() else 'file'} of that name exists already"
+        hint = "choose another name, or replace one of the same layout: overwrite=True, --overwrite"
         raise CheckpointError("CKPT_EXISTS", target, found, hint=hint)
     return named, wanted
 
@@ -219,7 +267,18 @@ def check_request(
 def write_model(
     model: Model, target: Path, layout: str, dtype: torch.dtype | None = None, *, progress: bool = True
 ) -> None:
-    """Write a model in a layout; `check_request` has been asked before. Raises: CheckpointError."""
+    """Write a model; `check_request` must have accepted the request.
+
+    Args:
+        model: the model.
+        target: the file or folder to write.
+        layout: "diffusers" or "ldm".
+        dtype: dtype of the written tensors; None keeps each tensor's own.
+        progress: show a progress bar.
+
+    Raises:
+        CheckpointError: the target cannot be written, or a value is not finite in `dtype`.
+    """
     components = {name: _planned(name, items, layout, model, dtype) for name, items in model.components.items()}
     _check_replaceable(target, {*map(Path, model.tables), *(_file(name, model) for name in components)})
     size = sum(item.size for items in components.values() for item in items)
@@ -240,7 +299,7 @@ def write_model(
 
 
 def _planned(component: str, items: Sequence[Item], layout: str, model: Model, dtype: torch.dtype | None) -> list[Item]:
-    """The tensors of a component under a layout's names, joined and turned as it has them."""
+    """Return the tensors of a component as a layout has them: renamed, stacked and transposed."""
     native = {item.name: item for item in items}
 
     def item(target: Target) -> Item:
@@ -275,7 +334,7 @@ def _write_folder(
 
 
 def _check_replaceable(target: Path, written: set[Path]) -> None:
-    """Refuse to replace a folder that holds what no conversion wrote."""
+    """Check that a folder holds nothing that a conversion would not write."""
     for path in target.rglob("*"):
         name = path.relative_to(target)
         if path.is_file() and name not in written and name.parts[0] not in TOKENIZERS:
@@ -289,19 +348,19 @@ def _write_tokenizer(folder: Path, own: Path | None, text: TextConfig, target: P
     if own is not None:
         folder.mkdir()
         for file in filter(Path.is_file, own.iterdir()):
-            shutil.copyfile(file, folder / file.name)  # without its mode: a store may be read-only
+            shutil.copyfile(file, folder / file.name)  # not its mode, which may be read-only
         return
     try:
         tokenizer = find_tokenizer(embedding_rows=text.vocab_size, offline=True, pad_id=text.pad_id)
     except TokenizerError as error:
         message = f"{target}: no {folder.name} is written, and transformers needs one: {error.found}"
-        warn(f"{message}; copy the model's own there")
+        warn(f"{message}; copy the model's own tokenizer there")
     else:
         tokenizer.save(folder)
 
 
 def _metadata(model: Model, layout: str, on_bytes: Callable[[int], object]) -> dict[str, str]:
-    """What a file says about itself; source_sha256 has the lines of `sha256sum`."""
+    """Return the metadata of the written files; `source_sha256` has the format of `sha256sum`."""
     root = model.path if model.path.is_dir() else model.path.parent
 
     def name(path: Path) -> str:
@@ -317,7 +376,7 @@ def _metadata(model: Model, layout: str, on_bytes: Callable[[int], object]) -> d
 
 
 def _file(component: str, model: Model) -> Path:
-    """Where a diffusers folder has a component's weights."""
+    """Return the path of a component's weights in a diffusers folder."""
     path = Path(FILES[component])
     return Path(path.name) if _is_alone(model) else path
 

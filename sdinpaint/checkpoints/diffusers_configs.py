@@ -1,4 +1,4 @@
-"""A family's configuration as the JSON files of diffusers' layout."""
+"""Write a family's configuration as the JSON files of diffusers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ __all__ = ["controlnet_json", "diffusers_configs"]
 
 
 def controlnet_json(config: ControlNetConfig) -> dict[str, object]:
-    """diffusers' config.json for it."""
+    """Make diffusers' config.json of a ControlNet.
+
+    Args:
+        config: its configuration.
+
+    Returns:
+        The JSON table.
+    """
     unet = config.unet
     widths = [unet.model_channels * mult for mult in unet.channel_mult]
     table: dict[str, object] = {
@@ -31,7 +38,7 @@ def controlnet_json(config: ControlNetConfig) -> dict[str, object]:
         "in_channels": unet.in_channels,
         "layers_per_block": unet.num_res_blocks,
         "norm_num_groups": unet.norm_groups,
-        # of a level without transformers the number is not looked at, but the last one counts for the middle
+        # diffusers ignores the number of a level without transformers, but takes the last one for the middle block.
         "transformer_layers_per_block": [depth or unet.middle_depth for depth in unet.transformer_depth],
         "use_linear_projection": unet.linear_projection,
     }
@@ -45,7 +52,14 @@ def controlnet_json(config: ControlNetConfig) -> dict[str, object]:
 
 
 def diffusers_configs(family: Family) -> dict[str, dict[str, object]]:
-    """{relative path: JSON table}: what diffusers' pipelines need beside the weights."""
+    """Make the JSON files that diffusers' pipelines need beside the weights.
+
+    Args:
+        family: the configuration.
+
+    Returns:
+        {relative path: JSON table}.
+    """
     texts = {
         f"{name}/config.json": _text_json(config) for name, config in zip(TEXT_ENCODERS, family.texts, strict=False)
     }
@@ -62,7 +76,7 @@ def _unet_json(family: Family) -> dict[str, object]:
     unet = family.unet
     widths = [unet.model_channels * mult for mult in unet.channel_mult]
     attends = ["CrossAttn" if depth else "" for depth in unet.transformer_depth]
-    # the last number is also the depth of the middle, where a level without attention has 0 here
+    # diffusers takes the last number for the middle block too, where a level without attention has 0 here.
     depths = [*(max(depth, 1) for depth in unet.transformer_depth[:-1]), unet.middle_depth]
     pooled = family.texts[-1].projection_dim
     sizes = (
@@ -149,7 +163,7 @@ def _scheduler_json(family: Family) -> dict[str, object]:
 
 
 def _scheduler_class(family: Family) -> str:
-    """Name the scheduler as the releases name it; diffusers can make either of the other's table."""
+    """Return the scheduler's class as in the releases; diffusers can make each of the two from either table."""
     return "DDIMScheduler" if family.text_2 is None else "EulerDiscreteScheduler"
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint is, and why: read from headers alone."""
+"""Describe a checkpoint from the headers of its files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Tensors = list[tuple[tuple[int, ...], torch.dtype]]
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What `inspect` found; every field is plain data."""
+    """The result of `inspect`; every field is plain data."""
 
     path: str
     title: str
@@ -40,27 +40,28 @@ class Report:
     prediction_why: str
     has_ema: bool
     has_tokenizer: bool
-    """Whether the vocabulary is there too; a single file never holds it."""
+    """True where the source has a tokenizer; a single file never has one."""
     parameters: dict[str, int]
-    """Component -> count."""
+    """Component -> number of parameters."""
     dtypes: dict[str, dict[str, int]]
-    """Component -> {dtype: tensors}."""
+    """Component -> {dtype: number of tensors}."""
     junk: tuple[str, ...]
     """Keys that belong to no component."""
     sha256: dict[str, str]
-    """Weights file -> SHA-256 of all its bytes; empty where that was not asked for."""
+    """Weights file -> SHA-256 of the whole file; empty unless requested."""
     why: tuple[str, ...]
+    """The names and shapes that family and layout were recognised by, as sentences."""
     problem: str
-    """What keeps it from loading; empty if nothing does."""
+    """The error that prevents loading; empty where there is none."""
 
     @property
     def dtype(self) -> str:
-        """The dtype of all tensors, or "mixed"."""
+        """Return the dtype of all tensors, or "mixed"."""
         kinds = {kind for counts in self.dtypes.values() for kind in counts}
         return kinds.pop() if len(kinds) == 1 else "mixed"
 
     def to_json(self) -> dict[str, Any]:
-        """Every field by name."""
+        """Return every field by name."""
         return {**asdict(self), "dtype": self.dtype}
 
     def __str__(self) -> str:
@@ -70,7 +71,7 @@ class Report:
             f"{self.path}: {self.title}",
             f"  family      {self.family}, layout {self.layout}, {self.in_channels or 'no'} input channels",
             f"  prediction  {self.prediction or 'unknown'}{why}",
-            f"  averages    {'EMA weights of the UNet are there' if self.has_ema else 'no EMA weights'}",
+            f"  averages    {'EMA weights of the UNet' if self.has_ema else 'no EMA weights'}",
             f"  vocabulary  {'in the folder' if self.has_tokenizer else 'not included'}",
             f"  parameters  {total:,}",
         ]
@@ -95,10 +96,22 @@ def inspect(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> Report:
-    """Say what a checkpoint file or folder is, why, and what keeps it from loading if anything does.
+    """Describe a checkpoint: family, layout, components and dtypes, with the reasons, and what prevents loading it.
 
-    Reads headers only; `hash` reads the weights files once through, for their SHA-256.
-    Raises: CheckpointError for what is no readable weights file or folder.
+    Only headers are read, unless `hash` is set.
+
+    Args:
+        source: a file, a folder, a model on the hub, or "demo".
+        hash: also compute the SHA-256 of each weights file, which reads all of it.
+        variant: weights variant of a folder, such as "fp16".
+        revision: branch, tag or commit of a model on the hub.
+        local_files_only: do not use the network.
+
+    Returns:
+        The report.
+
+    Raises:
+        CheckpointError: the source is not a readable weights file or folder.
     """
     try:
         options = LoadOptions(source=source, variant=variant, revision=revision, local_files_only=local_files_only)
@@ -140,7 +153,7 @@ def _report(checkpoint: Checkpoint, problem: str, hashed: bool) -> Report:
 
 
 def _report_foreign(path: Path, variant: str | None, error: SdInpaintError, hashed: bool) -> Report:
-    """What can be read, but not loaded: what it is instead, or what of it is there. Raises: `error` otherwise."""
+    """Describe a source that can be read but not loaded; raise `error` where it cannot be read."""
     parts = _readable(path, variant)
     if not parts:
         raise error
@@ -175,14 +188,14 @@ def _report_foreign(path: Path, variant: str | None, error: SdInpaintError, hash
 
 
 def _readable(path: Path, variant: str | None) -> dict[str, Weights]:
-    """The weights files that are there, by component for a folder. Raises: CheckpointError where one is damaged."""
+    """Open the weights files that exist, by component for a folder."""
     if path.is_dir():
         return {name: open_folder_component(path / name, variant) for name in COMPONENTS if (path / name).is_dir()}
     return {"tensors": open_weights(path)} if path.exists() else {}
 
 
 def _by_component(name: str, weights: Weights, layout: Layout) -> dict[str, Tensors]:
-    """The tensors of one weights file by the component that they belong to, as far as they belong to one."""
+    """Group the tensors of a weights file by component; tensors of no component are left out."""
     prefixes = layout.prefixes or {name: ""}
     found: dict[str, Tensors] = {component: [] for component in prefixes}
     for key in weights:
@@ -193,7 +206,7 @@ def _by_component(name: str, weights: Weights, layout: Layout) -> dict[str, Tens
 
 
 def _counts(tensors: Mapping[str, Tensors]) -> dict[str, Any]:
-    """The fields `parameters` and `dtypes`."""
+    """Make the fields `parameters` and `dtypes` of a report."""
     kinds = {name: Counter(str(dtype).removeprefix("torch.") for _, dtype in found) for name, found in tensors.items()}
     return {
         "parameters": {name: sum(prod(shape) for shape, _ in found) for name, found in tensors.items()},

@@ -1,4 +1,4 @@
-"""Inpainting models made of others: by new input channels that count nothing yet, or by a difference of weights."""
+"""Make inpainting models from text-to-image models: by zero input channels, or by adding a difference of weights."""
 
 from __future__ import annotations
 
@@ -24,16 +24,26 @@ __all__ = ["to_inpainting", "widen_input"]
 
 FIRST = "input_blocks.0.0.weight"
 TEXT_TO_IMAGE, INPAINTING = 4, 9
-"""Input channels: noisy latents 4; then the mask, and the masked picture's latents 4."""
+"""Input channels of UNets: noisy latents 4; for inpainting also the mask 1 and the masked image's latents 4."""
 
 Items = Mapping[str, Item]
 
 
 @torch.no_grad()
 def widen_input(unet: UNet) -> UNet:
-    """A UNet of 9 input channels that does what one of 4 does, whatever mask and picture it is shown: to train from.
+    """Add the five input channels of inpainting to a UNet, as a start for training.
 
-    The new channels' weights are zero; all others are shared with the given UNet. Raises: SettingError.
+    The weights of the new channels are zero, so that mask and masked image have no effect yet. All other weights are
+    shared with the given UNet.
+
+    Args:
+        unet: a UNet with 4 input channels.
+
+    Returns:
+        A UNet with 9 input channels.
+
+    Raises:
+        SettingError: the UNet does not have 4 input channels.
     """
     if unet.config.in_channels != TEXT_TO_IMAGE:
         found, expected = f"a UNet of {unet.config.in_channels} input channels", f"{TEXT_TO_IMAGE}: text to image"
@@ -56,19 +66,30 @@ def to_inpainting(
     progress: bool = True,
     **opening: Any,
 ) -> None:
-    """Write an inpainting checkpoint made of a text-to-image one: a .safetensors file, or else a diffusers folder.
+    """Write an inpainting checkpoint made from a text-to-image checkpoint.
 
-    With `base`, the model that `custom` was trained from, and `inpaint`, the inpainting model of that base:
-    custom + inpaint - base, and inpaint's own weights for the 5 new input channels. With neither: custom and zeros for
-    them, a start for training. VAE and text encoders are custom's; of the others only the UNet is read.
-    Sources may have any layout and dtype. opening: what else `load` takes to open custom. Computed in float32, tensor
-    by tensor, and written in custom's dtype unless another one is asked for.
-    Raises: CheckpointError, SettingError.
+    With `base` and `inpaint`, the UNet becomes custom + inpaint - base, with the weights of `inpaint` for the five new
+    input channels. With neither, these weights are zero, as a start for training. VAE and text encoders are those of
+    `custom`. Sources may have any layout and dtype. The sum is computed in float32, tensor by tensor.
+
+    Args:
+        custom: the text-to-image checkpoint.
+        target: a .safetensors file, or else a diffusers folder, to write.
+        base: the model that `custom` was trained from.
+        inpaint: the inpainting model of that base.
+        dtype: float32, float16 or bfloat16; None keeps the dtypes of `custom`.
+        overwrite: replace an existing target.
+        progress: show a progress bar.
+        opening: other arguments of `load` with which to open `custom`.
+
+    Raises:
+        CheckpointError: a source cannot be read, the sources do not fit each other, or the target cannot be written.
+        SettingError: an argument is wrong, or only one of `base` and `inpaint` is given.
     """
     target = Path(target)
     sources = [source for source in (custom, base, inpaint) if source is not None]
     if len(sources) == 2:
-        found, expected = f"base={base!r}, inpaint={inpaint!r}", "both, or neither to add channels of zeros"
+        found, expected = f"base={base!r}, inpaint={inpaint!r}", "both, or neither to add input channels of zeros"
         raise SettingError("SETTING_MERGE", "base and inpaint", found, expected=expected)
     layout, dtype = check_request(target, None, dtype, sources, overwrite)
     checkpoint = open_checkpoint(LoadOptions(source=custom, **opening), progress=progress)
@@ -98,7 +119,7 @@ def _unet(source: str | Path) -> Part:
 
 
 def _added(custom: Items, base: Items, inpaint: Items) -> Items:
-    """inpaint + (custom - base): in this order, so that custom = base gives inpaint to the last bit."""
+    """Return inpaint + (custom - base), in this order so that custom = base gives exactly inpaint."""
 
     def item(name: str) -> Item:
         wanted = inpaint[name].shape
@@ -120,25 +141,27 @@ def _widened_item(item: Item) -> Item:
 
 
 def _widened(weight: Tensor, channels: int) -> Tensor:
-    """weight (C, c, 3, 3) -> (C, channels, 3, 3): zeros after the channels that it has."""
+    """Append input channels of zeros: weight (C, c, 3, 3) -> (C, channels, 3, 3)."""
     return torch.cat([weight, weight.new_zeros(len(weight), channels - weight.shape[1], *weight.shape[2:])], dim=1)
 
 
 def _inpainting(family: Family) -> Family:
-    """The family with 9 input channels: its own sizes and schedule, and the name of the released one."""
+    """Return the family with 9 input channels, under the name of the released inpainting family."""
     name = next(one.name for one in FAMILIES.values() if one.kind == family.kind and one.unet.in_channels == INPAINTING)
     return replace(family, name=name, unet=replace(family.unet, in_channels=INPAINTING))
 
 
 def _check_alike(parts: list[Part], family: Family) -> None:
-    """Compare custom with the base and the inpainting model that it is merged with. Raises: CheckpointError."""
+    """Check that the base and the inpainting model have the family, channels and shapes that `custom` needs."""
     custom = parts[0].state
     roles = zip(("custom", "base", "inpaint"), parts, (TEXT_TO_IMAGE, TEXT_TO_IMAGE, INPAINTING), strict=False)
     for role, part, channels in roles:
         path, shapes = part.state.weights.path, part.state.shapes()
         if part.layout.family != family.kind:
-            hint = "a difference of weights has a meaning only between models that were trained from one"
-            raise CheckpointError("CKPT_MISMATCH", path, part.layout.title, expected=f"one of {family.kind}", hint=hint)
+            hint = "only models that were trained from the same base can be merged"
+            raise CheckpointError(
+                "CKPT_MISMATCH", path, part.layout.title, expected=f"a model of {family.kind}", hint=hint
+            )
         if part.layout.in_channels != channels:
             found = f"{role} has {part.layout.in_channels} input channels"
             raise CheckpointError("CKPT_CHANNELS", path, found, expected=f"{channels}")

@@ -1,4 +1,4 @@
-"""Whether a UNet predicts the noise or v. No shape tells, so everything that lies beside the tensors is looked at."""
+"""Find out whether a UNet predicts noise or v, from files and metadata beside the tensors, as no shape tells it."""
 
 from __future__ import annotations
 
@@ -14,37 +14,55 @@ from sdinpaint.families import Prediction
 __all__ = ["MARKERS", "Evidence", "find_prediction"]
 
 MARKERS = frozenset({"v_pred", "ztsnr"})
-"""Names of empty tensors by which files of SDXL models say how they were trained."""
+"""Names of empty tensors that mark how an SDXL model was trained."""
 
 PARAMETERIZATION = re.compile(r"^\s*parameterization\s*:\s*[\"']?(\w+)", re.MULTILINE)
 PARAMETERIZATIONS: dict[str, Prediction] = {"eps": "eps", "v": "v"}
-# Stability-AI/ModelSpec; kohya-ss/sd-scripts library/sai_model_spec.py and train_util.py
 METADATA: dict[str, dict[str, Prediction]] = {
     "modelspec.prediction_type": {"epsilon": "eps", "v": "v", "v_prediction": "v"},
     "modelspec.architecture": {"stable-diffusion-v2-512": "eps", "stable-diffusion-v2-768-v": "v"},
     "ss_v_parameterization": {"False": "eps", "True": "v"},
 }
+"""Metadata field of a safetensors file -> {value: prediction}.
+
+Source: Stability-AI/ModelSpec; kohya-ss/sd-scripts library/sai_model_spec.py and train_util.py.
+"""
 
 
 class Evidence(NamedTuple):
-    """What a UNet predicts, None where nothing tells, and from what that was concluded."""
+    """The prediction of a UNet, with the reason."""
 
     prediction: Prediction | None
+    """"eps" or "v"; None where nothing tells."""
     why: str
+    """The reason, as a sentence."""
 
 
 def find_prediction(
     asked: str | None, scheduler: Mapping[str, Any], path: Path, metadata: Mapping[str, str], keys: Collection[str]
 ) -> Evidence:
-    """The strongest evidence that there is.
+    """Find the strongest evidence of what a UNet predicts.
 
-    In this order: what was asked for; scheduler_config.json; a .yaml file of the weights' name, as the original code
-    wants one; the metadata of a safetensors file; a marker among the tensors.
-    Raises: SettingError where `asked` is neither "eps" nor "v"; CheckpointError for a scheduler's unknown prediction.
+    The order is: the request; `scheduler_config.json`; a .yaml file beside the weights, as the original code uses; the
+    metadata of a safetensors file; a marker among the tensors.
+
+    Args:
+        asked: "eps" or "v" as requested; None without a request.
+        scheduler: the table of `scheduler_config.json`; it may be empty.
+        path: the weights file.
+        metadata: its metadata.
+        keys: names of its tensors.
+
+    Returns:
+        The prediction, with the reason.
+
+    Raises:
+        SettingError: `asked` is neither "eps" nor "v".
+        CheckpointError: `scheduler_config.json` has another kind of prediction.
     """
     if asked not in (None, "eps", "v"):
         raise SettingError("SETTING_PREDICTION", "prediction", f"{asked!r}", expected="'eps' or 'v'")
-    nothing = Evidence(None, "nothing beside the tensors says whether it predicts noise or v")
+    nothing = Evidence(None, "no file or metadata beside the tensors says whether it predicts noise or v")
     return next(_evidence(asked, scheduler, path, metadata, keys), nothing)
 
 
@@ -52,7 +70,7 @@ def _evidence(
     asked: str | None, scheduler: Mapping[str, Any], path: Path, metadata: Mapping[str, str], keys: Collection[str]
 ) -> Iterator[Evidence]:
     if asked is not None:
-        yield Evidence(cast(Prediction, asked), f"prediction={asked!r} was asked for")
+        yield Evidence(cast(Prediction, asked), f"prediction={asked!r} was requested")
     if scheduler:
         name = scheduler.get("prediction_type", "not given, so epsilon")  # as diffusers reads it
         yield Evidence(prediction_in(scheduler, path) or "eps", f"scheduler_config.json: prediction_type {name}")

@@ -1,4 +1,4 @@
-"""The components that a file or folder holds, each with its configuration; of the tensors only headers are read."""
+"""Find the components in a file or folder, each with its configuration; only headers of weights files are read."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ Json = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """One component: its tensors under native names, what their names told, and its configuration."""
+    """One component of a checkpoint."""
 
     state: NativeState
+    """Its tensors under native names, not yet read."""
     layout: Layout
+    """The layout of its weights file."""
     config: Json
+    """Its config.json; empty where there is none."""
     model: Path | None
-    """The diffusers folder of the model that it is from, None where there is none."""
+    """The diffusers folder of the model that it belongs to; None for other files."""
 
 
 def open_parts(
@@ -43,10 +46,20 @@ def open_parts(
     ema: bool = False,
     variant: str | None = None,
 ) -> dict[str, Part]:
-    """Those of `components` that are there: in a file, in a model's diffusers folder, or in a component's own folder.
+    """Open the components in a file, in a model's diffusers folder, or in a component's own folder.
 
-    config: a folder whose JSON files are used instead of those beside the weights.
-    Raises: CheckpointError, also where none of them is there.
+    Args:
+        path: the file or folder.
+        components: names of the components to look for.
+        config: a folder whose JSON files are used instead of those beside the weights.
+        ema: take the UNet's averaged weights.
+        variant: weights variant of a folder, such as "fp16".
+
+    Returns:
+        Name -> component, for those that exist.
+
+    Raises:
+        CheckpointError: none of the components exists, or a file is damaged or not supported.
     """
     if not path.is_dir():
         return _parts(open_weights(path), components, ema, config)
@@ -64,12 +77,24 @@ def open_parts(
 
 
 def read_json(path: Path) -> Json:
-    """A JSON table, empty where there is no such file. Raises: CheckpointError for a file that is no table."""
+    """Read a JSON file whose top level is a table.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The table; empty where there is no such file.
+
+    Raises:
+        CheckpointError: the file is not JSON, not a table, or too large.
+    """
     if not path.is_file():
         return {}
     hint = "fetch the file again, or remove it to use the family's values"
     if path.stat().st_size > MAX_JSON:
-        raise CheckpointError("CKPT_BAD_CONFIG", path, f"{path.stat().st_size} bytes", expected="some lines", hint=hint)
+        raise CheckpointError(
+            "CKPT_BAD_CONFIG", path, f"{path.stat().st_size} bytes", expected=f"at most {MAX_JSON} bytes", hint=hint
+        )
     try:
         table = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -88,9 +113,9 @@ def _parts(
     own: Path | None = None,
     model: Path | None = None,
 ) -> dict[str, Part]:
-    """The components of one weights file; `config` or else `own` is the folder in which the configuration lies."""
+    """Return the components of a weights file; the configuration is in the folder `config`, or else in `own`."""
     layout = identify(weights.shapes())
-    if layout.components != ("vae",):  # one with other latents is refused together with the UNet that it is for
+    if layout.components != ("vae",):  # a VAE with other latents is refused when it is compared with its UNet
         require_family(layout, weights.path, (*KINDS, "sd"))
     parts = {}
     for name in components:

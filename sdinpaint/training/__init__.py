@@ -1,1 +1,1 @@
-"""What trained the shipped demo checkpoint: procedural scenes, their judge, and the inpainting objective."""
+"""Train and evaluate the included demo checkpoint: procedural scenes, a judge of results, and training loops."""

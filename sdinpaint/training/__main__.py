@@ -1,4 +1,4 @@
-"""Train the demo checkpoint: `python -m sdinpaint.training --out FOLDER`. Stop it at any moment; it resumes."""
+"""Train the demo checkpoint with `python -m sdinpaint.training --out FOLDER`; an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,22 @@ from sdinpaint.training import autoencoder, curves, inpainting
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for states, logs and the result.")
-@click.option("--autoencoder-steps", default=5000, show_default=True, help="About 15 minutes on 2 CPU cores.")
-@click.option("--steps", default=2800, show_default=True, help="Of the UNet; about an hour on 2 CPU cores.")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder for training states, logs and the result."
+)
+@click.option(
+    "--autoencoder-steps",
+    default=5000,
+    show_default=True,
+    help="Training steps of the autoencoder; the default takes about 15 minutes on 2 CPU cores.",
+)
+@click.option(
+    "--steps",
+    default=2800,
+    show_default=True,
+    help="Training steps of the UNet; the default takes about an hour on 2 CPU cores.",
+)
+@click.option("--device", default="cpu", show_default=True, help="Device to train on: cpu or cuda.")
 def main(out: Path, autoencoder_steps: int, steps: int, device: str) -> None:
     """Train the autoencoder, then the UNet with its text encoder, and write OUT/model as a diffusers folder."""
     curves.require_matplotlib()

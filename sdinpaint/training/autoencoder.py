@@ -18,17 +18,24 @@ from sdinpaint.training.loop import Trainer
 from sdinpaint.training.scenes import random_scene, render, without
 
 SIZE = 128
-# A flat colour survives a norm over half of the channels; over the few in each of 32 groups it would not.
+"""Height and width of the scenes in pixels."""
+# A flat colour survives GroupNorm over half of the channels, but not over the few channels in each of 32 groups.
 CONFIG = dataclasses.replace(SD15_INPAINT.vae, channels=16, num_res_blocks=1, norm_groups=2)
 KL_WEIGHT = 5e-4
 WINDOWED = 0.8
-"""Share of the steps, from the first, that see a quarter of a scene each: four times as many fit in the time."""
+"""Fraction of the steps, from the first, that train on a quarter of each scene, which takes a quarter of the time."""
 
 
 def pictures(rng: np.random.Generator, count: int, side: int = SIZE) -> Tensor:
-    """Scenes, some of them emptied and some with the mid-grey hole of a masked image, each cut to a random window.
+    """Render random scenes, some without their object and some with a mid-grey hole, each cropped at random.
 
-    -> (B, 3, side, side) in [-1, 1].
+    Args:
+        rng: generator of the scenes.
+        count: batch size B.
+        side: height and width of the crops in pixels, at most `SIZE`.
+
+    Returns:
+        Images in [-1, 1], (B, 3, side, side).
     """
     images = []
     for _ in range(count):
@@ -45,9 +52,17 @@ def pictures(rng: np.random.Generator, count: int, side: int = SIZE) -> Tensor:
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Errors of brightness and of two colour differences: absolute, squared, of edges, and of 4 x 4 averages.
+    """Compute a loss from errors of brightness and of two colour differences.
 
-    Absolute errors alone leave the picture grey for thousands of steps: colourful things cover little of it.
+    It adds absolute errors, squared errors, errors of edges, and errors of 4 x 4 averages. Absolute errors alone leave
+    the output grey for thousands of steps, because coloured objects cover a small part of the image.
+
+    Args:
+        output: reconstructed images, (B, 3, H, W).
+        target: original images, (B, 3, H, W).
+
+    Returns:
+        The loss, a scalar.
     """
     error = _opponent(output - target)
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
@@ -61,10 +76,13 @@ def _opponent(image: Tensor) -> Tensor:
 
 @torch.no_grad()
 def start_as_average(vae: VAE) -> None:
-    """Set the weights so that latents are the averages of 8 x 8 pixels, and decoding repeats them; details are learned.
+    """Initialise an autoencoder so that latents are averages of 8 x 8 pixels, which decoding repeats.
 
-    Each colour is carried as itself and as its negative, since silu(a) - silu(-a) = a, and the pair leaves the mean of
-    its group at 0. A pair of constants keeps the group's variance in place.
+    Each colour is stored as itself and as its negative, since silu(a) - silu(-a) = a, and the pair leaves the mean of
+    its GroupNorm group at 0. A pair of constants stabilises the group's variance.
+
+    Args:
+        vae: the autoencoder, whose weights are changed in place.
     """
     for module in vae.modules():
         if isinstance(module, ResBlock):
@@ -86,11 +104,11 @@ def start_as_average(vae: VAE) -> None:
     for conv in (vae.quant_conv, vae.post_quant_conv):
         nn.init.dirac_(conv.weight)
     vae.encoder.conv_out.weight[latent:] *= 0.1
-    nn.init.constant_(_bias(vae.quant_conv)[latent:], -4.0)  # a small deviation, or noise hides the picture
+    nn.init.constant_(_bias(vae.quant_conv)[latent:], -4.0)  # a small standard deviation, as noise would hide the image
 
 
 def _carry(first: nn.Conv2d, last: nn.Conv2d, count: int) -> None:
-    """Let `first` put `count` inputs and their negatives into its first outputs, and `last` take their difference."""
+    """Make `first` copy `count` inputs and their negatives to its first outputs, and `last` return their difference."""
     weight, bias = first.weight, _bias(first)
     weight *= 0.3
     weight[: 2 * count] = 0
@@ -106,7 +124,18 @@ def _carry(first: nn.Conv2d, last: nn.Conv2d, count: int) -> None:
 
 @torch.random.fork_rng(devices=[])
 def train(folder: Path, *, steps: int, batch: int = 8, device: str = "cpu", progress: bool = True) -> VAE:
-    """Train (or go on training) in `folder`, and return the averaged autoencoder with normalised latents."""
+    """Train the autoencoder, or resume its training.
+
+    Args:
+        folder: folder of the training state and the log.
+        steps: number of training steps in total.
+        batch: images in each step.
+        device: device to train on.
+        progress: show a progress bar.
+
+    Returns:
+        The autoencoder with averaged (EMA) weights and normalised latents.
+    """
     torch.manual_seed(0)
     vae = VAE(CONFIG).to(device)
     start_as_average(vae)
@@ -133,9 +162,13 @@ def train(folder: Path, *, steps: int, batch: int = 8, device: str = "cpu", prog
 
 @torch.no_grad()
 def normalise(vae: VAE, images: Tensor) -> None:
-    """Rescale the latents in place so that the family's scaling factor brings each channel to mean 0, deviation 1.
+    """Normalise each channel of the scaled latents to mean 0 and standard deviation 1.
 
-    The change of variables is folded into `quant_conv` and `post_quant_conv`, and leaves every reconstruction as it is.
+    The change is folded into `quant_conv` and `post_quant_conv`, and does not change reconstructions.
+
+    Args:
+        vae: the autoencoder, whose weights are changed in place.
+        images: images to measure the latents of, (B, 3, H, W) in [-1, 1].
     """
     latents = torch.cat([vae.encode(chunk) for chunk in images.split(16)]) / vae.config.scaling_factor
     shift, scale = latents.mean((0, 2, 3)), latents.std((0, 2, 3)) * vae.config.scaling_factor

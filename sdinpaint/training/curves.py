@@ -1,4 +1,4 @@
-"""The loss curves of a training run as one picture. Needs matplotlib (the `train` extra)."""
+"""Plot the loss curves of a training run. Needs matplotlib (the `train` extra)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,22 @@ SMOOTHING = 0.95
 
 
 def require_matplotlib() -> None:
-    """Raises: SettingError where matplotlib is missing, so that it is known before hours of training."""
+    """Raise SettingError where matplotlib is missing, before hours of training are spent."""
     if importlib.util.find_spec("matplotlib") is None:
         hint = "pip install 'sdinpaint[train]'"
         raise SettingError("SETTING_MATPLOTLIB", "training", "matplotlib is not installed", hint=hint)
 
 
 def draw(folder: Path, target: Path) -> None:
-    """Draw FOLDER/{autoencoder,inpainting}/log.jsonl to a PNG."""
+    """Plot the logs of a training run.
+
+    Args:
+        folder: folder of the run, with autoencoder/log.jsonl and inpainting/log.jsonl.
+        target: the PNG file to write.
+
+    Raises:
+        SettingError: matplotlib is missing.
+    """
     require_matplotlib()
     import matplotlib.pyplot as plt  # noqa: PLC0415 - an extra
 
@@ -31,7 +39,7 @@ def draw(folder: Path, target: Path) -> None:
     ]
     for axis, (stage, figure_name, title) in zip(axes, panels, strict=True):
         rows = [json.loads(line) for line in (folder / stage / "log.jsonl").read_text("utf-8").splitlines()]
-        found = {row["step"]: row[figure_name] for row in rows}  # what was run again after a stop counts once
+        found = {row["step"]: row[figure_name] for row in rows}  # steps repeated after an interruption count once
         steps, values = list(found), list(found.values())
         axis.plot(steps, values, color="#c8d4e8", linewidth=0.8)
         axis.plot(steps, _smoothed(values), color="#1f4e9c", linewidth=1.6)

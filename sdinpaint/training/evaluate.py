@@ -1,4 +1,4 @@
-"""How well a checkpoint does what it is asked: objects masked out of held-out scenes, and others asked for."""
+"""Evaluate a checkpoint on held-out scenes: an object is masked out, and the prompt asks for another one."""
 
 from __future__ import annotations
 
@@ -16,36 +16,47 @@ __all__ = ["Case", "Score", "held_out", "score"]
 
 SIZE = 128
 HELD_OUT_SEED = 20_000_000
-"""Training draws its scenes from other seeds."""
+"""Seed of the held-out scenes, which training does not use."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A scene with a hole where an object was, and what is asked for instead."""
+    """A scene with a hole over an object, and the object to generate there."""
 
     image: NDArray[np.uint8]
+    """The scene, (S, S, 3)."""
     hole: NDArray[np.bool_]
+    """The mask, (S, S), True = repaint."""
     background: NDArray[np.uint8]
-    """The scene without the object."""
+    """The scene without the object, (S, S, 3)."""
     color: str
+    """Colour of the object to generate."""
     shape: str
+    """Shape of the object to generate."""
 
     @property
     def prompt(self) -> str:
-        """What is asked for."""
+        """Return the prompt, such as "a red ball"."""
         return f"{'an' if self.color[0] in 'aeiou' else 'a'} {self.color} {self.shape}"
 
 
 @dataclass(frozen=True)
 class Score:
-    """Shares of the cases with the right colour and with the right shape."""
+    """Fractions of the cases with the right colour and with the right shape."""
 
     color: float
     shape: float
 
 
 def held_out(count: int) -> list[Case]:
-    """The first `count` held-out cases; colour and shape are drawn without regard to what the scene showed."""
+    """Make held-out cases; colour and shape to generate do not depend on the scene.
+
+    Args:
+        count: number of cases; fewer cases are a prefix of more.
+
+    Returns:
+        The cases.
+    """
     cases = []
     for index in range(count):
         rng = np.random.default_rng((HELD_OUT_SEED, index))
@@ -60,7 +71,19 @@ def held_out(count: int) -> list[Case]:
 def score(
     pipe: Pipeline, cases: list[Case], *, sampler: str, steps: int = 25, prompted: bool = True, batch: int = 32
 ) -> tuple[Score, list[Image.Image]]:
-    """Repaint every case and judge it, with the prompt dropped where `prompted` is False -> score and pictures."""
+    """Inpaint every case and judge the results.
+
+    Args:
+        pipe: the pipeline.
+        cases: the cases.
+        sampler: name of the sampler.
+        steps: number of sampling steps.
+        prompted: use the prompts; False inpaints with empty ones.
+        batch: cases that are inpainted at once.
+
+    Returns:
+        The score, and the images.
+    """
     pictures: list[Image.Image] = []
     for start in range(0, len(cases), batch):
         part = cases[start : start + batch]

@@ -1,7 +1,8 @@
 """Train a small 9-channel UNet with its text encoder on the inpainting objective of the released models.
 
-Masks of several kinds (a tenth of them full), text dropped at times, noise predicted (eps). The loss counts the hole
-more than the known area and high noise more than low, so that hours on a CPU suffice.
+The UNet predicts noise (eps). Masks are of several kinds, a tenth of them full, and captions are sometimes dropped.
+The loss gives more weight to the hole than to the known area, and to high noise than to low, so that hours on a CPU
+suffice.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from sdinpaint.training.scenes import (
 )
 
 SIZE = 128
+"""Height and width of the scenes in pixels."""
 TEXT = dataclasses.replace(SD15_INPAINT.text, vocab_size=640, width=128, mlp_width=512, num_layers=2, num_heads=4)
 UNET = dataclasses.replace(
     SD15_INPAINT.unet,
@@ -47,12 +49,18 @@ UNET = dataclasses.replace(
     norm_groups=8,
 )
 DROP_TEXT = 0.08
+"""Fraction of the examples whose caption is replaced by the empty prompt."""
 KNOWN_WEIGHT = 0.25
-MIN_SNR = 5.0  # https://arxiv.org/abs/2303.09556: low-noise steps, which decide nothing, would dominate the loss
+"""Weight of the known area in the loss; the hole has weight 1."""
+MIN_SNR = 5.0
+"""Signal-to-noise ratio from which on the loss has less weight, as low-noise steps would dominate it otherwise.
+
+Source: https://arxiv.org/abs/2303.09556 (min-SNR weighting).
+"""
 
 
 class Example(NamedTuple):
-    """A picture (S, S, 3) uint8, its hole (S, S) bool, and what the hole shows."""
+    """An image (S, S, 3) uint8, its hole (S, S) bool, and a caption of the content in the hole."""
 
     image: NDArray[np.uint8]
     hole: NDArray[np.bool_]
@@ -60,7 +68,14 @@ class Example(NamedTuple):
 
 
 def example(rng: np.random.Generator) -> Example:
-    """One training example: mostly a whole object under a generous hole; also other holes, and nothing to see."""
+    """Make a training example: mostly an object under a larger hole, sometimes another hole or an empty scene.
+
+    Args:
+        rng: generator of scene, hole and caption.
+
+    Returns:
+        The example, of size S = `SIZE`.
+    """
     scene = random_scene(rng)
     kind = rng.random()
     if kind < 0.6:
@@ -76,13 +91,20 @@ def example(rng: np.random.Generator) -> Example:
 
 
 def vocabulary() -> Tokenizer:
-    """A small vocabulary in CLIP's format, learned from the captions of many scenes."""
+    """Learn a small vocabulary in CLIP's format from the captions of many scenes."""
     rng = np.random.default_rng(3)
     return train_tokenizer((example_caption(rng) for _ in range(5_000)), TEXT.vocab_size)
 
 
 def example_caption(rng: np.random.Generator) -> str:
-    """A caption alone, without drawing the picture."""
+    """Make a caption without rendering its scene.
+
+    Args:
+        rng: generator of scene and caption.
+
+    Returns:
+        The caption.
+    """
     scene = random_scene(rng)
     pick = rng.random()
     if pick < 0.1:
@@ -91,9 +113,15 @@ def example_caption(rng: np.random.Generator) -> str:
 
 
 class Bank:
-    """Encoded examples, kept and slowly renewed: encoding is the expensive part, and noise makes each use a new one.
+    """A pool of encoded examples, which are reused with new noise because encoding is expensive.
 
-    A resumed run begins with the bank of the first step again, and renews it from there.
+    The oldest examples are replaced step by step. A resumed run begins with the pool of the first step again.
+
+    Args:
+        vae: the autoencoder.
+        tokenizer: the tokenizer.
+        size: number of examples, rounded up to a multiple of 64.
+        device: device of the examples that `draw` returns.
     """
 
     def __init__(self, vae: VAE, tokenizer: Tokenizer, size: int, device: str) -> None:
@@ -105,14 +133,27 @@ class Bank:
             self.items = tuple(torch.cat(pair) for pair in zip(self.items, new, strict=True)) if self.items else new
 
     def renew(self, rng: np.random.Generator, count: int) -> None:
-        """Replace the oldest `count` examples."""
+        """Replace the oldest examples by new ones.
+
+        Args:
+            rng: generator of the new examples.
+            count: number of examples to replace.
+        """
         where = (torch.arange(count, dtype=torch.int64, device="cpu") + self.next) % len(self)
         for kept, new in zip(self.items, self._encode(rng, count), strict=True):
             kept[where] = new
         self.next = (self.next + count) % len(self)
 
     def draw(self, rng: np.random.Generator, count: int) -> Iterator[Tensor]:
-        """Latents, latent masks, masked latents and token ids of `count` examples."""
+        """Draw random examples.
+
+        Args:
+            rng: generator of the choice.
+            count: number of examples B.
+
+        Returns:
+            Latents (B, 4, H, W), masks (B, 1, H, W), masked latents (B, 4, H, W) and token ids (B, L).
+        """
         where = torch.from_numpy(rng.integers(0, len(self), count))
         return (item[where].to(self.device) for item in self.items)
 
@@ -135,7 +176,20 @@ class Bank:
 def train(
     folder: Path, vae: VAE, *, steps: int, batch: int = 32, bank: int = 4096, device: str = "cpu", progress: bool = True
 ) -> tuple[UNet, CLIPText]:
-    """Train (or go on training) in `folder`, and return the averaged UNet and text encoder."""
+    """Train the UNet and its text encoder, or resume their training.
+
+    Args:
+        folder: folder of the training state and the log.
+        vae: the trained autoencoder.
+        steps: number of training steps in total.
+        batch: examples in each step.
+        bank: number of encoded examples to keep.
+        device: device to train on.
+        progress: show a progress bar.
+
+    Returns:
+        UNet and text encoder with averaged (EMA) weights.
+    """
     torch.manual_seed(1)
     tokenizer = vocabulary()
     unet, text = UNet(UNET), CLIPText(dataclasses.replace(TEXT, vocab_size=tokenizer.vocab_size))
@@ -170,7 +224,7 @@ def train(
 
 
 def _start_as_identity(unet: UNet) -> None:
-    """Zero the last layer of every branch, as the released models were before their training."""
+    """Set the last layer of every residual branch to zero, as in the released models before training."""
     for name, parameter in unet.named_parameters():
         if name.startswith("out.2.") or ".out_layers.3." in name or ".proj_out." in name:
             nn.init.zeros_(parameter)

@@ -1,7 +1,7 @@
-"""Says what was painted into a hole, from the geometry of the scenes alone: no network is asked.
+"""Recognise the object that was generated in a hole, from the geometry of the scenes and without a network.
 
-A pixel belongs to an object where it is nearer to one of the object colours, in any light, than to the background that
-is known to lie behind it, in any shadow. The colour is the weighted majority of those pixels, the shape the silhouette
+A pixel belongs to an object if it is closer to one of the object colours, in any light, than to the known background
+behind it, in any shadow. The object's colour is the weighted majority of these pixels, and its shape is the silhouette
 that overlaps them best.
 """
 
@@ -21,21 +21,30 @@ Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 NONE = "none"
-_SMALLEST = 0.008  # of the picture's area: the smallest thing that random_scene draws covers about twice as much
+_SMALLEST = 0.008  # fraction of the image's area; the smallest object of random_scene covers about twice as much
 _LIGHT = (0.55, 1.15)  # how far light and shade scale an object's colour
 _SHADOW = (0.45, 1.10)  # how far a shadow and an imprecise repaint scale the background
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found in the hole: names from COLORS and SHAPES, or NONE for both."""
+    """The object found in a hole: names from COLORS and SHAPES, or NONE for both."""
 
     color: str
     shape: str
 
 
 def judge(image: NDArray[np.uint8], hole: Mask, background: NDArray[np.uint8]) -> Verdict:
-    """Name the object in the hole; images uint8 (S, S, 3), hole bool (S, S), `background` the scene without it."""
+    """Recognise the object in a hole.
+
+    Args:
+        image: the inpainted image, (S, S, 3).
+        hole: the mask, (S, S), True = repainted.
+        background: the scene without the object, (S, S, 3).
+
+    Returns:
+        Colour and shape of the object.
+    """
     pixels = image[hole].astype(np.float64)
     from_background = _distance_to_ray(pixels, background[hole].astype(np.float64), _SHADOW)
     from_colors = np.stack([_distance_to_ray(pixels, np.array(rgb), _LIGHT) for rgb in COLORS.values()])
@@ -44,20 +53,20 @@ def judge(image: NDArray[np.uint8], hole: Mask, background: NDArray[np.uint8]) -
     region = _without_specks(region) & hole
     if region.mean() < _SMALLEST:
         return Verdict(NONE, NONE)
-    # Pixels of a blurred edge are part background: the farther from it, the more a vote counts.
+    # Pixels of a blurred edge are partly background: a pixel's vote is its distance from the background.
     found = region[hole]
     votes = np.bincount(from_colors.argmin(0)[found], weights=from_background[found], minlength=len(COLORS))
     return Verdict(list(COLORS)[int(votes.argmax())], _best_shape(region))
 
 
 def _distance_to_ray(pixels: Floats, color: NDArray[Any], limits: tuple[float, float]) -> Floats:
-    """Distance in RGB from each pixel (..., 3) to the nearest lighter or darker version of a colour -> (...)."""
+    """Compute the RGB distance from pixels (..., 3) to the nearest lighter or darker version of a colour -> (...)."""
     scale = (pixels * color).sum(-1) / ((color * color).sum(-1) + 1e-9)
     return np.asarray(np.linalg.norm(pixels - np.clip(scale, *limits)[..., None] * color, axis=-1))
 
 
 def _without_specks(region: Mask) -> Mask:
-    """Each pixel as most of its 3 x 3 neighbours are."""
+    """Set each pixel to the majority of its 3 x 3 neighbourhood."""
     padded = np.pad(region.astype(np.int64), 1)
     rows, columns = region.shape
     votes = sum(padded[i : i + rows, j : j + columns] for i in range(3) for j in range(3))
@@ -65,7 +74,7 @@ def _without_specks(region: Mask) -> Mask:
 
 
 def _unit_moments(shape: str) -> tuple[float, float, float]:
-    """Area and centroid of a shape of radius 1."""
+    """Compute area and centroid of a shape of radius 1."""
     u, v = np.meshgrid(np.linspace(-1.2, 1.2, 121), np.linspace(-1.2, 1.2, 121))
     within = inside(shape, u, v)
     return float(within.mean() * 2.4**2), float(u[within].mean()), float(v[within].mean())
@@ -79,7 +88,7 @@ _SCALES, _SHIFTS_X, _SHIFTS_Y = (
 
 
 def _best_shape(region: Mask) -> str:
-    """The shape whose silhouette, fitted by area and centroid and then searched around them, overlaps best."""
+    """Return the shape whose silhouette overlaps best, searched around the region's area and centroid."""
     area = region.sum()
     reach = int(np.sqrt(area)) + 4
     steps = np.linspace(-reach, reach, 32).round().astype(np.int64)

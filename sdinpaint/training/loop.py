@@ -1,6 +1,6 @@
-"""A training loop that can be stopped at any moment and resumed where it was.
+"""Run a training loop that can be interrupted at any moment and resumed.
 
-All randomness of a step is drawn from (seed, step), so a resumed run goes on as an uninterrupted one would.
+All randomness of a step depends on (seed, step), so that a resumed run continues as if it had not been interrupted.
 """
 
 from __future__ import annotations
@@ -20,18 +20,37 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sdinpaint.progress import progress_bar
 
 Loss = Callable[[int], tuple[Tensor, dict[str, float]]]
-"""step -> the loss to descend, and figures to log."""
+"""A function from the step to the loss to minimise, a scalar, and numbers to log."""
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100, tail: float = 0.3) -> float:
-    """Linear warm-up, constant, and a linear fall to zero over the last `tail` of all steps."""
+    """Compute the learning rate: linear warm-up, constant, and a linear decay to zero.
+
+    Args:
+        step: the step, from 0.
+        steps: number of steps in total.
+        peak: the constant learning rate in the middle.
+        warmup: number of steps of the warm-up.
+        tail: fraction of all steps in which the learning rate decays.
+
+    Returns:
+        The learning rate of the step.
+    """
     return peak * min((step + 1) / warmup, 1.0, (steps - step) / (steps * tail))
 
 
 class Trainer:
-    """Descends a loss over the parameters of `module`, with an exponential moving average of the weights.
+    """Minimise a loss over the parameters of a module, with an exponential moving average (EMA) of its weights.
 
-    Writes `state.safetensors` (weights, averages, optimiser) and `log.jsonl` into `folder`, and resumes from them.
+    The trainer writes `state.safetensors` (weights, averages, optimiser) and `log.jsonl` to a folder, and resumes from
+    the state there.
+
+    Args:
+        module: the module to train.
+        folder: folder of the state and the log.
+        steps: number of steps in total.
+        peak_lr: largest learning rate; see `learning_rate`.
+        ema_decay: decay of the moving average in each step.
     """
 
     def __init__(
@@ -47,7 +66,13 @@ class Trainer:
             self._resume()
 
     def fit(self, loss: Loss, *, save_every: int = 200, progress: bool = True) -> None:
-        """Run to `steps`; saves every `save_every` steps, at the end, and when interrupted."""
+        """Train up to the last step; the state is also saved at the end and on an interruption.
+
+        Args:
+            loss: the loss.
+            save_every: number of steps after which the state is saved.
+            progress: show a progress bar.
+        """
         started = time.perf_counter()
         try:
             with progress_bar(self.steps, self.folder.name, show=progress, initial=self.step) as bar:
@@ -64,14 +89,14 @@ class Trainer:
             self.save()
 
     def use_ema(self) -> None:
-        """Put the averaged weights into the module."""
+        """Copy the averaged (EMA) weights into the module."""
         self.module.load_state_dict(self.ema)
 
     def _descend(self, loss: Loss) -> dict[str, float]:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.steps, self.peak_lr)
         device = next(self.module.parameters()).device
-        # The flash backward of CPUs takes longer than everything else together at these sizes.
+        # At these sizes, the backward pass of flash attention on CPUs takes longer than everything else together.
         with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, torch.bfloat16):
             value, figures = loss(self.step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -89,7 +114,7 @@ class Trainer:
             log.write(json.dumps({"step": self.step, **figures}) + "\n")
 
     def save(self) -> None:
-        """Write the whole state, atomically."""
+        """Write the training state atomically."""
         tensors = {f"module.{name}": value for name, value in self.module.state_dict().items()}
         tensors |= {f"ema.{name}": value for name, value in self.ema.items()}
         for index, slots in self.optimizer.state_dict()["state"].items():

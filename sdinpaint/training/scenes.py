@@ -1,7 +1,7 @@
-"""Procedural scenes for training: objects x colours x places before a wall, with captions and holes.
+"""Generate procedural scenes for training: coloured objects in front of a wall, with captions and holes.
 
-Every length is a fraction of the picture's side: x runs right, y runs down. Everything is drawn from signed distances,
-so edges are smooth at any size without supersampling, and every function is pure given its numpy Generator.
+Lengths are fractions of the image's side; x points right, y points down. Objects are drawn from signed distances, so
+that edges are smooth at any size without supersampling. Every function is pure, given its numpy Generator.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "black": (44, 44, 50),
 }
 
-# Muted pairs of wall and floor: the colours of things stay apart from all of them.
 MOODS: tuple[tuple[RGB, RGB], ...] = (
     ((206, 212, 218), (168, 160, 152)),
     ((214, 202, 188), (176, 154, 134)),
@@ -63,11 +62,12 @@ MOODS: tuple[tuple[RGB, RGB], ...] = (
     ((222, 214, 196), (150, 158, 160)),
     ((190, 184, 200), (170, 162, 170)),
 )
+"""Muted colours of wall and floor, which all differ clearly from the colours of objects."""
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: its shape and colour by name, its centre and radius in fractions of the picture's side."""
+    """An object: names of its shape and colour, and its centre and radius in fractions of the image's side."""
 
     shape: str
     color: str
@@ -78,7 +78,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Background:
-    """Wall and floor colours (0..255), the height where they meet, and the side of the light (-1 left, +1 right)."""
+    """Colours of wall and floor (0..255), height of their border, and side of the light (-1 left, +1 right)."""
 
     wall: RGB
     floor: RGB
@@ -88,15 +88,16 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things before a background; none for an empty scene."""
+    """Objects in front of a background; an empty scene has none."""
 
     background: Background
     things: tuple[Thing, ...]
 
 
-# --- shapes: each maps local coordinates (the radius is 1) to a signed distance (inside < 0) and a surface normal ---
+# --- shapes ---
 
 Surface = tuple[Array, tuple[Array, Array, Array]]
+"""The signed distance of points to a shape of radius 1 (negative inside), and its surface normals (x, y, z)."""
 
 
 def _round_normal(nx: Array, ny: Array) -> tuple[Array, Array, Array]:
@@ -104,7 +105,7 @@ def _round_normal(nx: Array, ny: Array) -> tuple[Array, Array, Array]:
 
 
 def _polygon(u: Array, v: Array, corners: list[tuple[float, float]]) -> Array:
-    """Signed distance of a convex polygon, corners clockwise on screen; exact along its edges."""
+    """Compute the signed distance to a convex polygon with clockwise corners; it is exact along the edges."""
     distance = np.full_like(u, -np.inf)
     for (u0, v0), (u1, v1) in zip(corners, corners[1:] + corners[:1], strict=True):
         length = np.hypot(u1 - u0, v1 - v0)
@@ -123,7 +124,7 @@ def _ring(u: Array, v: Array) -> Surface:
 
 
 def _cone(u: Array, v: Array) -> Surface:
-    """A cone on an elliptic base: below the widest line the base bounds it, above it the two slopes."""
+    """Compute a cone, which has an elliptic base below its widest line and two slopes above it."""
     slopes = _polygon(u, v, [(0, -1), (0.84, 0.72), (-0.84, 0.72)])
     base = (np.hypot(u / 0.84, (v - 0.70) / 0.2) - 1) * 0.2
     across = np.clip(u / np.maximum((v + 1) * 0.49, 0.02), -1, 1)
@@ -131,7 +132,7 @@ def _cone(u: Array, v: Array) -> Surface:
 
 
 def _cube(u: Array, v: Array) -> Surface:
-    """A cube seen a little from above and from the right."""
+    """Compute a cube, seen slightly from above and from the right."""
     a, b, e = -0.73, 0.43, 0.30
     outline = _polygon(u, v, [(a, a + e), (a + e, a), (b + e, a), (b + e, b), (b, b + e), (a, b + e)])
     top = (v < a + e) & (v + u < b + a + e)
@@ -142,7 +143,7 @@ def _cube(u: Array, v: Array) -> Surface:
 
 
 def _star(u: Array, v: Array) -> Surface:
-    """A five-pointed star of ten flat facets that rise to its middle."""
+    """Compute a five-pointed star of ten flat facets that rise to its middle."""
     fifth = 2 * np.pi / 5
     angle = np.arctan2(u, -v)
     sector = np.round(angle / fifth) * fifth
@@ -156,7 +157,7 @@ def _star(u: Array, v: Array) -> Surface:
     return (along - 1) * n_along + aside * n_aside, _round_normal(0.75 * np.sin(facet), -0.75 * np.cos(facet))
 
 
-_SURFACES: dict[str, tuple[Callable[[Array, Array], Surface], float]] = {  # and how far the base is below the centre
+_SURFACES: dict[str, tuple[Callable[[Array, Array], Surface], float]] = {  # with the depth of the base below the centre
     "ball": (_ball, 1.0),
     "cube": (_cube, 0.66),
     "cone": (_cone, 0.78),
@@ -170,7 +171,7 @@ SHAPES: tuple[str, ...] = tuple(_SURFACES)
 
 
 def _wall_and_floor(background: Background, size: int) -> Array:
-    """The empty scene, float (size, size, 3) in 0..255: a glow on the wall, a floor that brightens towards us."""
+    """Draw an empty scene -> float (size, size, 3) in 0..255, with a glow on the wall and a floor lighter in front."""
     x, y = grid(size)
     depth = (y - background.horizon) / (1 - background.horizon)
     floor_share = np.clip((y - background.horizon) * size + 0.5, 0, 1)
@@ -184,7 +185,7 @@ def _wall_and_floor(background: Background, size: int) -> Array:
 
 
 def _window(thing: Thing, size: int, reach: float) -> tuple[slice, slice]:
-    """Rows and columns within `reach` radii of the thing's centre."""
+    """Return the rows and columns within `reach` radii of an object's centre."""
     low = [max(int((c - reach * thing.radius) * size), 0) for c in (thing.y, thing.x)]
     high = [min(int(np.ceil((c + reach * thing.radius) * size)) + 1, size) for c in (thing.y, thing.x)]
     return slice(low[0], max(high[0], low[0])), slice(low[1], max(high[1], low[1]))
@@ -216,7 +217,15 @@ def _draw(canvas: Array, thing: Thing, light: float) -> None:
 
 
 def render(scene: Scene, size: int = 128) -> Picture:
-    """Draw a scene -> uint8 (size, size, 3); things lower in the picture are nearer and cover the others."""
+    """Render a scene; objects lower in the image are nearer and cover the others.
+
+    Args:
+        scene: the scene.
+        size: height and width in pixels.
+
+    Returns:
+        The image, uint8 (size, size, 3).
+    """
     canvas = _wall_and_floor(scene.background, size)
     for thing in scene.things:
         _draw_shadow(canvas, thing, scene.background.light)
@@ -226,13 +235,30 @@ def render(scene: Scene, size: int = 128) -> Picture:
 
 
 def inside(shape: str, u: Array, v: Array) -> Mask:
-    """Which points lie inside a shape of radius 1 about the origin; u right, v down, of one size."""
+    """Tell which points lie inside a shape of radius 1 at the origin.
+
+    Args:
+        shape: name of the shape.
+        u: coordinates to the right.
+        v: coordinates downwards, of the same shape as `u`.
+
+    Returns:
+        True for points inside, of the same shape as `u`.
+    """
     within: Mask = _SURFACES[shape][0](u, v)[0] <= 0
     return within
 
 
 def silhouette(thing: Thing, size: int = 128) -> Mask:
-    """The pixels that a thing covers at least by half, without its shadow -> bool (size, size)."""
+    """Find the pixels of an object without its shadow.
+
+    Args:
+        thing: the object.
+        size: height and width in pixels.
+
+    Returns:
+        True where the object covers at least half of a pixel, (size, size).
+    """
     x, y = grid(size)
     u, v = np.broadcast_arrays((x - thing.x) / thing.radius, (y - thing.y) / thing.radius)
     return inside(thing.shape, u, v)
@@ -242,7 +268,14 @@ def silhouette(thing: Thing, size: int = 128) -> Mask:
 
 
 def random_background(rng: np.random.Generator) -> Background:
-    """A muted wall and floor in one of the moods, slightly varied."""
+    """Draw a random background: one of `MOODS`, slightly varied.
+
+    Args:
+        rng: the generator.
+
+    Returns:
+        The background.
+    """
     wall, floor = (
         np.array(tone) + rng.uniform(-8, 8) + rng.uniform(-5, 5, 3) for tone in MOODS[rng.integers(len(MOODS))]
     )
@@ -255,7 +288,7 @@ def random_background(rng: np.random.Generator) -> Background:
 
 
 def _random_thing(rng: np.random.Generator, horizon: float, largest: float) -> Thing:
-    """A thing that stands on the floor, wholly inside the picture."""
+    """Draw a random object that stands on the floor and lies completely inside the image."""
     radius = float(rng.uniform(0.14, largest))
     lowest = 0.96 - radius
     return Thing(
@@ -273,7 +306,14 @@ def _apart(one: Thing, other: Thing) -> bool:
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
-    """A scene of one thing (55%) or two different things well apart (45%), the one to ask for first."""
+    """Draw a random scene of one object (55%) or two different, separate objects (45%).
+
+    Args:
+        rng: the generator.
+
+    Returns:
+        The scene; captions are for its first object.
+    """
     background = random_background(rng)
     if rng.random() < 0.55:
         return Scene(background, (_random_thing(rng, background.horizon, largest=0.25),))
@@ -284,7 +324,15 @@ def random_scene(rng: np.random.Generator) -> Scene:
 
 
 def without(scene: Scene, thing: Thing) -> Scene:
-    """The same scene with one thing taken away."""
+    """Remove an object from a scene.
+
+    Args:
+        scene: the scene.
+        thing: the object.
+
+    Returns:
+        The scene without the object.
+    """
     return replace(scene, things=tuple(other for other in scene.things if other != thing))
 
 
@@ -301,7 +349,14 @@ EMPTY_CAPTIONS: tuple[str, ...] = (
 
 
 def empty_caption(rng: np.random.Generator) -> str:
-    """One of the ways to ask for no object at all."""
+    """Choose one of `EMPTY_CAPTIONS`, the prompts for no object at all.
+
+    Args:
+        rng: the generator.
+
+    Returns:
+        The caption.
+    """
     return str(rng.choice(EMPTY_CAPTIONS))
 
 
@@ -317,7 +372,16 @@ def _place(thing: Thing) -> str:
 
 
 def captions(rng: np.random.Generator, scene: Scene, thing: Thing) -> str:
-    """One of several wordings that ask for `thing`; where another is named, `thing` comes first."""
+    """Choose one of several captions of an object; where it names another one too, the object comes first.
+
+    Args:
+        rng: the generator.
+        scene: the scene.
+        thing: the object of the scene to describe.
+
+    Returns:
+        The caption.
+    """
     name = _name(thing)
     wordings = [
         name,
@@ -332,7 +396,15 @@ def captions(rng: np.random.Generator, scene: Scene, thing: Thing) -> str:
 
 
 def scene_caption(rng: np.random.Generator, scene: Scene) -> str:
-    """A caption of the whole picture: all its things in any order, or an empty scene."""
+    """Choose a caption of a whole scene, which names all its objects in random order, or says that it is empty.
+
+    Args:
+        rng: the generator.
+        scene: the scene.
+
+    Returns:
+        The caption.
+    """
     if not scene.things:
         return empty_caption(rng)
     if len(scene.things) == 1:
@@ -341,14 +413,23 @@ def scene_caption(rng: np.random.Generator, scene: Scene) -> str:
     return str(rng.choice(("", "a photo of ", "a picture with "))) + str(rng.choice((" and ", " next to "))).join(names)
 
 
-# --- masks: true where the picture is to be repainted ---
+# --- masks: True = repaint ---
 
 
 def object_mask(rng: np.random.Generator, scene: Scene, thing: Thing, size: int = 128) -> Mask:
-    """A hole well beyond a thing and its shadow -> bool (size, size).
+    """Draw a hole that covers an object and its shadow with a margin.
 
-    Its outline (between ellipse and rounded box, with margins of its own on each side) is drawn without a look at the
-    shape or the colour, so that the hole tells nothing about them; other things stay visible.
+    The outline is between an ellipse and a rounded box, with a random margin on each side. It does not depend on shape
+    or colour, so that the hole does not reveal them. Other objects stay visible.
+
+    Args:
+        rng: the generator.
+        scene: the scene.
+        thing: the object to cover.
+        size: height and width in pixels.
+
+    Returns:
+        The mask, (size, size), True = repaint.
     """
     x, y = grid(size)
     left, right, top, bottom = thing.radius + rng.uniform(0.03, 0.16, 4)
@@ -367,10 +448,18 @@ def object_mask(rng: np.random.Generator, scene: Scene, thing: Thing, size: int 
 
 
 MASK_KINDS: dict[str, float] = {"box": 0.30, "ellipse": 0.20, "thick": 0.20, "half": 0.20, "full": 0.10}
-"""Kinds of holes that are drawn without a look at the scene, with their probabilities."""
+"""Kinds of holes that do not depend on the scene, with their probabilities."""
 
 
 def random_mask(rng: np.random.Generator, size: int = 128) -> Mask:
-    """A hole of a kind drawn with the probabilities of MASK_KINDS -> bool (size, size), never empty."""
+    """Draw a hole of a random kind, with the probabilities of `MASK_KINDS`.
+
+    Args:
+        rng: the generator.
+        size: height and width in pixels.
+
+    Returns:
+        The mask, (size, size), True = repaint, never empty.
+    """
     kind = str(rng.choice(list(MASK_KINDS), p=list(MASK_KINDS.values())))
     return random_hole(rng, size, kind)

@@ -1,15 +1,20 @@
-"""Settings and vocabularies beside the weights that are broken, absurd, or another model's."""
+"""Configurations and vocabularies that are broken, absurd, or another model's: in files, and made in Python."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
+import torch
 from builders import rewrite_json
 from closeness import same_picture
 from refusals import INF, NAN, inpaint, load, refused
 
-from sdinpaint.errors import CheckpointError, TokenizerError
+from sdinpaint.errors import CheckpointError, SettingError, TokenizerError
+from sdinpaint.families import SD2, SD15, SDXL
+from sdinpaint.models import ControlNetConfig, UNet
 from sdinpaint.text.tokenizer import train_tokenizer
 
 
@@ -79,3 +84,77 @@ def test_broken_vocabulary(folder, source):
     refused(TokenizerError, "TOKENIZER_BROKEN", lambda: load(folder), folder / "tokenizer")
     none = folder / "nothing"
     refused(TokenizerError, "TOKENIZER_BROKEN", lambda: load(source, tokenizer=none), none)
+
+
+NO_COUNTS = [0, -1, 2.5, "4", None, True, [4], NAN]
+CONTROLNET = ControlNetConfig(unet=SD15.unet, hint_widths=(16, 32, 96, 256))
+WHOLE = {
+    "unet": ("in_channels", "out_channels", "model_channels", "num_res_blocks", "context_dim", "norm_groups"),
+    "vae": ("in_channels", "latent_channels", "channels", "num_res_blocks", "norm_groups"),
+    "text": ("vocab_size", "context_length", "width", "mlp_width", "num_layers", "num_heads"),
+}
+FIELDS = [
+    *((getattr(SD15, part), name, NO_COUNTS) for part, names in WHOLE.items() for name in names),
+    (SD15.unet, "model_channels", [319]),
+    (SD15.unet, "norm_groups", [7, 640]),
+    (SD15.unet, "middle_depth", [-1, "1", None]),
+    (SD15.unet, "num_heads", [7, 0, -8, "8"]),
+    (SD2.unet, "head_dim", [60, 0, -64, "64"]),
+    (SD2.unet, "num_heads", [5]),
+    (SDXL.unet, "vector_dim", [0, -2816, "2816"]),
+    (SD15.unet, "channel_mult", [(), 4, "1244", (1, 2, 4, "4"), (1, 2, 4, -4), (1, 2, 4, 0), None]),
+    (SD15.unet, "transformer_depth", [(1, 1, 1), (1, 1, 1, 0, 0), (1, 1, 1, -1), (), 1, "1110"]),
+    (SD15.unet, "linear_projection", [None, 0, "no"]),
+    (SD15.vae, "norm_groups", [3, 256]),
+    (SD15.vae, "channel_mult", [(), 4, (1, 2, 2.5), (1, -2)]),
+    (SD15.vae, "scaling_factor", [0, -0.18, NAN, INF, "0.18", None, True]),
+    (SD15.text, "num_heads", [7, 1024]),
+    (SD15.text, "activation", ["relu", None, 3, []]),
+    (SD15.text, "skip_last", [-1, 13, "1", None]),
+    (SD15.text, "pad_id", [-1, 49408, "0"]),
+    (SD15.text, "final_norm", [None, 1, "yes"]),
+    (SD15.text, "projection_dim", [0, -768, "768"]),
+    (CONTROLNET, "unet", [None, SD15.vae, {}]),
+    (CONTROLNET, "hint_widths", [(), 16, (16, 0), (16, -32), ("16",), None]),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "values"), FIELDS, ids=[f"{type(config).__name__}.{name}" for config, name, _ in FIELDS]
+)
+def test_wrong_field_of_a_configuration_made_by_hand(config, name, values):
+    for value in values:
+        make = partial(replace, config, **{name: value})
+        error = refused(SettingError, "SETTING_CONFIG", make, f"{type(config).__name__}.{name}")
+        assert (error.found, bool(error.expected)) == (repr(value), True)
+
+
+def test_fields_that_do_not_fit_each_other_are_named_with_what_they_must_fit():
+    for name, value, expected in [
+        ("num_heads", 7, "divides the widths of the levels with attention, [320, 640, 1280]"),
+        ("norm_groups", 7, "divides model_channels 320"),
+        ("transformer_depth", (1, 1), "one number for each of channel_mult (1, 2, 4, 4)"),
+        ("num_heads", None, "one of num_heads and head_dim, and None for the other; head_dim is None"),
+        ("head_dim", 64, "one of num_heads and head_dim, and None for the other; head_dim is 64"),
+    ]:
+        refused(SettingError, "SETTING_CONFIG", partial(replace, SD15.unet, **{name: value}), expected)
+
+
+def test_heads_need_to_divide_only_the_widths_that_attend():
+    config = replace(SD15.unet, model_channels=32, channel_mult=(1, 2, 3), transformer_depth=(0, 1, 0), middle_depth=0)
+    with torch.device("meta"):
+        UNet(replace(config, num_heads=64))
+
+
+def test_lists_of_a_configuration_become_tuples():
+    config = replace(SD15.unet, channel_mult=[1, 2, 4, 4], transformer_depth=[1, 1, 1, 0])
+    assert config == SD15.unet
+    assert hash(config) == hash(SD15.unet)
+
+
+def test_heads_of_a_file_that_do_not_divide_its_widths(folder):
+    """Where no file says how many there are, the family's number counts."""
+    path = folder / "unet/config.json"
+    rewrite_json(path, attention_head_dim=None)
+    error = refused(CheckpointError, "CKPT_BAD_CONFIG", lambda: load(folder), folder, "num_heads is 8", "config=FOLDER")
+    assert "divides the widths" in error.expected

@@ -333,7 +333,7 @@ def test_the_machine_is_at_fault(code, error, loads):
     loads(error)
     done = inpaint("any")
     assert done.exit_code == 5
-    assert "to go on: " in done.stderr
+    assert "hint: " in done.stderr
     assert json.loads(inpaint("any", "--json").stdout)["error"]["code"] == code
     assert written() == set()
 

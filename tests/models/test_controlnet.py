@@ -87,9 +87,9 @@ def test_sizes_are_read_off_the_shapes(family):
 @pytest.mark.parametrize(
     ("given", "wanted", "words"),
     [
-        (SD2, SD15_INPAINT, ("Stable Diffusion 2: text states 1024", "Stable Diffusion 1: text states 768")),
-        (SDXL, SD15_INPAINT, ("SDXL: text states 2048", "Stable Diffusion 1: text states 768")),
-        (SD15, SDXL, ("Stable Diffusion 1: text states 768", "SDXL: text states 2048")),
+        (SD2, SD15_INPAINT, ("Stable Diffusion 2: text embeddings 1024", "Stable Diffusion 1: text embeddings 768")),
+        (SDXL, SD15_INPAINT, ("SDXL: text embeddings 2048", "Stable Diffusion 1: text embeddings 768")),
+        (SD15, SDXL, ("Stable Diffusion 1: text embeddings 768", "SDXL: text embeddings 2048")),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
@@ -240,8 +240,8 @@ def test_one_of_another_width(model, net, tmp_path):
     unet = replace(net.config.unet, context_dim=20)
     write_folder(tmp_path / "control", fill(ControlNet(replace(net.config, unet=unet)), 1))
     error = refused(CheckpointError, "CKPT_MISMATCH", lambda: load(model, controlnet=tmp_path / "control"))
-    assert "text states 20 wide" in error.found
-    assert "text states 28 wide" in error.expected
+    assert "text embeddings 20 wide" in error.found
+    assert "text embeddings 28 wide" in error.expected
 
 
 @pytest.mark.parametrize(

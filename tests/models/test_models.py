@@ -115,7 +115,7 @@ def test_sizes_are_read_off_the_shapes(inventory, kind, ending):
         family.unet,
         in_channels=1,
         out_channels=1,
-        model_channels=1,
+        model_channels=32,
         channel_mult=(1,),
         num_res_blocks=1,
         transformer_depth=(3,),
@@ -124,7 +124,7 @@ def test_sizes_are_read_off_the_shapes(inventory, kind, ending):
         linear_projection=True,
         vector_dim=1,
     )
-    vae = replace(family.vae, in_channels=1, latent_channels=1, channels=1, channel_mult=(1,), num_res_blocks=1)
+    vae = replace(family.vae, in_channels=1, latent_channels=1, channels=32, channel_mult=(1,), num_res_blocks=1)
     text = replace(family.text, vocab_size=1, context_length=1, width=64, mlp_width=1, num_layers=1, num_heads=1)
 
     def shapes(component):

@@ -111,7 +111,7 @@ def test_the_width_of_the_text_states_tells_a_released_family():
             }
             found = identify(shapes)
             assert (found.family, found.components) == (family, (component,))
-            assert any(f"text states {width} wide" in sentence for sentence in found.why)
+            assert any(f"text embeddings {width} wide" in sentence for sentence in found.why)
 
 
 def refiner():

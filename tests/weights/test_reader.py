@@ -209,7 +209,7 @@ def test_tensors_beyond_four_gigabytes(tmp_path):
         (b'\n  {"error": "Invalid username or password."}', "CKPT_HTML", "Invalid username"),
         (b"GGUF\x03\x00\x00\x00" + bytes(64), "CKPT_GGUF", "GGUF"),
         (b"\x1f\x8b\x08\x00" + bytes(64), "CKPT_UNKNOWN_FORMAT", "gzip"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(64), "CKPT_UNKNOWN_FORMAT", "picture"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(64), "CKPT_UNKNOWN_FORMAT", "image"),
         (bytes(range(200, 250)), "CKPT_UNKNOWN_FORMAT", "c8 c9"),
         (b"just some words\n", "CKPT_UNKNOWN_FORMAT", "just some words"),
         (pickle.dumps({"w": [1.0]}), "CKPT_NOT_TORCH", "torch.save"),

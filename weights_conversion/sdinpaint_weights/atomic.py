@@ -1,4 +1,4 @@
-"""Write a file or a folder whole or not at all."""
+"""Write files and folders atomically: whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes the place of `path` when the block ends without an error.
+    """Write a file under a temporary name, and let it replace `path` when the block ends without an error.
 
-    A killed program leaves the old file as it was, and at worst a stray `.<name>.<random>.tmp`.
+    A killed program leaves the old file unchanged, and at worst a stray `.<name>.<random>.tmp`.
 
-    Raises: OSError, as writing does.
+    Args:
+        path: the file to write.
+
+    Yields:
+        A path in the same folder to write to.
+
+    Raises:
+        OSError: the system does not permit writing.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
@@ -35,12 +42,19 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """An empty folder beside `path` to fill; it takes the place of `path` when the block ends without an error.
+    """Fill a folder under a temporary name, and let it replace `path` when the block ends without an error.
 
-    What was there before is removed only then. A killed program leaves at worst a stray `.<name>.<random>.tmp`, and
-    between two renames the old folder as `.<name>.<random>.old`.
+    The old folder is removed only then. A killed program leaves at worst a stray `.<name>.<random>.tmp`, and between
+    two renames the old folder as `.<name>.<random>.old`.
 
-    Raises: OSError, as writing does.
+    Args:
+        path: the folder to write.
+
+    Yields:
+        An empty folder beside `path` to fill.
+
+    Raises:
+        OSError: the system does not permit writing.
     """
     target = Path(os.path.realpath(path))
     beside = f".{target.name}.{secrets.token_hex(4)}"

@@ -1,4 +1,4 @@
-"""Apply an edit of the name tables to tensors, or to their shapes."""
+"""Apply the edits of the name tables to tensors and to shapes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ Shape = tuple[int, ...]
 
 
 def apply(edit: Edit, tensors: Sequence[Tensor]) -> Tensor:
-    """What the edit makes of these: of three where they are stacked (a copy), otherwise of one (a view)."""
+    """Apply an edit to tensors.
+
+    Args:
+        edit: the edit.
+        tensors: q, k and v for `Edit.STACKED`; otherwise a single tensor.
+
+    Returns:
+        The edited tensor: a copy for `Edit.STACKED`, otherwise a view.
+    """
     if edit is Edit.STACKED:
         return torch.cat(list(tensors))
     (tensor,) = tensors
@@ -27,7 +35,15 @@ def apply(edit: Edit, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def shape_after(edit: Edit, shapes: Sequence[Shape]) -> Shape:
-    """The shape of what `apply` makes of tensors of these shapes."""
+    """Compute the shape that `apply` returns.
+
+    Args:
+        edit: the edit.
+        shapes: shapes of the tensors that `apply` is given.
+
+    Returns:
+        The shape of the edited tensor.
+    """
     first = shapes[0]
     if edit is Edit.STACKED:
         return sum(shape[0] for shape in shapes), *first[1:]
@@ -41,7 +57,15 @@ def shape_after(edit: Edit, shapes: Sequence[Shape]) -> Shape:
 
 
 def fits(edit: Edit, shape: Shape) -> bool:
-    """Whether a tensor of this shape can be edited so."""
+    """Tell whether an edit can be applied to a tensor.
+
+    Args:
+        edit: any edit but `Edit.STACKED`.
+        shape: shape of the tensor.
+
+    Returns:
+        True where `apply` accepts the tensor.
+    """
     if edit in QKV:
         return len(shape) > 0 and shape[0] % len(QKV) == 0
     dimensions = {Edit.TRANSPOSED: 2, Edit.CONVOLUTION: 2, Edit.LINEAR: 4}

@@ -1,12 +1,17 @@
-"""The errors of sdinpaint. They live here because the weights package is the lowest one that raises them."""
+"""The base class of sdinpaint's errors; it is defined in the lowest package that raises one."""
 
 from __future__ import annotations
 
 
 class SdInpaintError(Exception):
-    """What was given, what was expected, and how to go on.
+    """An error that says what was found, what was expected, and how to continue.
 
-    `code` is stable across versions and meant for programs; `subject` names the file or the argument.
+    Args:
+        code: a name for programs, which is stable across versions.
+        subject: the file or the argument that the error is about.
+        found: what is wrong with it.
+        expected: what it should have been.
+        hint: what to do about it.
     """
 
     def __init__(self, code: str, subject: object, found: str, *, expected: str = "", hint: str = "") -> None:
@@ -29,7 +34,7 @@ class SdInpaintError(Exception):
         return _rebuild, (type(self), self.code, self.subject, self.found, self.expected, self.hint)
 
     def to_json(self) -> dict[str, str]:
-        """Every field by name, for `--json` output and logs."""
+        """Return every field by name, for `--json` output and logs."""
         return {key: getattr(self, key) for key in ("code", "subject", "found", "expected", "hint")}
 
 
@@ -38,4 +43,4 @@ def _rebuild(kind: type[SdInpaintError], code: str, subject: str, found: str, ex
 
 
 class CheckpointError(SdInpaintError, OSError, ValueError):
-    """A weights file or folder that cannot be used as asked."""
+    """A weights file or folder cannot be used as asked."""

@@ -1,6 +1,6 @@
-"""Write components under native names as a diffusers folder, or as one file in the official layout (LDM).
+"""Write components with native names as a diffusers folder, or as a single file in the official layout (LDM).
 
-`export_plan` says what each tensor of the target is made of, without any tensor; all else follows it.
+`export_plan` lists how each tensor of the target is made, from names and shapes alone; all writers follow it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sdinpaint_weights.stream import Item, not_written, write_stream
 Tensors = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
 Place = Callable[[str], tuple[str, Edit] | None]
-"""A native name's place in the target: the key there, and the edit on the way from there to the native tensor."""
+"""A function from a native name to its key in the target, with the edit that turns the target's tensor into ours."""
 
 FILES = {
     "unet": "unet/diffusion_pytorch_model.safetensors",
@@ -34,22 +34,32 @@ FILES = {
     "text_encoder_2": "text_encoder_2/model.safetensors",
     "controlnet": "diffusion_pytorch_model.safetensors",  # published by itself, beside its config.json
 }
+"""Component -> its weights file in a diffusers folder."""
 
 
 class Target(NamedTuple):
-    """One tensor to write: its key, the native names it is made of (three for a stacked q, k, v), and the edit."""
+    """One tensor to write: its key, the native names that it is made of, and the edit that makes it."""
 
     key: str
     names: tuple[str, ...]
+    """One name; for stacked rows the names of q, k and v."""
     edit: Edit
 
 
 def export_plan(component: str, shapes: Shapes, layout: str, family: str) -> list[Target]:
-    """What a component with these native names and shapes becomes in the layout "diffusers" or "ldm".
+    """Plan how to write a component in another layout.
 
-    `family` is "sd1", "sd2" or "sdxl"; in the layout "ldm" it decides the text encoders' prefix and names.
+    Args:
+        component: "unet", "vae", "text_encoder", "text_encoder_2" or "controlnet".
+        shapes: native name -> shape.
+        layout: "diffusers" or "ldm".
+        family: "sd1", "sd2" or "sdxl"; in the layout "ldm" it decides the text encoders' prefix and names.
 
-    Raises: CheckpointError for a name that has no place there.
+    Returns:
+        One target for each tensor to write.
+
+    Raises:
+        CheckpointError: a name has no counterpart in the layout.
     """
     place = _diffusers_place(component, shapes) if layout == "diffusers" else _ldm_place(component, shapes, family)
     parts: dict[str, dict[Edit, str]] = {}
@@ -63,17 +73,33 @@ def export_plan(component: str, shapes: Shapes, layout: str, family: str) -> lis
 
 
 def diffusers_state(component: str, tensors: Tensors) -> dict[str, Tensor]:
-    """One component under the names that diffusers (transformers, for the text encoders) gives it.
+    """Rename a component's tensors as diffusers does, and those of text encoders as transformers does.
 
-    Raises: CheckpointError for a name that has no counterpart.
+    Args:
+        component: "unet", "vae", "text_encoder", "text_encoder_2" or "controlnet".
+        tensors: native name -> tensor.
+
+    Returns:
+        diffusers' name -> tensor.
+
+    Raises:
+        CheckpointError: a name has no counterpart.
     """
     return _state(export_plan(component, _shapes(tensors), "diffusers", ""), tensors)
 
 
 def ldm_state(components: Mapping[str, Tensors], family: str) -> dict[str, Tensor]:
-    """All tensors under the names of the official single files of a family.
+    """Rename all tensors as in the official single files of a family.
 
-    Raises: CheckpointError for a component that its files do not have, and for a name that has no counterpart.
+    Args:
+        components: component -> {native name: tensor}.
+        family: "sd1", "sd2" or "sdxl".
+
+    Returns:
+        Official name -> tensor, for all components together.
+
+    Raises:
+        CheckpointError: the family's files have no such component, or a name has no counterpart.
     """
     state: dict[str, Tensor] = {}
     for component, tensors in components.items():
@@ -87,11 +113,19 @@ def write_diffusers(
     configs: Mapping[str, Mapping[str, object]],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write {"unet": {native name: tensor}, "vae": ..., "text_encoder": ...} and {relative path: JSON table}.
+    """Write components as a diffusers folder.
 
-    Each file is whole or not there; the configurations come last, so that an interrupted folder is not taken for one.
+    Each file is written atomically. The JSON files are written last, so that an interrupted folder is not mistaken for
+    a complete one.
 
-    Raises: CheckpointError, also for NaN and for values that `dtype` cannot hold.
+    Args:
+        folder: the folder to write to.
+        components: component -> {native name: tensor}.
+        configs: relative path -> JSON table.
+        dtype: dtype of the written tensors; None keeps each tensor's own.
+
+    Raises:
+        CheckpointError: a name has no counterpart, a file cannot be written, or a value is not finite in `dtype`.
     """
     for component, tensors in components.items():
         _save(diffusers_state(component, tensors), Path(folder, FILES[component]), dtype)
@@ -105,9 +139,16 @@ def write_single_file(
     family: str,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the components as one safetensors file in the official layout of a family, whatever `path` ends with.
+    """Write components as a single safetensors file in the official layout of a family.
 
-    Raises: CheckpointError.
+    Args:
+        path: the file to write; its ending does not matter.
+        components: component -> {native name: tensor}.
+        family: "sd1", "sd2" or "sdxl".
+        dtype: dtype of the written tensors; None keeps each tensor's own.
+
+    Raises:
+        CheckpointError: a name has no counterpart, the file cannot be written, or a value is not finite in `dtype`.
     """
     _save(ldm_state(components, family), Path(path), dtype)
 
@@ -119,7 +160,7 @@ def _diffusers_place(component: str, shapes: Shapes) -> Place:
 
     def place(name: str) -> tuple[str, Edit] | None:
         key = renamed(name, table)
-        # The VAE's attention is four 1 x 1 convolutions in LDM, and four linear layers in diffusers.
+        # The VAE's attention consists of four 1 x 1 convolutions in LDM, and of four linear layers in diffusers.
         linear = component == "vae" and key is not None and ".attentions." in key and shapes[name][2:] == (1, 1)
         return None if key is None else (key, Edit.CONVOLUTION if linear else Edit.AS_IS)
 
@@ -141,7 +182,7 @@ def _writes(mark: Mark, component: str, family: str) -> bool:
 
 
 def _target(component: str, key: str, names: Mapping[Edit, str]) -> Target:
-    """`names` are the native tensors that a tensor of the target makes, by the edit that makes them of it."""
+    """Return the target of a key; `names` holds its native names by the edit from the target's tensor to theirs."""
     if set(names) == set(QKV):
         return Target(key, tuple(names[edit] for edit in QKV), Edit.STACKED)
     ((edit, name),) = list(names.items())[:1]

@@ -1,4 +1,4 @@
-"""The bytes of a weights file: what the path is, a private map of its bytes, and plain reads of them."""
+"""Read the bytes of a weights file, by plain reads or through a private memory map."""
 
 from __future__ import annotations
 
@@ -23,9 +23,13 @@ FETCH_AGAIN = "the download is incomplete or damaged: delete the file and fetch 
 
 
 class SourceFile:
-    """A regular file that is open for reading, with its size as it was when it was opened.
+    """A regular file that is open for reading.
 
-    Raises: CheckpointError when the path is missing, a folder, a device or the like, unreadable, or empty.
+    Args:
+        path: the file.
+
+    Raises:
+        CheckpointError: the path does not exist, is a folder or a device, cannot be read, or is empty.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -44,24 +48,56 @@ class SourceFile:
         self._map: mmap.mmap | None = None
 
     def read(self, offset: int, count: int) -> bytearray:
-        """`count` bytes from `offset`, through plain file reads into memory of their own."""
+        """Read bytes into new memory.
+
+        Args:
+            offset: first byte.
+            count: number of bytes.
+
+        Returns:
+            The bytes.
+
+        Raises:
+            CheckpointError: the file ends early, changed since it was opened, or cannot be read.
+        """
         buffer = bytearray(count)
         self._read_into(memoryview(buffer), offset)
         return buffer
 
     def second_handle(self) -> io.FileIO:
-        """Another handle on the very same file; the two share their position."""
+        """Return a duplicate handle of the open file, which shares its position."""
         return io.FileIO(os.dup(self._file.fileno()), "rb")
 
     def crc32(self, offset: int, count: int) -> int:
-        """CRC-32 of `count` bytes from `offset`."""
+        """Compute the CRC-32 checksum of some bytes.
+
+        Args:
+            offset: first byte.
+            count: number of bytes.
+
+        Returns:
+            The checksum.
+
+        Raises:
+            CheckpointError: the file ends early, changed since it was opened, or cannot be read.
+        """
         crc = 0
         for part in self._parts(offset, count):
             crc = zlib.crc32(part, crc)
         return crc
 
     def sha256(self, on_bytes: Callable[[int], object] | None = None) -> str:
-        """SHA-256 of the whole file as hexadecimal digits; `on_bytes` is told the size of each part, for a bar."""
+        """Compute the SHA-256 of the whole file.
+
+        Args:
+            on_bytes: called with the number of bytes of each part that was read, for a progress bar.
+
+        Returns:
+            The digest in hexadecimal digits.
+
+        Raises:
+            CheckpointError: the file changed since it was opened, or cannot be read.
+        """
         digest = hashlib.sha256()
         for part in self._parts(0, self.size):
             digest.update(part)
@@ -70,25 +106,53 @@ class SourceFile:
         return digest.hexdigest()
 
     def mapped(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
-        """(count,) elements from byte `offset`: a view over one copy-on-write map, so that no write reaches the file.
+        """View elements in the file's private memory map; writes to the tensor do not reach the file.
 
-        The bytes must not be changed or cut by another program while the tensor lives.
+        Another program must not change or truncate the file while the tensor exists.
+
+        Args:
+            offset: first byte; a multiple of the dtype's size.
+            count: number of elements.
+            dtype: dtype of the elements.
+
+        Returns:
+            A view, (count,).
+
+        Raises:
+            CheckpointError: the file changed since it was opened, or cannot be mapped.
         """
         return torch.frombuffer(self.map(), dtype=dtype, count=count, offset=offset)
 
     def release(self, offset: int, count: int) -> None:
-        """Let go of the pages that lie wholly within these bytes of the map; a later read fetches them again."""
+        """Free the memory pages that lie wholly within some bytes of the map; a later access reads them again.
+
+        Args:
+            offset: first byte.
+            count: number of bytes.
+        """
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
             start, end = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE, (offset + count) // mmap.PAGESIZE * mmap.PAGESIZE
             if end > start:
                 self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def loaded(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
-        """(count,) elements from byte `offset`, in memory of their own."""
+        """Read elements into new memory.
+
+        Args:
+            offset: first byte.
+            count: number of elements.
+            dtype: dtype of the elements.
+
+        Returns:
+            A tensor on the CPU, (count,).
+
+        Raises:
+            CheckpointError: the file ends early, changed since it was opened, or cannot be read.
+        """
         return torch.frombuffer(self.read(offset, count * dtype.itemsize), dtype=dtype)
 
     def map(self) -> mmap.mmap:
-        """The whole file, mapped privately on first use."""
+        """Return the private memory map of the whole file, which is made on first use."""
         with self._lock:
             self._require_unchanged()
             if self._map is None:
@@ -100,7 +164,7 @@ class SourceFile:
             return self._map
 
     def _parts(self, offset: int, count: int) -> Iterator[memoryview]:
-        """These bytes in one buffer after the other, so that memory stays small."""
+        """Yield bytes in chunks, so that little memory is used; each chunk is overwritten by the next one."""
         chunk = memoryview(bytearray(min(CHUNK, count)))
         for start in range(offset, offset + count, CHUNK):
             part = chunk[: min(CHUNK, offset + count - start)]
@@ -136,9 +200,13 @@ class SourceFile:
 
 
 def require_regular(path: Path) -> None:
-    """Refuse what is not a file, by name and before it is opened: opening a FIFO would wait for ever.
+    """Check that a path is a regular file, before it is opened: opening a FIFO would wait forever.
 
-    Raises: CheckpointError.
+    Args:
+        path: the path.
+
+    Raises:
+        CheckpointError: the path does not exist, is a folder or a device, or cannot be read.
     """
     try:
         mode = os.stat(path).st_mode
@@ -161,7 +229,14 @@ def require_regular(path: Path) -> None:
 
 
 def size_text(count: int) -> str:
-    """A byte count for people, with the exact number: two sizes may differ by a few bytes only."""
+    """Format a number of bytes for people.
+
+    Args:
+        count: number of bytes.
+
+    Returns:
+        The size in a suitable unit, with the exact number too, since two sizes may differ by a few bytes.
+    """
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= factor:
             return f"{count / factor:.2f} {unit} ({count} bytes)"

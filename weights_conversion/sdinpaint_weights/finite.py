@@ -1,4 +1,4 @@
-"""Tell weights that hold NaN or infinity, and those that a smaller dtype cannot hold."""
+"""Find weights with NaN or infinity, and weights that a smaller dtype cannot represent."""
 
 from __future__ import annotations
 
@@ -12,22 +12,47 @@ from sdinpaint_weights.files import FETCH_AGAIN
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite: one pass, without temporaries."""
-    # A finite sum has only finite terms, and is quicker than the extremes; these decide where the sum overflows.
-    # Neither knows 8-bit floats.
+    """Tell whether no value is NaN or infinite, mostly in one pass without temporaries.
+
+    Args:
+        tensor: a tensor of any shape and dtype.
+
+    Returns:
+        True where all values are finite.
+    """
+    # A finite sum has only finite terms, and is faster than the extremes; these decide where the sum overflows.
+    # Neither supports 8-bit floats.
     tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
     return tensor.numel() == 0 or math.isfinite(tensor.sum()) or all(map(math.isfinite, torch.aminmax(tensor)))
 
 
 def stays_finite(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether no value of a finite tensor is too large for a dtype: its extremes are not; nothing is cast but these."""
+    """Tell whether a finite tensor stays finite in another dtype; only its extremes are cast.
+
+    Args:
+        tensor: a tensor without NaN and infinity.
+        dtype: the dtype to cast to.
+
+    Returns:
+        True where no value is too large for the dtype.
+    """
     if tensor.numel() == 0 or torch.finfo(tensor.dtype).max <= torch.finfo(dtype).max:
         return True
     return is_finite(torch.stack(torch.aminmax(tensor)).to(dtype))
 
 
 def nonfinite_error(subject: object, name: str, tensor: Tensor, stored: Tensor) -> CheckpointError:
-    """The error for a tensor that is not finite; it tells whether it was so as `stored`, or became so by the cast."""
+    """Make the error for a tensor that is not finite.
+
+    Args:
+        subject: the file that the error names.
+        name: name of the tensor.
+        tensor: the tensor after the cast.
+        stored: the tensor as stored, which decides whether the file or the cast is to blame.
+
+    Returns:
+        An error to raise, CKPT_NONFINITE or CKPT_OVERFLOW.
+    """
     bad = int((~torch.isfinite(stored.to(torch.float64))).sum())
     if bad:
         found = f"{name}: {bad} of {stored.numel()} values are NaN or infinite"

@@ -1,4 +1,4 @@
-"""Open the weights of one component's folder in the diffusers layout: one file, or shards that an index lists."""
+"""Open the weights in a component's folder of the diffusers layout: a single file, or shards with an index."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ NAMES = (
     "diffusion_pytorch_model.bin",
     "pytorch_model.bin",
 )
-"""In order of preference; each may also be sharded, with an index `<name>.index.json`."""
+"""File names in order of preference; each may also be sharded, with an index `<name>.index.json`."""
 MAX_INDEX = 16_000_000
+"""Bytes of an index that are read at most."""
 _VARIANT = re.compile(
     r"(?:diffusion_pytorch_model|model|pytorch_model)\.(?:([\w-]+)\.(?:safetensors|bin)"
     r"|(?:safetensors|bin)\.index\.([\w-]+)\.json)"
@@ -31,12 +32,18 @@ _SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}")
 
 
 def open_folder_component(folder: str | os.PathLike[str], variant: str | None = None) -> Weights:
-    """The weights in a folder such as `unet/`, lazily; shards are merged into one mapping.
+    """Open the weights in a folder such as `unet/` lazily, with its shards merged into one mapping.
 
-    `variant` is the middle of `diffusion_pytorch_model.fp16.safetensors`. None takes the plain file, or where there
-    is none the only variant that there is, and says so in `notes`.
+    Args:
+        folder: the component's folder.
+        variant: "fp16" for `diffusion_pytorch_model.fp16.safetensors`. None chooses the file without a variant, or else
+            the only variant that exists, and says so in `notes`.
 
-    Raises: CheckpointError.
+    Returns:
+        The weights; only headers have been read.
+
+    Raises:
+        CheckpointError: there is no such folder or file, the choice is ambiguous, or a file is damaged.
     """
     folder = Path(folder)
     try:
@@ -49,14 +56,19 @@ def open_folder_component(folder: str | os.PathLike[str], variant: str | None = 
         _refuse_choice(folder, present, variant)
     weights = _open(folder, chosen)
     if variant is None and (used := _variant(chosen)):
-        weights.notes += (f"{folder.name}: no plain weights are there, so the variant {used!r} is used",)
+        weights.notes += (f"{folder.name}: there are no weights without a variant, so the variant {used!r} is used",)
     return weights
 
 
 def weights_files(names: Collection[str], variant: str | None = None) -> list[str]:
-    """Of the names in a component's folder, those that `open_folder_component` reads: a file, or an index and shards.
+    """Choose the files that `open_folder_component` reads: a single file, or an index and its shards.
 
-    Empty where it would refuse to choose, or where not all shards are there.
+    Args:
+        names: names of all files in a component's folder.
+        variant: as for `open_folder_component`.
+
+    Returns:
+        Names of the files; none where the choice is ambiguous or a shard is missing.
     """
     chosen = _choose(names, variant)
     if chosen is None:
@@ -65,7 +77,7 @@ def weights_files(names: Collection[str], variant: str | None = None) -> list[st
     if index is None:
         return [chosen]
     stem, ending, middle, number = index[1], index[2], re.escape(index[3] or ""), _SHARD_NUMBER.pattern
-    # diffusers writes the variant before the number, earlier versions wrote it after
+    # diffusers writes the variant before the number; earlier versions wrote it after.
     shard = re.compile(rf"{stem}(?:{middle}{number}|{number}{middle})\.{ending}")
     shards = sorted(name for name in names if shard.fullmatch(name))
     whole = shards and all(f"-of-{len(shards):05}" in name for name in shards)
@@ -100,8 +112,8 @@ def _variants(names: Collection[str]) -> list[str]:
 def _refuse_choice(folder: Path, present: set[str], variant: str | None) -> NoReturn:
     variants = _variants(present)
     if variant is None and variants:
-        found = f"no plain weights, but the variants {', '.join(variants)}"
-        raise CheckpointError("CKPT_VARIANT", folder, found, hint="ask for one of them: variant=...")
+        found = f"no weights without a variant, but the variants {', '.join(variants)}"
+        raise CheckpointError("CKPT_VARIANT", folder, found, hint="choose one of them: variant=...")
     found = f"no weights of the variant {variant!r}" if variant else "no weights"
     there = ", ".join(sorted(present)[:8]) or "nothing"
     expected = next(_candidates(variant))
@@ -128,7 +140,7 @@ def _open(folder: Path, name: str) -> Weights:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> shard name; a shard's name may not lead out of the folder."""
+    """Return {tensor name: shard name}; a shard's name may not lead out of the folder."""
     file = SourceFile(path)
     text = file.read(0, min(file.size, MAX_INDEX))
     try:

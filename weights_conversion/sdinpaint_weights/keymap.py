@@ -1,8 +1,8 @@
-"""The name tables: diffusers' module names and those of the official single files (LDM). Standard library only.
+"""Map diffusers' module names to those of the official single files (LDM). Standard library only.
 
-Both layouts hold the same modules; diffusers numbers them by level, LDM in one row. So a table follows from how many
-blocks each level has, and which levels attend. A table is {diffusers module: LDM module}; what comes after a module's
-name in a key is the same in both.
+Both layouts hold the same modules; diffusers numbers them by level, LDM consecutively. A table therefore follows from
+the number of blocks in each level and from which levels have attention. A table is {diffusers module: LDM module}; the
+rest of a key, after the module's name, is the same in both.
 
 Source: ldm/modules/diffusionmodules/openaimodel.py and model.py of CompVis/latent-diffusion; cldm/cldm.py of
 lllyasviel/ControlNet; UNet2DConditionModel, ControlNetModel and AutoencoderKL of diffusers.
@@ -19,7 +19,7 @@ Table = dict[str, str]
 
 
 class Edit(Enum):
-    """What is done to a tensor on its way from one layout to another."""
+    """A change to a tensor between one layout and another."""
 
     AS_IS = "as it is"
     TRANSPOSED = "transposed: (a, b) to (b, a)"
@@ -32,7 +32,7 @@ class Edit(Enum):
 
     @property
     def inverse(self) -> Edit:
-        """The way back; of each third of the rows it is STACKED, together with the other two."""
+        """Return the edit that undoes this one; STACKED undoes the three that take rows, all at once."""
         return _INVERSES.get(self, self)
 
 
@@ -57,7 +57,7 @@ _UNET_RESNET = {
     "conv_shortcut": "skip_connection",
 }
 _VAE_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"conv_shortcut": "nin_shortcut"}
-# The names of 2022 come first: of two names for one module, `inverse` keeps the last.
+# The names of 2022 come first, because `inverse` keeps the last of two names for one module.
 _VAE_ATTENTION = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"} | {
     "group_norm": "norm",
     "to_q": "q",
@@ -69,14 +69,26 @@ _VAE_ATTENTION = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out
 
 @dataclass(frozen=True)
 class Level:
-    """One resolution of a UNet: residual blocks of its down path, and whether each is followed by attention."""
+    """One resolution level in the down path of a UNet.
+
+    Args:
+        blocks: number of residual blocks.
+        attention: whether each of them is followed by attention.
+    """
 
     blocks: int
     attention: bool
 
 
 def unet_table(levels: tuple[Level, ...]) -> Table:
-    """{diffusers: LDM} for the modules of a UNet, whose levels are given from full resolution downwards."""
+    """Make the table of a UNet.
+
+    Args:
+        levels: its levels, from full resolution downwards.
+
+    Returns:
+        {diffusers module: LDM module}.
+    """
     table = dict(_UNET_ENDS)
     last = len(levels) - 1
     row = 1
@@ -105,7 +117,15 @@ def unet_table(levels: tuple[Level, ...]) -> Table:
 
 
 def vae_table(levels: int, blocks: int) -> Table:
-    """{diffusers: LDM} for the modules of a KL autoencoder; both sets of diffusers' attention names are in it."""
+    """Make the table of a KL autoencoder, with both the old and the new attention names of diffusers.
+
+    Args:
+        levels: number of resolution levels.
+        blocks: number of residual blocks in each level of the encoder.
+
+    Returns:
+        {diffusers module: LDM module}.
+    """
     table = {f"{half}.conv_norm_out": f"{half}.norm_out" for half in ("encoder", "decoder")}
     for same in ("encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out"):
         table[same] = same
@@ -115,7 +135,7 @@ def vae_table(levels: int, blocks: int) -> Table:
         table |= _children(f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1", _VAE_ATTENTION)
         table |= _children(f"{half}.mid_block.resnets.1", f"{half}.mid.block_2", _VAE_RESNET)
     for level in range(levels):
-        # LDM counts the decoder's levels from full resolution, diffusers from where it begins.
+        # LDM counts the decoder's levels from full resolution, diffusers from the lowest one.
         down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{levels - 1 - level}"
         for block in range(blocks):
             table |= _children(f"{down}.resnets.{block}", f"encoder.down.{level}.block.{block}", _VAE_RESNET)
@@ -127,12 +147,17 @@ def vae_table(levels: int, blocks: int) -> Table:
 
 
 def controlnet_table(levels: tuple[Level, ...], hint_blocks: int) -> Table:
-    """{diffusers: LDM} for a ControlNet's modules: half a UNet, a zero convolution per row, and the hint's encoder.
+    """Make the table of a ControlNet: half a UNet, zero convolutions, and an encoder of the conditioning image.
 
-    `hint_blocks` counts the convolutions of that encoder between its first and its last one.
+    Args:
+        levels: its levels, from full resolution downwards.
+        hint_blocks: number of convolutions in that encoder, without the first and the last one.
+
+    Returns:
+        {diffusers module: LDM module}.
     """
     hint, ldm_hint = "controlnet_cond_embedding", "input_hint_block"
-    rows = sum(level.blocks for level in levels) + len(levels)  # the first convolution, and each halving
+    rows = sum(level.blocks for level in levels) + len(levels)  # with the first convolution, and each downsampling
     table = unet_table(levels)
     table |= {f"controlnet_down_blocks.{row}": f"zero_convs.{row}.0" for row in range(rows)}
     table["controlnet_mid_block"] = "middle_block_out.0"
@@ -144,13 +169,27 @@ def controlnet_table(levels: tuple[Level, ...], hint_blocks: int) -> Table:
 
 
 def unet_table_for(keys: Iterable[str]) -> Table:
-    """The table for a UNet of which these are the names, in either layout, without a prefix."""
+    """Make the table of a UNet from the names of its tensors.
+
+    Args:
+        keys: names in either layout, without a prefix.
+
+    Returns:
+        {diffusers module: LDM module}.
+    """
     keys = list(keys)
     return unet_table(_levels_of_diffusers(keys) or _levels_of_ldm(keys))
 
 
 def controlnet_table_for(keys: Iterable[str]) -> Table:
-    """The table for a ControlNet of which these are the names, in either layout, without a prefix."""
+    """Make the table of a ControlNet from the names of its tensors.
+
+    Args:
+        keys: names in either layout, without a prefix.
+
+    Returns:
+        {diffusers module: LDM module}.
+    """
     keys = list(keys)
     blocks = len({key.split(".")[2] for key in keys if key.startswith("controlnet_cond_embedding.blocks.")})
     convolutions = len({key.split(".")[1] for key in keys if key.startswith("input_hint_block.")})
@@ -159,7 +198,14 @@ def controlnet_table_for(keys: Iterable[str]) -> Table:
 
 
 def vae_table_for(keys: Iterable[str]) -> Table:
-    """The table for an autoencoder of which these are the names, in either layout, without a prefix."""
+    """Make the table of an autoencoder from the names of its tensors.
+
+    Args:
+        keys: names in either layout, without a prefix.
+
+    Returns:
+        {diffusers module: LDM module}.
+    """
     keys = list(keys)
     blocks = _numbers(keys, r"encoder\.down(?:_blocks)?\.(\d{1,3})\.(?:block|resnets)\.(\d{1,3})\.")
     return vae_table(len({level for level, _ in blocks}), len({block for _, block in blocks}))
@@ -169,7 +215,15 @@ TABLES_FOR = {"unet": unet_table_for, "vae": vae_table_for, "controlnet": contro
 
 
 def renamed(key: str, table: Table) -> str | None:
-    """The key with its module's name replaced by the table's; None where the table has no module of it."""
+    """Replace the module's name in a key.
+
+    Args:
+        key: name of a tensor, without a prefix.
+        table: {module name: other module name}.
+
+    Returns:
+        The key under the other name; None where the table has no module of this name.
+    """
     module = key
     while module:
         if module in table:
@@ -179,7 +233,14 @@ def renamed(key: str, table: Table) -> str | None:
 
 
 def inverse(table: Table) -> Table:
-    """{LDM: diffusers}; of two diffusers names for one module the newer one."""
+    """Invert a table; of two diffusers names for one module, the newer one is kept.
+
+    Args:
+        table: {diffusers module: LDM module}.
+
+    Returns:
+        {LDM module: diffusers module}.
+    """
     return {ldm: diffusers for diffusers, ldm in table.items()}
 
 
@@ -191,7 +252,10 @@ def _levels_of_diffusers(keys: list[str]) -> tuple[Level, ...]:
 
 
 def _levels_of_ldm(keys: list[str]) -> tuple[Level, ...]:
-    """Row 0 is the first convolution, and each level but the last one ends with a row that halves the resolution."""
+    """Read the levels from LDM's numbering, in which each level but the last one ends with a downsampling.
+
+    Number 0 is the first convolution.
+    """
     parts = _numbers(keys, r"input_blocks\.(\d{1,3})\.(\d)\.")
     halvings = sorted(row for row, _ in _numbers(keys, r"input_blocks\.(\d{1,3})\.(0)\.op\."))
     ends = [*halvings, 1 + max((row for row, _ in parts), default=0)]

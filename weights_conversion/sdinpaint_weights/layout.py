@@ -1,4 +1,4 @@
-"""Which layout, family and components some weights are, told from names and shapes alone. Standard library only."""
+"""Recognise layout, family and components of weights from names and shapes alone. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from sdinpaint_weights.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
 Words = tuple[str, ...]
-"""Pieces of names; "\\n" is where a name begins or ends, for they are looked for in a text of one name per line."""
+"""Pieces of names, searched in a text of one name per line; "\\n" stands for the beginning or end of a name."""
 
 EMA_PREFIX = "model_ema."
 EMA_UNET = f"{EMA_PREFIX}diffusion_model"
 
 
 class Mark(NamedTuple):
-    """A component is there if a name begins with `prefix` and one of the words."""
+    """The evidence of a component: a name that begins with `prefix` and then one of `words`."""
 
     component: str
     naming: str
-    """Whose names they are: "ldm" (the native ones), "diffusers" (for text encoders transformers) or "openclip"."""
+    """Origin of the names: "ldm" (native), "diffusers" (for text encoders, transformers) or "openclip"."""
     prefix: str
     words: Words
     family: str = ""
-    """The family that this alone tells."""
+    """The family that this mark alone proves; empty where it proves none."""
 
 
 _UNET = ("input_blocks.", "output_blocks.")
@@ -46,13 +46,13 @@ MARKS = (
     Mark("text_encoder_2", "openclip", "conditioner.embedders.0.model.", _OPENCLIP, "sdxl-refiner"),
     Mark("controlnet", "ldm", "control_model.", (*_CONTROLNET, "input_blocks.")),
     Mark("unet", "ldm", EMA_PREFIX, tuple(f"diffusion_model{word}"[:-1] for word in _UNET)),
-    # The parts of a diffusers folder in one file.
+    # The components of a diffusers folder in a single file.
     Mark("unet", "diffusers", "unet.", _DIFFUSERS_UNET),
     Mark("vae", "diffusers", "vae.", _VAE),
     Mark("text_encoder", "diffusers", "text_encoder.", _TEXT),
     Mark("text_encoder_2", "diffusers", "text_encoder_2.", _TEXT),
     Mark("controlnet", "diffusers", "controlnet.", _DIFFUSERS_CONTROLNET),
-    # Names without a prefix: the file is one component.
+    # Names without a prefix: the file is a single component.
     Mark("controlnet", "ldm", "", _CONTROLNET),
     Mark("controlnet", "diffusers", "", _DIFFUSERS_CONTROLNET),
     Mark("unet", "ldm", "", _UNET),
@@ -64,7 +64,7 @@ MARKS = (
     ),
     Mark("text_encoder", "openclip", "", _OPENCLIP),
 )
-"""For each component the first mark that is met counts; one without a prefix only where nothing else was met."""
+"""All marks; the first match of a component counts, and marks without a prefix only where no other matched."""
 
 _EMBEDDING = ("\nemb_params\n", "\nstring_to_param.", "\n<", "\nclip_l\n", "\nclip_g\n")
 _LORA = (
@@ -85,7 +85,7 @@ ADDITIONS = (
     ("upscaler", "an upscaler such as ESRGAN", ("RRDB_trunk.", ".rdb1.", ".RDB1.", "conv_first.", "body.0.weight\n")),
     ("safety checker", "a safety checker", ("\nconcept_embeds\n", "\nsafety_checker.")),
 )
-"""(layout, what it is, words of which no other kind has one): what is used beside a checkpoint, or is junk in one."""
+"""Adapters and other additions to a checkpoint: (layout, title, words that occur in no other kind of file)."""
 
 MODELS = (
     ("controlnet union", "a ControlNet-Union, several in one", ("control_add_embedding.", "spatial_ch_projs.")),
@@ -98,7 +98,7 @@ MODELS = (
     ("tiny vae", "a tiny autoencoder (TAESD)", ("encoder.layers.0.weight\n", "decoder.layers.0.weight\n")),
     ("t5", "a T5 text encoder", (".SelfAttention.",)),
 )
-"""The same for what is another model as a whole."""
+"""Models that are not supported: (layout, title, words that occur in no other kind of file)."""
 
 FAMILIES = {
     "sd1": "a Stable Diffusion 1 checkpoint",
@@ -107,6 +107,7 @@ FAMILIES = {
     "sdxl-refiner": "the SDXL refiner",
     "unknown": "a checkpoint of no known family",
 }
+"""Family -> title of a complete checkpoint."""
 NAMES = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "SDXL", "sdxl-refiner": "the SDXL refiner"}
 ALONE = {
     "unet": "a UNet",
@@ -116,60 +117,68 @@ ALONE = {
     "controlnet": "a ControlNet",
 }
 CONTEXT_WIDTHS = {768: "sd1", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
-"""What the text is to a UNet of each family, as released."""
+"""Width of the text embeddings that a released UNet takes -> its family."""
 TOKEN_TABLE = ("token_embedding.weight\n",)
 LATENT_CHANNELS = 4
 TEXT_WIDTHS = {768: "sd1", 1024: "sd2", 1280: "sdxl"}
-"""What a text encoder alone is; CLIP-L, 768 wide, is also SDXL's first one."""
-CHANNELS = {4: "text to image", 5: "depth to image", 7: "upscaling", 8: "instructed edits", 9: "inpainting"}
+"""Width of a text encoder alone -> its family; CLIP-L, 768 wide, is also the first one of SDXL."""
+CHANNELS = {4: "text to image", 5: "depth to image", 7: "upscaling", 8: "instruction-based editing", 9: "inpainting"}
+"""Input channels of a UNet -> its task."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What some weights are."""
+    """The result of `identify`: layout, family and components of some weights."""
 
     layout: str
-    """"ldm" for a single file of several components; "ldm unet", "diffusers vae", ... for one; or what else it is."""
+    """"ldm" for a single file of several components; "ldm unet", "diffusers vae", ... for one; or another kind."""
     family: str
     """"sd1", "sd2", "sdxl", "sdxl-refiner" or "unknown"; "sd" for a VAE alone, which is the same in all of them, and
     "sd1" for CLIP-L alone, which is also SDXL's first text encoder."""
     title: str
-    """What it is, for people: "an SDXL checkpoint"."""
+    """Description for people, e.g. "an SDXL checkpoint"."""
     marks: Mapping[str, Mark]
-    """Component -> the mark by which it was known, with the prefix and the naming of its names."""
+    """Component -> the mark that it was recognised by, with the prefix and the origin of its names."""
     in_channels: int | None
-    """Input channels of the UNet; 9 for inpainting."""
+    """Input channels of the UNet, 9 for inpainting; None without a UNet."""
     has_ema: bool
-    """Whether averaged weights of the UNet are there."""
+    """True where there are averaged (EMA) weights of the UNet."""
     why: tuple[str, ...]
-    """The names and shapes from which this was concluded, as sentences."""
+    """The names and shapes that prove it, as sentences."""
 
     @property
     def prefixes(self) -> dict[str, str]:
-        """Component -> what its names begin with."""
+        """Return {component: prefix of its names}."""
         return {component: mark.prefix for component, mark in self.marks.items()}
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Names of the components that are there: unet, vae, text_encoder, text_encoder_2, controlnet."""
+        """Return the components found: unet, vae, text_encoder, text_encoder_2, controlnet."""
         return tuple(self.marks)
 
     @property
     def naming(self) -> str:
-        """ "ldm", "diffusers" or "openclip": whose names the first component has."""
+        """Return the origin of the first component's names: "ldm", "diffusers" or "openclip"."""
         return self.layout.partition(" ")[0]
 
     @property
     def ema_only(self) -> bool:
-        """Whether the UNet is there as averaged weights alone."""
+        """Tell whether the only weights of the UNet are averaged (EMA) ones."""
         return self.prefixes.get("unet") == EMA_PREFIX
 
 
 def identify(shapes: Shapes) -> Layout:
-    """What these names and shapes are; never fails: "unknown" is an answer as well."""
+    """Recognise weights from names and shapes; nothing is raised where they are not recognised.
+
+    Args:
+        shapes: name in the file -> shape.
+
+    Returns:
+        Layout, family and components, with the reasons; the family may be "unknown".
+    """
     text = "\n".join(["", *(name for name in shapes if "\n" not in name), ""])
     met = _marks_met(text, shapes)
-    whole = "unet" in met and "vae" in met  # then a stray tensor of an addition is junk, and does not decide
+    whole = "unet" in met and "vae" in met  # then a stray tensor of an adapter does not decide
     for layout, title, words in (*(() if whole else ADDITIONS), *MODELS):
         name = _find(text, words)
         if name is not None:
@@ -194,9 +203,15 @@ def identify(shapes: Shapes) -> Layout:
 
 
 def require_family(layout: Layout, subject: object, families: tuple[str, ...]) -> None:
-    """Refuse, by its name, what is of none of these families.
+    """Check that weights are of one of some families.
 
-    Raises: CheckpointError.
+    Args:
+        layout: the result of `identify`.
+        subject: the file that the error names.
+        families: names of the families allowed.
+
+    Raises:
+        CheckpointError: they are of another family; the error says which, and why.
     """
     if layout.family in families:
         return
@@ -210,7 +225,7 @@ def _other(layout: str, title: str, *why: str) -> Layout:
 
 
 def _marks_met(text: str, shapes: Shapes) -> dict[str, tuple[Mark, str]]:
-    """{component: (its mark, the first name that met it)}."""
+    """Return {component: (its mark, the first name that matched it)}."""
     met: dict[str, tuple[Mark, str]] = {}
     for mark in MARKS:
         if mark.component in met or (met and not mark.prefix):
@@ -223,13 +238,13 @@ def _marks_met(text: str, shapes: Shapes) -> dict[str, tuple[Mark, str]]:
 
 
 def _is_second(text: str, shapes: Shapes) -> bool:
-    """Whether a text encoder alone is SDXL's second one: by its width, or where no release has it by its projection."""
+    """Tell whether a text encoder alone is SDXL's second one: by its width, or at other widths by its projection."""
     width = _text_width(text, shapes)
     return TEXT_WIDTHS[width] == "sdxl" if width in TEXT_WIDTHS else "text_projection.weight" in shapes
 
 
 def _family(text: str, shapes: Shapes, marks: Mapping[str, Mark], why: list[str]) -> str:
-    """The one family that all the evidence tells; the evidence is added to `why`."""
+    """Return the family that all evidence agrees on, and add the evidence to `why`."""
     votes = {mark.family for mark in marks.values() if mark.family}
     why += [f"{mark.prefix}* is the text encoder of {mark.family.upper()}" for mark in marks.values() if mark.family]
     if list(marks) == ["vae"]:
@@ -243,13 +258,13 @@ def _family(text: str, shapes: Shapes, marks: Mapping[str, Mark], why: list[str]
 
 
 def _family_of_unet(text: str, shapes: Shapes, why: list[str]) -> str:
-    """The family of a UNet or ControlNet: by the width of the text states it reads, or else by its structure."""
+    """Recognise a UNet or ControlNet by the width of the text embeddings it takes, or else by its structure."""
     sizes = _find(text, ("label_emb.0.0.weight\n", "add_embedding.linear_1.weight\n", "label_emb00weight\n"))
     projection = _find(text, (".proj_in.weight\n", "proj_inweight\n"))
     context = _find(text, ("attn2.to_k.weight\n", "attn2to_kweight\n"))
     family, sentence = "", ""
     if sizes:
-        family, sentence = "sdxl", f"{_say(shapes, sizes)}: a UNet that is told the picture's size, as in SDXL"
+        family, sentence = "sdxl", f"{_say(shapes, sizes)}: a UNet with size and crop conditioning, as in SDXL"
     elif projection:
         convolution = len(shapes[projection]) == 4
         family, found = ("sd1", "a convolution, as in SD1") if convolution else ("sd2", "linear, as in SD2")
@@ -259,12 +274,12 @@ def _family_of_unet(text: str, shapes: Shapes, why: list[str]) -> str:
     if sentence and released == family:
         why.append(sentence)
     if context and width in CONTEXT_WIDTHS:
-        why.append(f"{_say(shapes, context)}: it reads text states {width} wide, as in {released.upper()}")
+        why.append(f"{_say(shapes, context)}: it takes text embeddings {width} wide, as in {released.upper()}")
     return released
 
 
 def _family_of_vae(shapes: Shapes, mark: Mark, why: list[str]) -> str:
-    """A VAE with the four latent channels of all families is of none in particular."""
+    """Return "sd" for a VAE with four latent channels, which all families share."""
     name = f"{mark.prefix}decoder.conv_in.weight"
     channels = _channels(shapes, name)
     if channels != LATENT_CHANNELS and name in shapes:
@@ -273,7 +288,7 @@ def _family_of_vae(shapes: Shapes, mark: Mark, why: list[str]) -> str:
 
 
 def _family_of_text(text: str, shapes: Shapes, why: list[str]) -> str:
-    """A text encoder alone; only the widths of the released ones tell more than "CLIP"."""
+    """Recognise a text encoder alone by its width, with SD1 for widths that no release has."""
     table = _find(text, TOKEN_TABLE)
     width = _text_width(text, shapes)
     family = TEXT_WIDTHS.get(width, "sd1")
@@ -295,12 +310,12 @@ def _in_channels(shapes: Shapes, marks: Mapping[str, Mark], why: list[str]) -> i
     name = next((name for name in names if name in shapes), "")
     channels = _channels(shapes, name)
     if channels is not None:
-        why.append(f"{_say(shapes, name)}: {channels} input channels, {CHANNELS.get(channels, 'of no known use')}")
+        why.append(f"{_say(shapes, name)}: {channels} input channels, {CHANNELS.get(channels, 'an unknown task')}")
     return channels
 
 
 def _channels(shapes: Shapes, name: str) -> int | None:
-    """Input channels of a convolution, None if there is none of that name."""
+    """Return the input channels of a convolution, None where there is none of that name."""
     shape = shapes.get(name, ())
     return shape[1] if len(shape) == 4 else None
 
@@ -314,7 +329,7 @@ def _title_alone(component: str, family: str, shapes: Shapes, prefix: str) -> st
 
 
 def _find(text: str, words: Iterable[str]) -> str | None:
-    """The first name that has the first of these words that any name has."""
+    """Return the first name that contains a word, for the first word that occurs at all."""
     for word in words:
         at = text.find(word)
         if at >= 0:

@@ -1,7 +1,7 @@
-"""From names in a file to native names, with every key claimed: by a component, or by the list of what is dropped.
+"""Map the names in a file to native names; every key belongs to a component, or to the list of dropped ones.
 
-The native name is that of the official single files without the component's prefix: LDM's for UNet, VAE and ControlNet,
-transformers' (with `text_model.`) for the text encoders.
+Native names are those of the official single files without the component's prefix: LDM's for UNet, VAE and ControlNet,
+and those of transformers (with `text_model.`) for text encoders.
 """
 
 from __future__ import annotations
@@ -38,15 +38,18 @@ SCHEDULE = frozenset({
     "scale_factor",
 })
 # fmt: on
-"""What follows from three numbers. Source: register_schedule in ldm/models/diffusion/ddpm.py."""
+"""Buffers of the noise schedule, which follow from three numbers.
+
+Source: register_schedule in ldm/models/diffusion/ddpm.py.
+"""
 DROPPED_BEGINNINGS = ("model_ema.", "loss.", "first_stage_model.loss.", "denoiser.")
-"""Averaged weights, and what was only there for training."""
+"""Prefixes of averaged (EMA) weights, and of tensors that only training needs."""
 DROPPED_ENDS = frozenset({"position_ids", "logit_scale"})
-"""The row 0..76, and what CLIP was trained with."""
+"""Last words of dropped keys: the constant positions 0..76, and a scale of CLIP's training loss."""
 OTHER_HALF = ("vision_model.", "visual_projection.", "visual.")
-"""CLIP's other half, beside its text encoder."""
+"""Prefixes of CLIP's image encoder."""
 SD2_LAST_BLOCK = "text_model.encoder.layers.23."
-"""SD2 was trained on the states before OpenCLIP's last block, which diffusers and some fine-tuned files leave out."""
+"""OpenCLIP's last block, which diffusers and some files omit: SD2 was trained on the hidden states before it."""
 
 EXAMPLES = 5
 _CONVOLUTION = re.compile(r"(encoder|decoder)\.mid\.attn_1\.(q|k|v|proj_out)\.weight")
@@ -56,11 +59,11 @@ _EMA_WORD = re.compile(
 )
 
 Held = tuple[tuple[str, Edit], ...]
-"""The native names that a file's tensor holds, each with the edit that takes it out."""
+"""The native names that a tensor of a file contains, each with the edit that extracts it."""
 
 
 class Source(NamedTuple):
-    """Where a native tensor comes from: a key of the file, and the edit of what is there."""
+    """The origin of a native tensor: a key of the file, and the edit to apply to its tensor."""
 
     key: str
     edit: Edit = Edit.AS_IS
@@ -68,30 +71,40 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class NativeState:
-    """One component of a file under native names; nothing of it is read yet."""
+    """One component of a file under native names, before any tensor is read."""
 
     component: str
     weights: Weights
     sources: Mapping[str, Source]
     unexpected: tuple[str, ...]
-    """Keys within the component's prefix that no table knows."""
+    """Keys with the component's prefix that are in no table."""
     dropped: tuple[str, ...]
+    """Keys with the component's prefix that no model needs."""
     notes: tuple[str, ...]
-    """What was chosen on the caller's behalf, as sentences."""
+    """Sentences about choices that the caller may want to know of."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every native tensor."""
+        """Return {native name: shape}, without reading tensors."""
         return {
             name: shape_after(source.edit, [self.weights.shape(source.key)]) for name, source in self.sources.items()
         }
 
 
 def native_state(weights: Weights, component: str, layout: Layout, *, ema: bool = False) -> NativeState:
-    """One of the components of a file whose layout is `identify(weights.shapes())`.
+    """Map one component of a file to native names.
 
-    `ema` takes the UNet's averaged weights; a file that holds no others gives them in any case, with a note.
+    Args:
+        weights: the opened file.
+        component: "unet", "vae", "text_encoder", "text_encoder_2" or "controlnet".
+        layout: the result of `identify(weights.shapes())`.
+        ema: take the UNet's averaged weights. A file without any others gives them in any case, with a note.
 
-    Raises: CheckpointError when the component or its averaged weights are missing, or when weights are integers.
+    Returns:
+        The component; no tensor has been read.
+
+    Raises:
+        CheckpointError: the component or its averaged weights are missing, two keys are the same tensor, or weights are
+            integers.
     """
     path = weights.path
     if component not in layout.marks:
@@ -126,15 +139,28 @@ def native_state(weights: Weights, component: str, layout: Layout, *, ema: bool 
 
 
 def outside_keys(weights: Weights, layout: Layout) -> tuple[str, ...]:
-    """Keys that belong to no component and are on no list; merged files carry such, and a caller may warn once."""
+    """List the keys that belong to no component and are not known to be dropped; merged files have such keys.
+
+    Args:
+        weights: the opened file.
+        layout: the result of `identify(weights.shapes())`.
+
+    Returns:
+        The keys.
+    """
     prefixes = tuple(layout.prefixes.values())
     return tuple(key for key in weights if not key.startswith(prefixes) and not _is_dropped(key, key))
 
 
 def check_complete(state: NativeState, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare with the names and shapes of the model that is to be loaded; reads nothing.
+    """Check that a component has exactly the names and shapes of a model, without reading tensors.
 
-    Raises: CheckpointError that counts what is missing, misshapen and unexpected, and names the first five of each.
+    Args:
+        state: the component.
+        expected: the model's native name -> shape.
+
+    Raises:
+        CheckpointError: counts the missing, misshapen and unexpected tensors, and names the first five of each.
     """
     found = state.shapes()
     complaints = {
@@ -156,7 +182,7 @@ def check_complete(state: NativeState, expected: Mapping[str, tuple[int, ...]]) 
             "CKPT_KEYS",
             state.weights.path,
             f"{TITLES[state.component]}: {'; '.join(sentences)}",
-            expected=f"{len(expected)} tensors, as its configuration says",
+            expected=f"the {len(expected)} tensors of its configuration",
             hint="give the configuration that belongs to the file, or fetch the file again",
         )
 
@@ -168,12 +194,22 @@ def load_tensors(
     *,
     allow_nonfinite: bool = False,
 ) -> dict[str, Tensor]:
-    """Native name -> tensor on the CPU, one after the other; `on_tensor` is told each name, for a progress bar.
+    """Read a component's tensors.
 
-    With the stored dtype (or None) the tensors are views of the mapped file; `Weights.tensor` says what that means.
-    With another one, peak memory is the result and one tensor as stored.
+    In the stored dtype the tensors are views of the mapped file; see `Weights.tensor`. In another one, peak memory is
+    the result and a single stored tensor.
 
-    Raises: CheckpointError for damaged bytes, and for NaN and infinity unless they are allowed.
+    Args:
+        state: the component.
+        dtype: dtype of the result; None keeps each tensor's own.
+        on_tensor: called with each native name when it is read, for a progress bar.
+        allow_nonfinite: accept NaN and infinity.
+
+    Returns:
+        Native name -> tensor on the CPU.
+
+    Raises:
+        CheckpointError: bytes are damaged, or values are not finite in `dtype`.
     """
     tensors: dict[str, Tensor] = {}
     names: dict[str, list[str]] = {}
@@ -181,7 +217,7 @@ def load_tensors(
         names.setdefault(source.key, []).append(name)
     stays = [key for key in names if dtype in (None, state.weights.dtype(key))]
     casts = names.keys() - set(stays)
-    # Views are checked many at a time: each check holds no lock for milliseconds, and other threads go on meanwhile.
+    # Views are checked many at a time: each check releases the GIL for milliseconds, in which other threads run.
     for run in [*state.weights.runs(stays), *([key] for key in names if key in casts)]:
         finite = allow_nonfinite or (len(run) > 1 and is_finite(state.weights.run(run)))
         for key in run:
@@ -196,14 +232,23 @@ def load_tensors(
 
 
 def check_range(state: NativeState, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Refuse finite native tensors of a component that another dtype cannot hold. Raises: CheckpointError."""
+    """Check that a component's finite tensors stay finite in another dtype.
+
+    Args:
+        state: the component, which gives the names in the file.
+        tensors: native name -> tensor.
+        dtype: the dtype to cast to.
+
+    Raises:
+        CheckpointError: a value is too large for the dtype.
+    """
     for name, tensor in tensors.items():
         if not stays_finite(tensor, dtype):
             raise nonfinite_error(state.weights.path, state.sources[name].key, tensor.to(dtype), tensor)
 
 
 def _is_dropped(key: str, name: str) -> bool:
-    """Whether no model needs a key, whose name within its component is `name`."""
+    """Tell whether no model needs a key; `name` is the key without its component's prefix."""
     return (
         key in SCHEDULE
         or key.startswith(DROPPED_BEGINNINGS)
@@ -213,7 +258,7 @@ def _is_dropped(key: str, name: str) -> bool:
 
 
 def _unused(component: str, family: str) -> tuple[str, ...]:
-    """Beginnings of native names that a file may have and the model has not."""
+    """Return prefixes of native names that files may have and our models do not."""
     if component != "text_encoder":
         return ()
     return ("text_projection.", SD2_LAST_BLOCK) if family == "sd2" else ("text_projection.",)
@@ -228,7 +273,7 @@ def _add(sources: dict[str, Source], key: str, parts: Iterable[tuple[str, Edit]]
 
 
 def _translator(component: str, naming: str, names: Iterable[str]) -> Callable[[str], Held]:
-    """A function from a name in the file, without its prefix, to what its tensor holds: nothing if it is unknown."""
+    """Return a function from a name without its prefix to the native tensors in it, none for an unknown name."""
     if naming == "openclip":
         table: dict[str, Held] = {}
         for native, (name, edit) in openclip_table_for(names).items():
@@ -248,16 +293,16 @@ def _held(native: str | None) -> Held:
 
 
 def _edit(native: str, edit: Edit, shape: tuple[int, ...]) -> Edit:
-    """The VAE's attention is of 1 x 1 convolutions, of which some files have the matrix only."""
+    """Return the edit of a tensor: some files store the VAE's 1 x 1 convolutions as matrices."""
     return Edit.CONVOLUTION if len(shape) == 2 and _CONVOLUTION.fullmatch(native) else edit
 
 
 def _ema_held(joined: str) -> Held:
-    """LitEma takes the dots out of names; each word and number of the UNet's is known, so they can be put back."""
+    """Put back the dots that LitEma removes from names, by the UNet's known words and numbers."""
     words = _EMA_WORD.findall(joined)
     if "".join(words) != joined:
         return ()
-    # Two numbers in a row: the second one, the part of a block, has one digit.
+    # Of two consecutive numbers the second one, a layer within a block, has one digit.
     return _held(re.sub(r"(put_blocks\.\d+|label_emb\.\d+)(\d)(?=\.)", r"\1.\2", ".".join(words)))
 
 
@@ -265,6 +310,6 @@ def _refuse_integers(weights: Weights, sources: Mapping[str, Source]) -> None:
     integers = [source.key for source in sources.values() if not weights.dtype(source.key).is_floating_point]
     if integers:
         kind = str(weights.dtype(integers[0])).removeprefix("torch.")
-        found = f"{len(integers)} weights are {kind} numbers, e.g. {integers[0]}: quantised without their scales"
-        hint = "give the checkpoint before it was quantised"
+        found = f"{len(integers)} tensors are {kind}, e.g. {integers[0]}: quantised, and without their scales"
+        hint = "give the checkpoint as it was before quantisation"
         raise CheckpointError("CKPT_INTEGER_WEIGHTS", weights.path, found, expected="floating point", hint=hint)

@@ -1,4 +1,4 @@
-"""The names of OpenCLIP's text encoders, which the single files of SD2 and SDXL hold. Standard library only.
+"""Map names of OpenCLIP's text encoders, as in the single files of SD2 and SDXL. Standard library only.
 
 Source: open_clip/transformer.py of mlfoundations/open_clip; CLIPTextModelWithProjection of transformers.
 """
@@ -27,12 +27,19 @@ _LAYER = {
 }
 STACKED = {"q_proj": Edit.Q_ROWS, "k_proj": Edit.K_ROWS, "v_proj": Edit.V_ROWS}
 PROJECTION = ("text_projection", Edit.TRANSPOSED)
-"""A matrix to multiply with from the right in OpenCLIP, a linear layer in transformers."""
+"""The projection of the pooled text: in OpenCLIP the transpose of the weight of a linear layer."""
 _LAYER_NUMBER = re.compile(r"(?:transformer\.resblocks|text_model\.encoder\.layers)\.(\d{1,3})\.")
 
 
 def openclip_table(layers: int) -> Table:
-    """{transformers: (OpenCLIP, the edit that makes the one of the other)} for every tensor."""
+    """Make the table of a text encoder.
+
+    Args:
+        layers: number of layers.
+
+    Returns:
+        {name in transformers: (name in OpenCLIP, edit from OpenCLIP's tensor to that of transformers)}.
+    """
     table = {name: (openclip, Edit.AS_IS) for name, openclip in _MODEL.items()}
     table["text_projection.weight"] = PROJECTION
     for layer in range(layers):
@@ -46,6 +53,13 @@ def openclip_table(layers: int) -> Table:
 
 
 def openclip_table_for(keys: Iterable[str]) -> Table:
-    """The table for a text encoder of which these are the names, in either layout, without a prefix."""
+    """Make the table of a text encoder from the names of its tensors.
+
+    Args:
+        keys: names in either layout, without a prefix.
+
+    Returns:
+        The result of `openclip_table` for its number of layers.
+    """
     matches = (_LAYER_NUMBER.match(key) for key in keys)
     return openclip_table(max((int(match[1]) + 1 for match in matches if match), default=0))

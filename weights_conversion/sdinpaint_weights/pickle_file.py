@@ -1,4 +1,4 @@
-"""Open what `torch.save` wrote: the zip archive of PyTorch 1.6 and later, and the plain file of the versions before.
+"""Open checkpoints by `torch.save`: zip archives of PyTorch 1.6 and later, and the plain files of earlier versions.
 
 Source: torch/serialization.py (`_save`, `_legacy_save`).
 """
@@ -20,9 +20,9 @@ from sdinpaint_weights.weights import MAX_TENSORS, Entry, Storage, Weights
 MAX_PICKLE = 64_000_000
 MAX_MEMBERS = 100_000
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-RESAVE = "load it where it was made, and save a plain dictionary of tensors, best as .safetensors"
+RESAVE = "load it with the program that made it, and save a plain dictionary of tensors, best as .safetensors"
 HINTS = {
-    "CKPT_UNSAFE_PICKLE": "nothing of it was run; get the weights as .safetensors from a source you trust",
+    "CKPT_UNSAFE_PICKLE": "nothing in it was run; get the weights as .safetensors from a source that you trust",
     "CKPT_UNSUPPORTED_TENSOR": RESAVE,
     "CKPT_PICKLED_OBJECT": RESAVE,
     "CKPT_NO_TENSORS": "give a file of weights",
@@ -34,9 +34,16 @@ HINTS = {
 
 
 def read_zip(file: SourceFile) -> Weights:
-    """Every tensor of a zip archive by `torch.save`, lazily; a storage's CRC-32 is compared on its first read.
+    """Open a zip archive by `torch.save` lazily; the CRC-32 of each storage is checked when it is first read.
 
-    Raises: CheckpointError.
+    Args:
+        file: the opened file.
+
+    Returns:
+        The weights; only headers have been read.
+
+    Raises:
+        CheckpointError: the archive is damaged, refused or not supported.
     """
     members, folder, data = _open_archive(file)
     names = Names()
@@ -51,9 +58,16 @@ def read_zip(file: SourceFile) -> Weights:
 
 
 def read_legacy(file: SourceFile) -> Weights:
-    """Every tensor of a file by `torch.save` before PyTorch 1.6, lazily; such files have no checksums.
+    """Open a file by `torch.save` before PyTorch 1.6 lazily; such files have no checksums.
 
-    Raises: CheckpointError.
+    Args:
+        file: the opened file.
+
+    Returns:
+        The weights; only headers have been read.
+
+    Raises:
+        CheckpointError: the file is damaged, refused or not supported.
     """
     # Five pickles (magic number, version, machine, object, storage keys), then the storages, one after the other.
     stream = io.BytesIO(file.read(0, min(file.size, MAX_PICKLE)))
@@ -79,7 +93,7 @@ def read_legacy(file: SourceFile) -> Weights:
 
 
 def _open_archive(file: SourceFile) -> tuple[dict[str, zipfile.ZipInfo], str, bytes]:
-    """The archive's members, the folder in it that holds the weights, and the pickle in that folder."""
+    """Return the archive's members, the folder in it with the weights, and the bytes of the pickle there."""
     try:
         with file.second_handle() as handle, zipfile.ZipFile(handle) as archive:
             members = _members(file, archive.infolist())
@@ -109,7 +123,7 @@ def _members(file: SourceFile, infos: list[zipfile.ZipInfo]) -> dict[str, zipfil
 
 
 def _weights_folder(file: SourceFile, members: Mapping[str, zipfile.ZipInfo]) -> str:
-    """The folder that holds data.pkl, with its slash."""
+    """Return the folder of data.pkl, with its slash."""
     pickles = [name for name in members if name.rpartition("/")[2] == "data.pkl"]
     if not pickles:
         _refuse(file, "CKPT_NOT_TORCH", "a zip archive that torch.save did not write")
@@ -120,13 +134,13 @@ def _weights_folder(file: SourceFile, members: Mapping[str, zipfile.ZipInfo]) ->
         _refuse(file, "CKPT_TORCHSCRIPT", "a TorchScript program", "a dictionary of tensors")
     pickled = members[pickles[0]]
     if pickled.compress_type != zipfile.ZIP_STORED or pickled.file_size > MAX_PICKLE:
-        found = f"data.pkl is compressed, or large: {size_text(pickled.file_size)}"
+        found = f"data.pkl is compressed or too large: {size_text(pickled.file_size)}"
         _refuse(file, "CKPT_BAD_ARCHIVE", found, f"not compressed, at most {size_text(MAX_PICKLE)}")
     return folder
 
 
 def _member_storage(file: SourceFile, member: zipfile.ZipInfo) -> Storage:
-    """Where a member's bytes are; its local header, before them, has fields of their own lengths."""
+    """Find the bytes of a member, which follow a local header of variable length."""
     if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size or member.flag_bits & 1:
         _refuse(file, "CKPT_BAD_ARCHIVE", f"{member.filename!r} is compressed or encrypted", "not compressed")
     begin = member.header_offset
@@ -142,7 +156,7 @@ def _member_storage(file: SourceFile, member: zipfile.ZipInfo) -> Storage:
 def _legacy_storages(
     file: SourceFile, position: int, keys: list[object], seen: Mapping[str, PickledStorage]
 ) -> dict[str, Storage]:
-    """Each storage is an element count of 8 bytes, then its bytes."""
+    """Find the storages: each is an element count of 8 bytes, followed by its bytes."""
     storages: dict[str, Storage] = {}
     for key in keys:
         if not isinstance(key, str) or key not in seen or key in storages:
@@ -153,7 +167,7 @@ def _legacy_storages(
             found = f"its tensors need {size_text(position + size)} or more, the file has {size_text(file.size)}"
             _refuse(file, "CKPT_TRUNCATED", f"{found}: incomplete")
         if int.from_bytes(file.read(position - 8, 8), "little") != seen[key].total:
-            _refuse(file, "CKPT_BAD_PICKLE", f"storage {key!r} has not the size that its tensors say")
+            _refuse(file, "CKPT_BAD_PICKLE", f"the size of storage {key!r} is not the one that its tensors state")
         storages[key] = Storage(file, position, size, name=key)
         position += size
     return storages
@@ -168,7 +182,7 @@ def _entries(file: SourceFile, top: object, find: Callable[[str], Storage | None
             check_tensor(name, tensor)
     except PickleFault as fault:
         _refuse(file, fault.code, fault.found)
-    # Tensors that share a storage share its object, so that its checksum is compared once.
+    # Tensors that share a storage share its object, so that its checksum is checked once.
     storages: dict[str, Storage] = {}
     entries = {}
     for name, tensor in tensors.items():
@@ -187,7 +201,7 @@ def _walk(file: SourceFile, stream: io.BytesIO, names: Names, persistent: Callab
     try:
         return walk(stream, names, persistent)
     except PickleFault as fault:
-        # A legacy file's stream is the file itself, so that a pickle which runs into its end was cut.
+        # The stream of a legacy file is the file itself: a pickle that reaches its end was truncated.
         cut = fault.code == "CKPT_BAD_PICKLE" and stream.tell() == file.size
         _refuse(file, "CKPT_TRUNCATED" if cut else fault.code, fault.found)
 

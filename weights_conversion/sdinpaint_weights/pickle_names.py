@@ -1,7 +1,7 @@
-"""Which names in a pickle are harmless, and which make the file refused.
+"""Classify the names in a pickle: harmless ones, and dangerous ones for which the file is refused.
 
-Nothing is ever imported or called, so the list of dangerous names protects no one here. It is a sign of trust: a
-file that asks to run a program is not passed on as if it were a good one.
+No name is ever imported or called, so the list of dangerous names is not needed for safety here. A file that would run
+a program is refused so that it is not taken for a trustworthy one.
 """
 
 from __future__ import annotations
@@ -23,28 +23,36 @@ DANGEROUS_MODULES = _names("""
     torch.utils.collect_env torch._dynamo torch._inductor torch.testing
     numpy.load numpy.testing numpy.f2py numpy.distutils types.FunctionType types.LambdaType types.CodeType
 """)
-"""Modules, or single names in one, that a weights file has no use for."""
+"""Modules, or single names in them, that weights do not need."""
 
 DANGEROUS_NAMES = _names("""
     eval exec execfile compile __import__ open getattr setattr delattr globals __globals__ __builtins__ system popen
 """)
-"""Names that are refused on the way through any object, e.g. `helper.os.system`."""
+"""Names that are refused as attributes of any object, e.g. `helper.os.system`."""
 
 PLAIN_BUILTINS = _names("""
     bool int long float complex str unicode bytes bytearray list tuple dict set frozenset object slice range xrange
 """)
-"""All of the builtins that data needs; any other one is refused."""
+"""The builtins that plain data needs; any other one is refused."""
 
 HARMLESS = _names("""
     numpy.dtype numpy.ndarray numpy.core.multiarray.scalar numpy._core.multiarray.scalar
     numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct
     _codecs.encode copyreg._reconstructor copy_reg._reconstructor torch.device
 """)
-"""Ordinary data that is no weight; not worth telling about."""
+"""Names of ordinary data, which is ignored without mention."""
 
 
 def is_dangerous(module: str, name: str) -> bool:
-    """Whether a file that names this is refused."""
+    """Tell whether a pickle with this name is refused.
+
+    Args:
+        module: the module that the pickle would import from.
+        name: the name in it; it may have dots.
+
+    Returns:
+        True where the name is dangerous.
+    """
     if module in ("builtins", "__builtin__"):
         return name not in PLAIN_BUILTINS
     path, attributes = f"{module}.{name}".split("."), name.split(".")
@@ -54,5 +62,13 @@ def is_dangerous(module: str, name: str) -> bool:
 
 
 def is_harmless(module: str, name: str) -> bool:
-    """Whether a name is ordinary data that needs no mention."""
+    """Tell whether a name stands for ordinary data, which is ignored without mention.
+
+    Args:
+        module: the module that the pickle would import from.
+        name: the name in it.
+
+    Returns:
+        True where the name is harmless.
+    """
     return module in ("builtins", "__builtin__") or f"{module}.{name}" in HARMLESS

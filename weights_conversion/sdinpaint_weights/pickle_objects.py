@@ -1,4 +1,4 @@
-"""What the pickle inside a `torch.save` file describes: tensors over numbered storages, by name.
+"""Interpret the pickle in a `torch.save` file, which describes named tensors over numbered storages.
 
 Source: torch/_utils.py (`_rebuild_tensor_v2` and its kin) and torch/serialization.py (`persistent_id`).
 """
@@ -36,7 +36,7 @@ DTYPES = {str(dtype): dtype for dtype in (*STORAGE_DTYPES.values(), torch.float8
 
 @dataclass(frozen=True, slots=True)
 class PickledStorage:
-    """The part of a storage that a tensor sees, `count` elements from `start`, of `total` elements."""
+    """A part of a storage: `count` elements from `start`, of `total` elements."""
 
     key: str
     dtype: torch.dtype
@@ -57,20 +57,28 @@ class PickledTensor:
 
     @property
     def start(self) -> int:
-        """First byte in the whole storage."""
+        """Return the first byte of the tensor in the whole storage."""
         return self.storage.start * self.storage.dtype.itemsize + self.offset * self.dtype.itemsize
 
 
 class Names:
-    """Stands for the imports of one file, and keeps the names that are unknown."""
+    """Resolve the imports of one file without importing, and collect the unknown names."""
 
     def __init__(self) -> None:
         self.unknown: set[str] = set()
 
     def __call__(self, module: str, name: str) -> object:
-        """What a name means: a dtype, a way to build something, or an inert object.
+        """Resolve a name.
 
-        Raises: PickleFault for a dangerous name.
+        Args:
+            module: the module that the pickle would import from.
+            name: the name in it.
+
+        Returns:
+            A dtype, a `Known` function, or an `Inert` object.
+
+        Raises:
+            PickleFault: the name is dangerous, or stands for an unsupported kind of tensor.
         """
         full = f"{module}.{name}"
         if is_dangerous(module, name):
@@ -82,16 +90,23 @@ class Names:
         if full in DTYPES:
             return DTYPES[full]
         if full.startswith("torch._utils._rebuild_"):
-            raise PickleFault("CKPT_UNSUPPORTED_TENSOR", f"a tensor made by {name!r}: only dense ones are read")
+            raise PickleFault("CKPT_UNSUPPORTED_TENSOR", f"a tensor made by {name!r}: only dense tensors are supported")
         if not is_harmless(module, name):
             self.unknown.add(full)
         return Inert(full)
 
 
 def storage_of(identity: object) -> PickledStorage | Inert:
-    """What a persistent id stands for: ("storage", dtype, key, device, elements[, (key, start, count) of a view]).
+    """Interpret a persistent id.
 
-    Raises: PickleFault.
+    Args:
+        identity: ("storage", dtype, key, device, elements), with (key, start, count) appended for a view.
+
+    Returns:
+        The storage, or an inert object for the source code of a module.
+
+    Raises:
+        PickleFault: the id is damaged, or its storage class is not supported.
     """
     fields = identity if isinstance(identity, tuple) else ()
     if fields[:1] == ("module",):
@@ -110,9 +125,16 @@ def storage_of(identity: object) -> PickledStorage | Inert:
 
 
 def named_tensors(top: object) -> dict[str, PickledTensor]:
-    """The tensors of the innermost `state_dict`, or one level down in a table without tensors of its own.
+    """Find the tensors of a pickle: those of the innermost `state_dict`, or of the tables in it if it has none itself.
 
-    Raises: PickleFault where there are none.
+    Args:
+        top: the object that the pickle describes.
+
+    Returns:
+        Name -> tensor; tensors of inner tables are named "table.name".
+
+    Raises:
+        PickleFault: there are no tensors.
     """
     for _ in range(MAX_NESTING):
         if isinstance(top, dict) and isinstance(top.get("state_dict"), dict):
@@ -120,7 +142,7 @@ def named_tensors(top: object) -> dict[str, PickledTensor]:
     if isinstance(top, Inert):
         raise PickleFault("CKPT_PICKLED_OBJECT", f"a pickled object of the class {top.name!r}")
     table = top if isinstance(top, dict) else {}
-    # Each table once: a pickle may name the same one a million times.
+    # Each table counts once, because a pickle may name the same one a million times.
     inner = {id(value): (name, value) for name, value in table.items() if isinstance(value, dict)}
     tensors = _tensors_in(table) or {
         f"{outer}.{name}": tensor for outer, value in inner.values() for name, tensor in _tensors_in(value).items()
@@ -132,12 +154,17 @@ def named_tensors(top: object) -> dict[str, PickledTensor]:
 
 
 def check_tensor(name: str, tensor: PickledTensor) -> None:
-    """Refuse a tensor that is larger than its storage, or reaches beyond it.
+    """Check that a tensor has a printable name and lies within its storage.
 
-    Raises: PickleFault.
+    Args:
+        name: name of the tensor.
+        tensor: the tensor.
+
+    Raises:
+        PickleFault: the name is not printable, or the tensor is expanded or reaches beyond its storage.
     """
     if not is_tensor_name(name):
-        raise PickleFault("CKPT_BAD_PICKLE", f"a tensor whose name is no name: {name[:20]!r}")
+        raise PickleFault("CKPT_BAD_PICKLE", f"a tensor whose name is empty, too long or not printable: {name[:20]!r}")
     room = tensor.storage.count * tensor.storage.dtype.itemsize // tensor.dtype.itemsize
     elements = math.prod(tensor.shape)
     repeated = any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride, strict=True))
@@ -162,7 +189,7 @@ def _are_counts(value: object) -> TypeGuard[tuple[int, ...]]:
 
 
 def _tensor(arguments: Arguments) -> PickledTensor:
-    """(storage, offset, shape, stride, ...)."""
+    """Rebuild a tensor from (storage, offset, shape, stride, ...)."""
     storage, offset, shape, stride = arguments[:4] if len(arguments) >= 4 else (None,) * 4
     if (
         not isinstance(storage, PickledStorage)
@@ -176,7 +203,7 @@ def _tensor(arguments: Arguments) -> PickledTensor:
 
 
 def _tensor_of_dtype(arguments: Arguments) -> PickledTensor:
-    """(storage, offset, shape, stride, requires_grad, hooks, dtype, ...)."""
+    """Rebuild a tensor from (storage, offset, shape, stride, requires_grad, hooks, dtype, ...)."""
     dtype = arguments[6] if len(arguments) > 6 else None
     if not isinstance(dtype, torch.dtype):
         raise PickleFault("CKPT_UNSUPPORTED_TENSOR", "a tensor of an unknown dtype")
@@ -184,12 +211,12 @@ def _tensor_of_dtype(arguments: Arguments) -> PickledTensor:
 
 
 def _tensor_with_attributes(arguments: Arguments) -> object:
-    """(builder, class, the builder's arguments, attributes)."""
+    """Rebuild a tensor from (builder, class, the builder's arguments, attributes)."""
     function = arguments[0] if len(arguments) > 2 else None
     inner = arguments[2] if len(arguments) > 2 else None
     # One of these inside another would be recursion under the file's control.
     if not isinstance(function, Known) or function.build is _tensor_with_attributes or not isinstance(inner, tuple):
-        raise PickleFault("CKPT_UNSUPPORTED_TENSOR", "a tensor of a class of its own")
+        raise PickleFault("CKPT_UNSUPPORTED_TENSOR", "a tensor of a custom class")
     return function.build(inner)
 
 
@@ -200,7 +227,7 @@ def _first(arguments: Arguments) -> object:
 
 
 def _table(arguments: Arguments) -> dict[str, object]:
-    """(pairs,) as Python 2 wrote an OrderedDict; usually no arguments, and the items follow."""
+    """Rebuild a table: from (pairs,) as Python 2 wrote it, or empty, with its items to follow."""
     pairs = arguments[0] if arguments and isinstance(arguments[0], (list, tuple)) else ()
     items = [pair for pair in pairs if isinstance(pair, (list, tuple)) and len(pair) == 2]
     return {key: value for key, value in items if isinstance(key, str)}

@@ -1,6 +1,6 @@
-"""Read a pickle without running it: opcodes in, plain data out; no name in it is ever imported or called.
+"""Turn the opcodes of a pickle into plain data, without importing or calling any name in it.
 
-`pickle.Unpickler` is not used, not even restricted: it allocates what a hostile file tells it to.
+`pickle.Unpickler` is not used, not even a restricted one, because it allocates as much memory as a hostile file asks.
 Source: the opcodes' documentation in the standard library's pickletools.
 """
 
@@ -18,7 +18,7 @@ Arguments = tuple[object, ...]
 
 
 class PickleFault(Exception):
-    """Why a pickle cannot be read; `code` is that of the CheckpointError to be made of it."""
+    """A pickle cannot be read; `code` is that of the CheckpointError to raise for it."""
 
     def __init__(self, code: str, found: str) -> None:
         super().__init__(found)
@@ -27,40 +27,46 @@ class PickleFault(Exception):
 
 
 class Stream(Protocol):
-    """What the opcode reader needs of a file."""
+    """The methods of a file that the opcode reader calls."""
 
     def read(self, count: int = ..., /) -> bytes:
-        """At most `count` bytes."""
+        """Read at most `count` bytes."""
 
     def readline(self) -> bytes:
-        """Bytes up to the next newline."""
+        """Read up to the next newline."""
 
     def tell(self) -> int:
-        """Position of the next byte."""
+        """Return the position of the next byte."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inert:
-    """A class, a function or an object of one, known by its name alone."""
+    """A stand-in for a class, a function or an object, of which only the name is known."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A function of the file's that this reader knows, and what this reader does in its place."""
+    """A known function that a pickle calls, and the function of ours to call in its place."""
 
     name: str
     build: Callable[[Arguments], object]
 
 
 def walk(stream: Stream, resolve: Callable[[str, str], object], persistent: Callable[[object], object]) -> object:
-    """The object that the next pickle of `stream` describes.
+    """Read the next pickle of a stream.
 
-    Dictionaries keep their text keys only; objects of unknown classes are `Inert`.
-    `resolve(module, name)` stands for an import, `persistent(id)` for an object kept outside of the pickle.
+    Args:
+        stream: the stream, at the beginning of a pickle.
+        resolve: called as `resolve(module, name)` for each import.
+        persistent: called as `persistent(id)` for each object that is stored outside of the pickle.
 
-    Raises: PickleFault, and whatever the two callbacks raise.
+    Returns:
+        The object described. Its dictionaries have only their text keys, and objects of unknown classes are `Inert`.
+
+    Raises:
+        PickleFault: the pickle is damaged, too long or not supported; the two callbacks may raise others.
     """
     machine = _Machine(resolve, persistent)
     opcodes = pickletools.genops(stream)  # type: ignore[arg-type]
@@ -75,7 +81,7 @@ def walk(stream: Stream, resolve: Callable[[str, str], object], persistent: Call
 
 
 class _Machine:
-    """The pickle machine's stack, marks and memo."""
+    """The virtual machine that pickles are written for, with its stack, marks and memo."""
 
     def __init__(self, resolve: Callable[[str, str], object], persistent: Callable[[object], object]) -> None:
         self.resolve = resolve
@@ -120,7 +126,7 @@ class _Machine:
         self.marks.append(len(self.stack))
 
     def discard(self, _: object) -> None:
-        """POP drops a mark where that is on top."""
+        """Carry out POP, which removes a mark where that is on top of the stack."""
         if self.marks and self.marks[-1] == len(self.stack):
             self.marks.pop()
         else:
@@ -134,7 +140,7 @@ class _Machine:
 
     def recall(self, index: object) -> None:
         if index not in self.memo:
-            raise PickleFault("CKPT_BAD_PICKLE", "a damaged pickle: it recalls what it did not store")
+            raise PickleFault("CKPT_BAD_PICKLE", "a damaged pickle: it recalls an object that it did not store")
         self.stack.append(self.memo[index])
 
     def append(self, items: Arguments) -> None:
@@ -145,7 +151,7 @@ class _Machine:
     def set_items(self, items: Arguments) -> None:
         target = self.peek()
         if isinstance(target, dict):
-            # Text keys only: hashing a key of nested tuples can be made to take for ever.
+            # Text keys only: a hostile key of nested tuples would take forever to hash.
             target.update({key: value for key, value in pairs_of(items) if isinstance(key, str)})
 
     def set_item(self, _: object) -> None:
@@ -206,11 +212,21 @@ class _Machine:
         elif isinstance(function, Inert):
             self.stack.append(function)
         else:
-            raise PickleFault("CKPT_BAD_PICKLE", "a damaged pickle: a call of something that is no function")
+            raise PickleFault("CKPT_BAD_PICKLE", "a damaged pickle: a call of an object that is not a function")
 
 
 def pairs_of(items: Arguments) -> list[tuple[object, object]]:
-    """(key, value) for every two items."""
+    """Split a sequence into pairs.
+
+    Args:
+        items: key, value, key, value, ...
+
+    Returns:
+        [(key, value), ...].
+
+    Raises:
+        PickleFault: the number of items is odd.
+    """
     if len(items) % 2:
         raise PickleFault("CKPT_BAD_PICKLE", "a damaged pickle: a key without a value")
     return list(zip(items[::2], items[1::2], strict=True))
@@ -268,7 +284,7 @@ _ACTIONS: dict[str, Callable[[_Machine, object], object]] = {
     "NEWOBJ": _Machine.reduce,
     "NEWOBJ_EX": _Machine.new_object_with_names,
     "REDUCE": _Machine.reduce,
-    # An object's attributes are of no interest; those of an OrderedDict are PyTorch's version numbers.
+    # Attributes of objects are not needed; those of an OrderedDict are PyTorch's version numbers.
     "BUILD": lambda machine, _: machine.pop(),
     "PERSID": _Machine.persistent_object,
     "BINPERSID": lambda machine, _: machine.persistent_object(machine.pop()),

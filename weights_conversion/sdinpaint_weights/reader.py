@@ -1,4 +1,4 @@
-"""Open a weights file of any kind: its first bytes tell what it is, never its name."""
+"""Open a weights file of any kind, which is recognised by its first bytes and not by its name."""
 
 from __future__ import annotations
 
@@ -21,19 +21,27 @@ FOREIGN = (
     (b"Rar!", "CKPT_UNKNOWN_FORMAT", "a RAR archive: unpack it first"),
     (b"\x89HDF", "CKPT_UNKNOWN_FORMAT", "an HDF5 file, as Keras writes it"),
     (b"\x93NUMPY", "CKPT_UNKNOWN_FORMAT", "a NumPy array"),
-    (b"\x89PNG", "CKPT_UNKNOWN_FORMAT", "a PNG picture"),
-    (b"\xff\xd8\xff", "CKPT_UNKNOWN_FORMAT", "a JPEG picture"),
+    (b"\x89PNG", "CKPT_UNKNOWN_FORMAT", "a PNG image"),
+    (b"\xff\xd8\xff", "CKPT_UNKNOWN_FORMAT", "a JPEG image"),
 )
+"""Other kinds of files: (first bytes, error code, description)."""
 KINDS = "a safetensors file, or a checkpoint by torch.save"
 HEAD = 512
 
 
 def open_weights(path: str | os.PathLike[str]) -> Weights:
-    """The tensors of a weights file, lazily: a safetensors file, or a checkpoint by `torch.save` of any version.
+    """Open a weights file lazily: a safetensors file, or a checkpoint by any version of `torch.save`.
 
-    Nothing that a pickle names is imported or run.
+    No name in a pickle is imported or called.
 
-    Raises: CheckpointError, and nothing else, whatever the file holds.
+    Args:
+        path: the file.
+
+    Returns:
+        The weights; only headers have been read.
+
+    Raises:
+        CheckpointError: the file cannot be read or is not a supported weights file; no other exception is raised.
     """
     file = SourceFile(path)
     head = bytes(file.read(0, min(HEAD, file.size)))
@@ -50,7 +58,7 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
         if head.startswith(magic):
             raise CheckpointError(code, path, found, expected=KINDS, hint="get the weights as .safetensors")
     if header_size <= MAX_HEADER or begins_json:
-        # A damaged safetensors file: its reader can say in what way.
+        # A damaged safetensors file, for which its reader has a precise error.
         return read_safetensors(file)
     _refuse_unknown(file, f"unknown content of {size_text(file.size)}, beginning {head[:8].hex(' ')}")
 
@@ -77,7 +85,7 @@ def _refuse_text(file: SourceFile, head: bytes) -> NoReturn:
 
 def _refuse_unknown(file: SourceFile, found: str) -> NoReturn:
     try:
-        # The oldest pickle protocols have no magic number; only what they call for, if they do, can be told.
+        # The oldest pickle protocols have no magic number, so that an unsafe pickle must be looked for.
         read_legacy(file)
     except CheckpointError as error:
         if error.code == "CKPT_UNSAFE_PICKLE":

@@ -1,4 +1,4 @@
-"""Open a safetensors file: our own checks, which can explain themselves, then the safetensors library's.
+"""Open a safetensors file, with checks that explain what is wrong before those of the safetensors library.
 
 Source: the format's description, https://github.com/huggingface/safetensors#format
 """
@@ -45,9 +45,16 @@ class _DuplicateNameError(Exception):
 
 
 def read_safetensors(file: SourceFile) -> Weights:
-    """Every tensor of a safetensors file, lazily.
+    """Open a safetensors file lazily.
 
-    Raises: CheckpointError.
+    Args:
+        file: the opened file.
+
+    Returns:
+        The weights; only the header has been read.
+
+    Raises:
+        CheckpointError: the file is damaged or incomplete.
     """
     header, data_start = _read_header(file)
     metadata = _metadata(file, header.pop("__metadata__", {}))
@@ -112,7 +119,7 @@ def _metadata(file: SourceFile, value: object) -> dict[str, str]:
 
 def _span(file: SourceFile, name: str, value: object) -> _Span:
     if not is_tensor_name(name):
-        _refuse(file, f"a tensor whose name is no name: {name[:20]!r}")
+        _refuse(file, f"a tensor whose name is empty, too long or not printable: {name[:20]!r}")
     fields = value if isinstance(value, dict) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPES:
@@ -130,13 +137,13 @@ def _are_sizes(value: object) -> TypeGuard[list[int]]:
     return (
         isinstance(value, list)
         and len(value) <= 16
-        # Beyond 2 ** 62 bytes no file exists; the bound keeps products and messages small.
+        # No file has 2 ** 62 bytes; the bound keeps products and messages small.
         and all(type(item) is int and 0 <= item < 1 << 62 for item in value)
     )
 
 
 def _ask_library(file: SourceFile) -> None:
-    """Have the library check what we do not: holes, overlaps and trailing bytes."""
+    """Let the library check for gaps, overlaps and trailing bytes."""
     try:
         with safe_open(file.path, framework="pt"):
             pass

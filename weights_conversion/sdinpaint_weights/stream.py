@@ -1,6 +1,6 @@
-"""Write one safetensors file tensor by tensor, so that it may be larger than memory.
+"""Write a safetensors file tensor by tensor, so that it may be larger than memory.
 
-The safetensors library (0.8) writes only what is in memory as a whole; this writes the very same bytes.
+The safetensors library (0.8) needs all tensors in memory at once; this module writes the same bytes.
 
 Source: the format's description, https://github.com/huggingface/safetensors#format
 """
@@ -37,27 +37,27 @@ CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""The format's name of each dtype, in the order in which the library puts them into a file: wide ones first."""
+"""Dtype -> its name in the format, in the order in which the library writes them: wide ones first."""
 ORDER = {dtype: place for place, dtype in enumerate(CODES)}
 ALIGNMENT = 8
-"""Bytes; the first tensor begins at a multiple of it, and so, wide ones being first, does each at its dtype's."""
+"""Bytes of which the first tensor's position is a multiple; each tensor is then aligned, as wide ones come first."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One tensor of a file that is to be written; `produce` is called once, when its turn has come."""
+    """One tensor to write; `produce` is called once, when the tensor is written."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     produce: Callable[[], Tensor]
-    """The tensor in any dtype; it is cast to `dtype`."""
+    """A function that returns the tensor in any dtype; the writer casts it to `dtype`."""
     source: object = None
-    """What the tensor is made from, for the message if it is not finite; None: the file that is written."""
+    """The file that the tensor is made from, which errors name; None stands for the file that is written."""
 
     @property
     def size(self) -> int:
-        """Bytes that the tensor takes in the file."""
+        """Return the number of bytes that the tensor takes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -67,13 +67,18 @@ def write_stream(
     metadata: Mapping[str, str],
     on_bytes: Callable[[int], object] | None = None,
 ) -> None:
-    """Write a safetensors file of these tensors, with one of them in memory at a time.
+    """Write a safetensors file, with a single tensor in memory at a time.
 
-    `on_bytes` is told the size of each tensor that is written, for a progress bar. The file appears when it is whole;
-    what was there before stays until then.
+    The file replaces an older one when it is complete.
 
-    Raises: CheckpointError when the disk has too little room or cannot be written to, for NaN and infinity, and for
-    values that a dtype cannot hold.
+    Args:
+        path: the file to write.
+        items: the tensors.
+        metadata: text fields for the header.
+        on_bytes: called with the size of each tensor that was written, for a progress bar.
+
+    Raises:
+        CheckpointError: the disk has too little space or cannot be written to, or a value is not finite in its dtype.
     """
     path = Path(path)
     ordered = sorted(items, key=lambda item: (ORDER[item.dtype], item.name))
@@ -94,7 +99,15 @@ def write_stream(
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Refuse to begin what the disk of a folder has no room for. Raises: CheckpointError."""
+    """Check that a disk has enough free space.
+
+    Args:
+        folder: a folder on the disk.
+        needed: number of bytes to write.
+
+    Raises:
+        CheckpointError: there is too little space.
+    """
     free = shutil.disk_usage(folder).free
     if free < needed:
         found = f"{size_text(free)} are free on its disk"
@@ -103,7 +116,15 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 def not_written(path: Path, error: Exception) -> CheckpointError:
-    """The error for a file or folder that the system did not let us write."""
+    """Make the error for a file or folder that cannot be written.
+
+    Args:
+        path: the file or folder.
+        error: the system's error.
+
+    Returns:
+        An error to raise, CKPT_NOT_WRITTEN.
+    """
     hint = "check the disk's free space and the folder's permissions; what was there before is unchanged"
     return CheckpointError("CKPT_NOT_WRITTEN", path, f"could not be written: {error}", hint=hint)
 

@@ -1,4 +1,4 @@
-"""A lazy mapping from name to tensor over one or several weights files."""
+"""Represent the tensors of one or several weights files as a lazy mapping from name to tensor."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from sdinpaint_weights.errors import CheckpointError
 from sdinpaint_weights.files import FETCH_AGAIN, SourceFile
 
 MAX_TENSORS = 20_000
-"""An SD1 checkpoint has about 1,100 tensors, an XL one 2,500."""
+"""Largest number of tensors accepted; an SD1 checkpoint has about 1,100, an SDXL one 2,500."""
 MAX_NAME = 1000
+"""Characters in a tensor's name at most."""
 RUN = 1 << 28
+"""Bytes in one run of tensors; see `Weights.runs`."""
 
 
 @dataclass(eq=False)
 class Storage:
-    """A run of bytes in a file, with the CRC-32 that the file promises for it, if it promises one."""
+    """A range of bytes in a file, with its CRC-32 checksum where the file has one."""
 
     file: SourceFile
     offset: int
@@ -30,10 +32,7 @@ class Storage:
     name: str = ""
 
     def verify(self) -> None:
-        """Compare the checksum, on the first read only.
-
-        Raises: CheckpointError.
-        """
+        """Check the CRC-32 checksum on the first call, and raise CheckpointError where it does not match."""
         if self.crc is None:
             return
         if self.file.crc32(self.offset, self.size) != self.crc:
@@ -44,7 +43,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: `start` bytes into a storage; `stride` in elements."""
+    """The place of one tensor: it begins `start` bytes into a storage; `stride` is in elements."""
 
     storage: Storage
     start: int
@@ -54,21 +53,28 @@ class Entry:
 
     @property
     def extent(self) -> int:
-        """Elements from the first to the last one used."""
+        """Return the number of elements from the first to the last one used."""
         return extent_of(self.shape, self.stride)
 
     @property
     def begin(self) -> int:
-        """Byte of the file at which it begins."""
+        """Return the byte of the file at which the tensor begins."""
         return self.storage.offset + self.start
 
     @property
     def place(self) -> tuple[str, int]:
-        """Sorts entries by file and by their bytes."""
+        """Return a key that sorts entries by file and position."""
         return str(self.storage.file.path), self.begin
 
     def follows(self, other: Entry) -> bool:
-        """Whether the values of `other` and its own are one dense, aligned row of numbers of one dtype."""
+        """Tell whether this tensor directly follows another one in the file.
+
+        Args:
+            other: the other tensor.
+
+        Returns:
+            True where both together are a dense, aligned sequence of elements of one dtype.
+        """
         return (
             self.storage.file is other.storage.file
             and self.dtype == other.dtype
@@ -78,7 +84,17 @@ class Entry:
         )
 
     def tensor(self, dtype: torch.dtype | None) -> Tensor:
-        """The tensor as a view of the mapped file, or read and cast where another dtype is asked for."""
+        """Return the tensor.
+
+        Args:
+            dtype: dtype of the result; None keeps the stored one.
+
+        Returns:
+            A view of the mapped file, or a cast copy for another dtype; a copy too where the bytes are not aligned.
+
+        Raises:
+            CheckpointError: the bytes are damaged or cannot be read.
+        """
         self.storage.verify()
         if self.extent == 0:
             return torch.empty(self.shape, dtype=dtype or self.dtype, device="cpu")
@@ -89,11 +105,11 @@ class Entry:
         if dtype in (None, self.dtype):
             return tensor
         cast = tensor.to(dtype)
-        file.release(offset, self.extent * self.dtype.itemsize)  # or the file's pages would count beside the copy
+        file.release(offset, self.extent * self.dtype.itemsize)  # else the file's pages use memory beside the copy
         return cast
 
     def copy(self) -> Tensor:
-        """The tensor in memory of its own, through plain reads of the file."""
+        """Return the tensor in new memory, through plain reads of the file."""
         self.storage.verify()
         if self.extent == 0:
             return torch.empty(self.shape, dtype=self.dtype, device="cpu")
@@ -103,7 +119,7 @@ class Entry:
 
 @dataclass(eq=False)
 class Weights(Mapping[str, Tensor]):
-    """The tensors of a file or of a folder's shards; nothing is read before it is asked for.
+    """The tensors of a file or of a folder's shards; each is read when it is accessed.
 
     `weights[key]` and `weights.tensor(key)` are views of the mapped file.
     """
@@ -114,13 +130,13 @@ class Weights(Mapping[str, Tensor]):
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
-    """Classes named in a pickle that are no weights; they were neither imported nor run."""
+    """Unknown classes named in a pickle; they were neither imported nor called."""
     notes: tuple[str, ...] = ()
-    """What was chosen on the caller's behalf, as sentences."""
+    """Sentences about choices that the caller may want to know of."""
 
     @property
     def files(self) -> set[SourceFile]:
-        """Where the bytes are."""
+        """Return the files that hold the tensors."""
         return {entry.storage.file for entry in self.entries.values()}
 
     def __getitem__(self, key: str) -> Tensor:
@@ -139,30 +155,64 @@ class Weights(Mapping[str, Tensor]):
         return f"Weights({str(self.path)!r}, {self.kind}, {len(self)} tensors)"
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of one tensor; reads nothing."""
+        """Return the shape of a tensor without reading it.
+
+        Args:
+            key: name of the tensor.
+
+        Returns:
+            The shape.
+
+        Raises:
+            KeyError: there is no such tensor.
+        """
         return self.entries[key].shape
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor; reads nothing."""
+        """Return {name: shape} without reading tensors."""
         return {key: entry.shape for key, entry in self.entries.items()}
 
     def dtype(self, key: str) -> torch.dtype:
-        """Stored dtype of one tensor; reads nothing."""
+        """Return the stored dtype of a tensor without reading it.
+
+        Args:
+            key: name of the tensor.
+
+        Returns:
+            The dtype.
+
+        Raises:
+            KeyError: there is no such tensor.
+        """
         return self.entries[key].dtype
 
     def tensor(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor on the CPU: a view of the mapped file, or where `dtype` differs a cast copy.
+        """Return a tensor.
 
-        A view may be written to (the file is not), and needs the file to stay unchanged while it lives.
-        A checksum, where the file has one, is compared on the first read of each storage.
-        Raises: KeyError for an unknown name; CheckpointError for damaged bytes.
+        A view may be written to without changing the file; the file must stay unchanged while the view exists. Where
+        the file has checksums, the one of each storage is checked on its first read.
+
+        Args:
+            key: name of the tensor.
+            dtype: dtype of the result; None keeps the stored one.
+
+        Returns:
+            The tensor on the CPU: a view of the mapped file, or a cast copy for another dtype.
+
+        Raises:
+            KeyError: there is no such tensor.
+            CheckpointError: the bytes are damaged or cannot be read.
         """
         return self.entries[key].tensor(dtype)
 
     def runs(self, keys: Iterable[str]) -> list[list[str]]:
-        """The keys in the order of their bytes, those together whose values lie side by side in a file as one dtype.
+        """Group tensors of one dtype that are adjacent in a file, without reading them.
 
-        A run ends at RUN bytes. Reads nothing.
+        Args:
+            keys: names of tensors.
+
+        Returns:
+            The names in the order of their bytes, in runs of about `RUN` bytes at most.
         """
         runs: list[list[str]] = []
         for key in sorted(keys, key=lambda key: self.entries[key].place):
@@ -174,7 +224,17 @@ class Weights(Mapping[str, Tensor]):
         return runs
 
     def run(self, keys: list[str]) -> Tensor:
-        """All values of one of `runs` as stored: a flat view of the mapped file. Raises: CheckpointError."""
+        """Return the values of a run as one tensor.
+
+        Args:
+            keys: an item of `runs`.
+
+        Returns:
+            A flat view of the mapped file in the stored dtype.
+
+        Raises:
+            CheckpointError: the bytes are damaged or cannot be read.
+        """
         first, last = self.entries[keys[0]], self.entries[keys[-1]]
         for key in keys:
             self.entries[key].storage.verify()
@@ -182,20 +242,42 @@ class Weights(Mapping[str, Tensor]):
         return first.storage.file.mapped(first.begin, count, first.dtype)
 
     def copy(self, key: str) -> Tensor:
-        """One tensor as stored, in memory of its own: nothing of the file stays mapped.
+        """Return a tensor in new memory, without mapping the file.
 
-        Raises: KeyError for an unknown name; CheckpointError for damaged bytes.
+        Args:
+            key: name of the tensor.
+
+        Returns:
+            The tensor on the CPU, in the stored dtype.
+
+        Raises:
+            KeyError: there is no such tensor.
+            CheckpointError: the bytes are damaged or cannot be read.
         """
         return self.entries[key].copy()
 
 
 def is_tensor_name(name: str) -> bool:
-    """Whether a name can be shown in a message as it is."""
+    """Tell whether a tensor's name is printable and of reasonable length.
+
+    Args:
+        name: the name.
+
+    Returns:
+        True where a message can show the name as it is.
+    """
     return 0 < len(name) <= MAX_NAME and name.isprintable()
 
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides, in elements, of a dense row-major tensor."""
+    """Compute the strides of a dense row-major tensor.
+
+    Args:
+        shape: shape of the tensor.
+
+    Returns:
+        Strides in elements.
+    """
     stride, step = [], 1
     for size in reversed(shape):
         stride.append(step)
@@ -204,7 +286,15 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def extent_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Elements from the first to the last one used; 0 for a tensor without elements."""
+    """Count the elements of a storage that a tensor spans.
+
+    Args:
+        shape: shape of the tensor.
+        stride: strides in elements.
+
+    Returns:
+        Number of elements from the first to the last one used; 0 for a tensor without elements.
+    """
     if 0 in shape:
         return 0
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
