@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -50,7 +49,7 @@ def load(
 
     Args:
         source: a .safetensors or .ckpt file, a diffusers folder, a model of the hub ("owner/name", or
-            "owner/name:FILE" for one file of it), "demo"; or `LoadOptions`, which the other arguments change.
+            "owner/name:FILE" for one file of it), "demo"; or `LoadOptions` in place of all options.
         config: a folder in the diffusers layout whose JSON files tell what a single file cannot: heads, activation,
             schedule.
         vae: another VAE, file or folder.
@@ -83,7 +82,10 @@ def load(
     del given["progress"], given["on_event"]
     options = LoadOptions(**given)
     if isinstance(source, LoadOptions):
-        options = replace(source, **{name: value for name, value in options.given.items() if name != "source"})
+        if beside := [name for name in options.given if name != "source"]:
+            found, hint = "given beside LoadOptions", "put it into them: dataclasses.replace(options, ...)"
+            raise SettingError("SETTING_SOURCE", beside[0], found, expected="LoadOptions alone", hint=hint)
+        options = source
     device = _device(options.device)
     dtype = _dtype(options.dtype, device)
     checkpoint = open_checkpoint(options, progress=progress)

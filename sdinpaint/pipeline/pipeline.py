@@ -316,7 +316,7 @@ class Pipeline(LatentDiffusion):
         def again(request: Request, **watching: Any) -> Result:
             return self.run(request, **{"progress": progress, **watching})
 
-        return Result(request, made, made_with, again, warnings)
+        return Result(request, made, made_with, again, [*request.warnings, *warnings])
 
     def _made(self, canvas: Canvas, settings: Settings) -> Repainted:
         replaced = canvas.replaced(whole=not settings.paste_back)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sdinpaint.checks import as_list, check_choice, check_prompt
-from sdinpaint.errors import ImageError, SdInpaintError, SettingError
+from sdinpaint.errors import ImageError, Remark, SdInpaintError, SettingError, keeping_warnings
 from sdinpaint.families import Family
 from sdinpaint.images.canvas import canvas_for
 from sdinpaint.images.picture import Picture, read_picture
@@ -121,6 +121,8 @@ class Request:
         self._require_mask(mask)
         self.errors: dict[int, SdInpaintError] = {}
         """For `on_error="skip"`: what is wrong with the images that are left out, by their indices."""
+        self.warnings: list[Remark] = []
+        """What was said while the images were read."""
         given = {
             "images": unbatched(image),
             "masks": unbatched(mask),
@@ -234,7 +236,10 @@ class Request:
 
     def _usable(self, index: int, count: int, reading: _Reading, row: tuple[Any, ...]) -> Item | None:
         try:
-            return reading(*row)
+            with keeping_warnings() as kept:
+                item = reading(*row)
+            self.warnings += [replace(remark, index=index) for remark in kept]
+            return item
         except SdInpaintError as error:
             named = error if isinstance(row[0], _Unusable) else _named(error, index, count)
             if self.on_error == "raise":

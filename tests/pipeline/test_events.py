@@ -1,0 +1,130 @@
+"""Events: what listeners are told of a run, and how they change or stop it."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import numpy as np
+import pytest
+import torch
+from painting import MASK, inpaint, pixels
+
+import sdinpaint
+from sdinpaint.errors import Cancelled, SdInpaintError, SettingError
+from sdinpaint.pipeline.events import Reporter, event_bars
+
+TWO_HOLES = np.zeros_like(MASK)
+TWO_HOLES[4:20, 4:20] = TWO_HOLES[44:60, 48:68] = True
+
+
+def listened(pipe, **options):
+    events = []
+    inpaint(pipe, on_event=events.append, **options)
+    return events
+
+
+def test_a_run_is_told_from_its_first_stage_to_its_last(pipe):
+    events = listened(pipe)
+    assert [(event.stage, event.done, event.total) for event in events] == [
+        ("encode", 0, 1),
+        ("encode", 1, 1),
+        *[("denoise", done, 3) for done in range(4)],
+        ("decode", 0, 1),
+        ("decode", 1, 1),
+    ]
+    shares = [event.share for event in events]
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == (0, 1)
+    assert all(event.index == (0,) and event.region == 0 for event in events)
+
+
+def test_steps_carry_the_predicted_image(pipe):
+    seen = []
+    events = listened(pipe, on_step=lambda step, x, x0: seen.append(x0))
+    carried = [event.x0 for event in events if event.x0 is not None]
+    assert [torch.equal(one, other) for one, other in zip(carried, seen, strict=True)] == [True] * 3
+    assert pipe.decode(carried[-1]).shape == (1, 3, 64, 72)
+
+
+def test_batches_and_regions_say_which_images_they_are(pipe):
+    events = listened(pipe, seed=[1, 2, 3], batch_size=2)
+    assert list(dict.fromkeys(event.index for event in events)) == [(0, 1), (2,)]
+    assert [round(event.share * 9) for event in events if event.x0 is not None] == [2, 4, 6, 7, 8, 9]
+    events = listened(pipe, mask=TWO_HOLES, regions="each")
+    assert list(dict.fromkeys(event.region for event in events)) == [0, 1]
+    assert events[-1].share == 1
+
+
+def test_the_time_left_falls_to_nothing(monkeypatch):
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr("sdinpaint.pipeline.events.time.monotonic", lambda: next(clock))
+    events = []
+    report = Reporter([events.append], 4)
+    report("denoise", 0, 4, [0])
+    for step in range(4):
+        report("denoise", step + 1, 4, [0], x0=torch.zeros(1))
+    assert [event.seconds_left for event in events] == pytest.approx([None, 30, 20, 10, 0])
+
+
+def test_on_step_may_return_other_latents(pipe):
+    kept = []
+
+    def replaced(step, x, x0):
+        kept.append(x)
+        return torch.zeros_like(x, dtype=torch.float64) if step == 2 else None
+
+    result = inpaint(pipe, on_step=replaced, paste_back=False, sampler="euler")
+    grey = pipe.decode(torch.zeros(1, 4, 8, 9))
+    levels = ((grey[0].permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5).round().numpy()
+    assert np.abs(pixels(result.image) - levels).max() <= 1
+    assert np.array_equal(pixels(inpaint(pipe, on_step=lambda *_: True).image), pixels(inpaint(pipe).image))
+
+
+@pytest.mark.parametrize("changed", [torch.zeros(1, 4, 2, 2), np.zeros((1, 4, 8, 9))], ids=["shape", "numpy"])
+def test_other_things_than_latents_are_refused(pipe, changed):
+    with pytest.raises(SettingError, match="of shape") as caught:
+        inpaint(pipe, on_step=lambda *_: changed)
+    assert (caught.value.code, caught.value.subject) == ("SETTING_ON_STEP", "on_step")
+
+
+@pytest.mark.parametrize("by", ["on_step", "on_event"])
+def test_a_callback_stops_a_run(pipe, by):
+    called = []
+
+    def stop(*given):
+        called.append(given)
+        if len(called) == 2:
+            raise Cancelled
+
+    with pytest.raises(Cancelled) as caught:
+        inpaint(pipe, **{by: stop})
+    assert len(called) == 2
+    assert isinstance(caught.value, SdInpaintError)
+    assert caught.value.code == "CANCELLED"
+    assert inpaint(pipe).images  # nothing is left behind
+
+
+def test_loading_tells_of_its_tensors():
+    events = []
+    pipe = sdinpaint.load("demo", device="cpu", progress=False, on_event=events.append)
+    assert {event.stage for event in events} == {"load"}
+    total = sum(len(model.state_dict()) for model in (pipe.unet, pipe.vae, pipe.text))
+    assert [event.done for event in events] == list(range(total + 1))
+    assert events[-1].share == 1
+
+
+def test_bars_are_drawn_from_events(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    with event_bars("inpaint") as draw:
+        report = Reporter([draw], 6)
+        for _ in range(2):
+            for step in range(4):
+                report("denoise", step, 3, [0], x0=None if step == 0 else torch.zeros(1))
+    assert shown.getvalue().count("inpaint: 100%") == 2
+    assert "3/3" in shown.getvalue()
