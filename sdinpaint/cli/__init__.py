@@ -19,7 +19,7 @@ __all__ = ["main"]
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="sdinpaint")
 def main() -> None:
-    """Change the part of a picture under a mask, and keep the rest bit for bit.
+    """Change the part of an image under a mask, and keep the rest bit for bit.
 
     \b
     sdinpaint demo                       see it work, with the small checkpoint that is included
@@ -28,8 +28,15 @@ def main() -> None:
     sdinpaint replay out.png             make it again, and see whether it is the same
 
     \b
-    Exit codes: 0 done, 1 a replay or a check of a benchmark that differs, 2 wrong usage,
-    3 unusable input (nothing was written), 5 environment (memory, disk, device), 130 interrupted.
+    Exit codes:
+      0    done
+      1    a comparison differs (replay, bench)
+      2    the command line cannot be parsed: an unknown option or choice, or not a number
+      3    a value, an input or a result was refused; nothing was written
+      4    a batch ended with failures
+      5    the machine: memory, disk, device, port or network
+      130  interrupted (SIGINT)
+      143  terminated (SIGTERM)
     """
 
 

@@ -1,7 +1,5 @@
 """`python -m sdinpaint.cli` is the command `sdinpaint`."""
 
-from __future__ import annotations
+from sdinpaint.__main__ import main
 
-from sdinpaint.cli import main
-
-main(prog_name="sdinpaint")
+main()

@@ -1,4 +1,4 @@
-"""Commands that look at checkpoints, and write others of them."""
+"""The commands about checkpoints: inspect, convert, merge."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from sdinpaint.cli.common import hub_options, json_option, quiet_option, together
+from sdinpaint.cli.settings_page import settings_page
 from sdinpaint.cli.values import DTYPE
 from sdinpaint.images.files import SUFFIXES, read_settings
 
@@ -17,49 +18,62 @@ __all__ = ["convert", "inspect", "merge"]
 
 @click.command()
 @click.argument("path")
-@click.option("--hash", is_flag=True, help="Also the SHA-256 of the weights files, which reads them through.")
+@click.option("--hash", is_flag=True, help="Also compute the SHA-256 of the weights files, which reads them through.")
 @hub_options
 @json_option
 def inspect(path: str, as_json: bool, **options: Any) -> None:
     """Say what a checkpoint is, why, and whether it loads.
 
     PATH is a weights file, a diffusers folder, owner/name on the hub, or demo; only headers are read, of what is
-    fetched if need be. For a picture that sdinpaint wrote, the settings that it was made with are shown.
+    fetched if need be. For an image that sdinpaint wrote, the settings that it was made with are shown.
 
     \b
     Examples:
       sdinpaint inspect sd-v1-5-inpainting.ckpt
       sdinpaint inspect out.png --json
     """
+    if Path(path).suffix.lower() in SUFFIXES:
+        settings = read_settings(path)
+        click.echo(json.dumps(settings, indent=2) if as_json else settings_page(path, settings))
+        return
     from sdinpaint.checkpoints.inspecting import inspect as report_on
 
-    if Path(path).suffix.lower() in SUFFIXES:
-        click.echo(json.dumps(read_settings(path), indent=2))
-        return
     report = report_on(path, **options)
     click.echo(json.dumps(report.to_json(), indent=2) if as_json else str(report))
 
 
 writing_options = together(
-    click.option("--dtype", type=DTYPE, help="float32, float16 or bfloat16. Default: each tensor keeps its own."),
-    click.option("--vae", metavar="PATH", help="Another autoencoder."),
-    click.option("--config", metavar="FOLDER", help="JSON files in the diffusers layout that it needs."),
-    click.option("--prediction", type=click.Choice(("eps", "v")), help="Where nothing in the checkpoint tells."),
+    click.option(
+        "--dtype",
+        type=DTYPE,
+        help="Dtype of the written weights: float32, float16 or bfloat16.  [default: each tensor keeps its own]",
+    ),
+    click.option("--vae", metavar="PATH", help="Another VAE for the model, a file or folder."),
+    click.option(
+        "--config", metavar="FOLDER", help="Folder of JSON files in the diffusers layout, which a single file may need."
+    ),
+    click.option(
+        "--prediction",
+        type=click.Choice(("eps", "v")),
+        help="What the UNet predicts, where nothing in the checkpoint tells.",
+    ),
     hub_options,
-    click.option("--overwrite", is_flag=True, help="Replace what an earlier run wrote."),
+    click.option("--overwrite", is_flag=True, help="Replace the files of an earlier run."),
     quiet_option,
 )
-"""For a command that writes a checkpoint."""
+"""Options of commands that write a checkpoint."""
 
 
 @click.command()
 @click.argument("source")
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option(
-    "--layout", type=click.Choice(("diffusers", "ldm")), help="Default: ldm, one file, if TARGET is a .safetensors."
+    "--layout",
+    type=click.Choice(("diffusers", "ldm")),
+    help="Layout to write.  [default: ldm, which is one file, if TARGET ends with .safetensors]",
 )
-@click.option("--ema", is_flag=True, help="Take the averaged weights of the UNet.")
-@click.option("--base", metavar="PATH", help="A model that supplies what SOURCE lacks.")
+@click.option("--ema", is_flag=True, help="Take the averaged (EMA) weights of the UNet.")
+@click.option("--base", metavar="PATH", help="Model that supplies the components that SOURCE lacks.")
 @writing_options
 def convert(source: str, target: Path, quiet: bool, **options: Any) -> None:
     """Write SOURCE in another layout or dtype: TARGET is a diffusers folder, or one .safetensors file.
@@ -80,8 +94,8 @@ def convert(source: str, target: Path, quiet: bool, **options: Any) -> None:
 @click.command()
 @click.argument("custom")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--base", metavar="PATH", help="The text-to-image model that CUSTOM was trained from.")
-@click.option("--inpaint", metavar="PATH", help="The inpainting model of that base.")
+@click.option("--base", metavar="PATH", help="Text-to-image model that CUSTOM was trained from.")
+@click.option("--inpaint", metavar="PATH", help="Inpainting model that was trained from the same base.")
 @writing_options
 def merge(custom: str, out: Path, quiet: bool, **options: Any) -> None:
     """Make an inpainting model of CUSTOM, a text-to-image model: custom + inpaint - base.

@@ -1,4 +1,4 @@
-"""What the commands share: errors in words with an exit code, notes, and options."""
+"""Shared by all commands: exit codes, errors and warnings as text, and common options."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ __all__ = [
     "ENVIRONMENT",
     "INTERRUPTED",
     "Commands",
+    "Group",
     "check_output",
     "given",
     "hub_options",
@@ -44,30 +45,109 @@ ENVIRONMENT_CODES = {
 }
 NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory", re.IGNORECASE)
 JSON = "sdinpaint.json"
+CALLED = "sdinpaint.called"
+KEYWORD = re.compile(r"\b(?P<name>[a-z_]+)=(?P<value>'[^']*'|\"[^\"]*\"|[^\s,;()]*)")
+"""A keyword argument in a sentence, such as controlnet=PATH."""
+NAME = re.compile(r"\b[a-z]+(?:_[a-z]+)+\b")
+"""A name of several words, which only a program uses."""
 
 Option = Callable[[Callable[..., None]], Callable[..., None]]
 
 
-class Commands(click.Group):
-    """A group whose commands end with an error's explanation and exit code instead of a traceback."""
+class Group(click.Group):
+    """A group that remembers which of its commands was called, for the options that an error names."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that was typed.
+
+        Args:
+            ctx: context of the group.
+            args: what was typed.
+
+        Returns:
+            As click's own method does.
+        """
+        found = super().resolve_command(ctx, args)
+        ctx.meta[CALLED] = found[1]
+        return found
+
+
+class Commands(Group):
+    """A group whose commands end with an error's explanation and an exit code instead of a traceback."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run the command line, and exit the process unless `standalone_mode` is False.
+
+        Args:
+            args: as click takes them.
+            standalone_mode: whether the process ends here.
+            extra: as click takes them.
+
+        Returns:
+            What the command returned.
+        """
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)  # type: ignore[call-overload]
+        except click.ClickException as error:
+            if not standalone_mode:
+                raise
+            error.show()
+            code = error.exit_code
+        except click.Abort:
+            if not standalone_mode:
+                raise
+            click.echo("interrupted: no unfinished file is left", err=True)
+            code = INTERRUPTED
+        return sys.exit(code or 0) if standalone_mode else code
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command that was asked for."""
+        """Run the command that was asked for.
+
+        Args:
+            ctx: context of the command line.
+
+        Returns:
+            What the command returned.
+        """
         try:
             with _notes():
                 return super().invoke(ctx)
-        except KeyboardInterrupt:
-            click.echo("interrupted: no unfinished file is left", err=True)
-            ctx.exit(INTERRUPTED)
         except (SdInpaintError, MemoryError, OSError, RuntimeError) as error:
             explained = _explained(error)
             if explained is None:
                 raise
+            explained = _in_options(explained, ctx.meta[CALLED])
             if ctx.meta.get(JSON):
                 click.echo(json.dumps({"error": explained.to_json()}, indent=2))
             else:
                 click.echo(f"error: {explained}", err=True)
             ctx.exit(ENVIRONMENT if explained.code in ENVIRONMENT_CODES else BAD_INPUT)
+
+
+def _in_options(error: SdInpaintError, command: click.Command) -> SdInpaintError:
+    """Return the error with options of the command line in place of keywords of Python."""
+    options = {one.name: one for one in command.params if isinstance(one, click.Option) and one.name is not None}
+
+    def typed(match: re.Match[str]) -> str:
+        option, value = options.get(match["name"]), match["value"].strip("'\"")
+        if option is None:
+            return match[0]
+        if option.is_flag:
+            return (option.opts if value == "True" or not option.secondary_opts else option.secondary_opts)[-1]
+        return f"{option.opts[0]} {value}".rstrip()
+
+    def named(match: re.Match[str]) -> str:
+        option = options.get(match[0])
+        return match[0] if option is None else option.opts[0]
+
+    def translated(text: str) -> str:
+        return NAME.sub(named, KEYWORD.sub(typed, text))
+
+    subject = options[error.subject].opts[0] if error.subject in options else translated(error.subject)
+    found, expected, hint = map(translated, (error.found, error.expected, error.hint))
+    return SdInpaintError(error.code, subject, found, expected=expected, hint=hint)
 
 
 def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
@@ -89,11 +169,13 @@ def together(*options: Option) -> Option:
 json_option = click.option(
     "--json", "as_json", is_flag=True, callback=_remember_json, help="Print one JSON object: the result, or the error."
 )
-quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress and no summary.")
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="Show no progress and no summary.")
 hub_options = together(
-    click.option("--variant", metavar="NAME", help="Of a folder's files, e.g. fp16 for *.fp16.safetensors."),
-    click.option("--revision", metavar="NAME", help="A branch, tag or commit of the model on the hub."),
-    click.option("--offline", "local_files_only", is_flag=True, help="Of the hub, use what its cache holds."),
+    click.option("--variant", metavar="NAME", help="Variant of a folder's files, such as fp16 for *.fp16.safetensors."),
+    click.option("--revision", metavar="NAME", help="Branch, tag or commit of the model on the hub."),
+    click.option(
+        "--offline", "local_files_only", is_flag=True, help="Fetch nothing, and use what the cache of the hub holds."
+    ),
 )
 
 
@@ -115,7 +197,7 @@ def check_output(target: Path, inputs: Iterable[Path | str]) -> None:
     """Check that a picture can be written at `target`, and that it is none of `inputs`. Raises: ImageError."""
     check_output_path(target)
     if target.resolve() in {Path(one).resolve() for one in inputs}:
-        found, hint = "it is the picture or the mask itself", "choose another name"
+        found, hint = "it is the image or the mask itself", "choose another name"
         raise ImageError("IMAGE_OUTPUT_PATH", f"output {str(target)!r}", found, hint=hint)
 
 
@@ -125,7 +207,7 @@ def _explained(error: Exception) -> SdInpaintError | None:
         return error
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))):
         reason = (str(error).splitlines() or ["out of memory"])[0]
-        hint = "close other programs, take a smaller picture, or on a GPU give --dtype float16 or --device cpu"
+        hint = "close other programs, take a smaller image, or on a GPU give --dtype float16 or --device cpu"
         return SdInpaintError("OUT_OF_MEMORY", "memory", reason, hint=hint)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return SdInpaintError("DISK_FULL", error.filename or "disk", str(error.strerror), hint="free some space")

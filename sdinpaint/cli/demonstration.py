@@ -1,4 +1,4 @@
-"""What `sdinpaint demo` shows: drawn scenes, repainted by the included checkpoint, on one contact sheet."""
+"""The demonstration: drawn scenes, repainted by the included checkpoint, on one contact sheet."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ __all__ = ["Demonstration", "Task", "demonstrate", "repaint", "tasks"]
 SHEET_NAME = "sdinpaint-demo.png"
 TITLE = "Repainted where the hole is; everything else is kept bit for bit"
 SEEDS = {"ddim": 2, "euler": 3}
-"""Sampler -> seed: different ones, so that each shows a picture of its own."""
+"""Seed by sampler: different ones, so that each shows an image of its own."""
 STEPS = 20
 GUIDANCE = 4.0  # small models need less of it than large ones: above, shapes and shadows grow coarse
 
 
 @dataclass(frozen=True)
 class Task:
-    """One row of the sheet: a scene, its hole (S, S), and what is asked for in it."""
+    """One row of the sheet: a scene, its hole (S, S), and prompts for it."""
 
     title: str
     scene: Scene
@@ -41,17 +41,30 @@ class Task:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """What was written where, and how long the repainting took."""
+    """Where the files of a demonstration are, and how long the repainting took."""
 
     path: Path
-    pictures: int
+    """The sheet."""
+    photo: Path
+    """The first scene."""
+    mask: Path
+    """The hole in it."""
+    images: int
     seconds: float
 
 
 def demonstrate(folder: Path, pipe: Pipeline | None = None) -> Demonstration:
-    """Repaint every task and write the sheet into `folder`; with the included checkpoint where `pipe` is None.
+    """Repaint every task and write the sheet.
 
-    Raises: ImageError where nothing can be written there; CheckpointError.
+    Args:
+        folder: where the files are written.
+        pipe: pipeline that repaints; the included checkpoint by default.
+
+    Returns:
+        The files, and how long it took.
+
+    Raises:
+        ImageError: nothing can be written there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,15 +74,25 @@ def demonstrate(folder: Path, pipe: Pipeline | None = None) -> Demonstration:
     started = time.perf_counter()
     if pipe is None:
         pipe = load("demo", progress=False)
-    rows = repaint(pipe, tasks(pipe.family.size))
+    todo = tasks(pipe.family.size)
+    rows = repaint(pipe, todo)
     sheet = contact_sheet(rows, title=TITLE)
-    path = folder / SHEET_NAME
+    path, photo, mask = (folder / name for name in (SHEET_NAME, "scene.png", "scene-mask.png"))
+    save_png(Image.fromarray(render(todo[0].scene, pipe.family.size)), photo, {})
+    save_png(Image.fromarray(todo[0].hole), mask, {})
     save_png(sheet, path, {"model": pipe.source, "steps": STEPS, "guidance_scale": GUIDANCE, "seeds": SEEDS})
-    return Demonstration(path, sum(len(row) - 2 for row in rows), time.perf_counter() - started)
+    return Demonstration(path, photo, mask, sum(len(row) - 2 for row in rows), time.perf_counter() - started)
 
 
 def tasks(size: int) -> list[Task]:
-    """What is asked of the demo checkpoint, `size` pixels a side; none of these scenes was seen in training."""
+    """Return the tasks of the demonstration, of which no scene was seen in training.
+
+    Args:
+        size: pixels a side.
+
+    Returns:
+        The tasks.
+    """
     rng = np.random.default_rng(11)
 
     def room(mood: int, light: float) -> Background:
@@ -92,7 +115,15 @@ def tasks(size: int) -> list[Task]:
 
 
 def repaint(pipe: Pipeline, todo: Sequence[Task]) -> list[Row]:
-    """A row per task: the picture, its hole, and every prompt with every sampler, as one batch per sampler."""
+    """Repaint the tasks with every prompt and every sampler, as one batch per sampler.
+
+    Args:
+        pipe: pipeline that repaints.
+        todo: the tasks.
+
+    Returns:
+        A row per task: the image, its hole, and what was made.
+    """
     size = pipe.family.size
     pictures = [render(task.scene, size) for task in todo]
     wishes = [(index, prompt) for index, task in enumerate(todo) for prompt in task.prompts]

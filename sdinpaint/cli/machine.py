@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shlex import quote
 
 import click
 
@@ -13,11 +14,20 @@ __all__ = ["demo", "doctor", "samplers"]
 
 
 @click.command()
-@click.option("--out", "-o", default=".", show_default=True, metavar="FOLDER", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    "-o",
+    default=".",
+    show_default=True,
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Folder for the sheet, which is made if need be.",
+)
 def demo(out: Path) -> None:
     """Repaint some drawn scenes with the included checkpoint.
 
-    Writes one sheet of pictures, FOLDER/sdinpaint-demo.png. Needs no network, and less than a minute on two CPU cores.
+    Writes one sheet of images, FOLDER/sdinpaint-demo.png, and one scene with its mask. Needs no network, and less than
+    a minute on two CPU cores.
 
     \b
     Example:
@@ -27,10 +37,15 @@ def demo(out: Path) -> None:
 
     click.echo("Repainting drawn scenes with the included checkpoint ...")
     done = demonstrate(out)
-    click.echo(f"{done.pictures} pictures in {done.seconds:.0f} s, each with all its known pixels kept bit for bit.")
+    click.echo(f"{done.images} images in {done.seconds:.0f} s, each with all its known pixels kept bit for bit.")
     click.echo(f"Look at them: {done.path}")
-    click.echo("\nThe same on a picture of yours, with released weights (white in the mask is repainted):")
-    click.echo('  sdinpaint inpaint photo.jpg --mask mask.png --prompt "a red fox" --model MODEL --out out.png')
+    photo, mask, out_file = (
+        quote(str(path)) for path in (done.photo, done.mask, done.photo.with_name("repainted.png"))
+    )
+    click.echo("\nOne of them by hand: white in the mask is repainted.")
+    click.echo(f'  sdinpaint inpaint {photo} --mask {mask} --prompt "a green cube" --model demo --out {out_file}')
+    click.echo(f"  sdinpaint replay {out_file}")
+    click.echo("With released weights, --model is a file, a diffusers folder, or owner/name on the hub.")
 
 
 @click.command()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdinpaint.cli.common import Option, check_output, json_option, together
+from sdinpaint.cli.common import Group, Option, check_output, json_option, together
 from sdinpaint.cli.edits import InOrder, apply_edits, edit_options, open_edits
 from sdinpaint.cli.values import BOX, COLOR, POINT, SIZE, STROKE
 from sdinpaint.errors import ImageError
@@ -39,7 +39,7 @@ result_options = together(
 """For a command that writes a mask."""
 
 
-@click.group()
+@click.group(cls=Group)
 def mask() -> None:
     """Make masks, change them, and see what they would do. White is repainted, black is kept.
 

@@ -1,4 +1,4 @@
-"""Commands that paint pictures."""
+"""The commands that make images: inpaint, vary, outpaint."""
 
 from __future__ import annotations
 
@@ -29,23 +29,44 @@ LOADING = tuple(one.name for one in fields(LoadOptions) if one.name != "source")
 """Options of loading; all others are those of a request."""
 
 run_options = together(
-    click.option("--prompt", "-p", required=True, metavar="TEXT", help="What is to be painted."),
+    click.option("--prompt", "-p", required=True, metavar="TEXT", help="What the new pixels shall show."),
     click.option(
         "--model",
         required=True,
         metavar="PATH",
-        help="A .safetensors or .ckpt file, a diffusers folder, owner/name on the hub, or demo.",
+        help="The model: a .safetensors or .ckpt file, a diffusers folder, owner/name on the hub, or demo.",
     ),
     click.option(
-        "--out", "-o", required=True, type=click.Path(path_type=Path), help="A .png, .webp (lossless) or .jpg file."
+        "--out",
+        "-o",
+        required=True,
+        type=click.Path(path_type=Path),
+        help="The .png, .webp (lossless) or .jpg file to write.",
     ),
-    click.option("--negative", "-n", "negative_prompt", default="", metavar="TEXT", help="What is not to be seen."),
     click.option(
-        "--seed", "-s", "seeds", type=int, multiple=True, help="Give several for several pictures. Default: drawn."
+        "--negative",
+        "-n",
+        "negative_prompt",
+        default="",
+        metavar="TEXT",
+        help="Negative prompt: what the new pixels shall not show.",
     ),
-    click.option("--steps", default=30, show_default=True, help="More take longer; 20 to 50 are usual."),
     click.option(
-        "--guidance", "--cfg-scale", "guidance_scale", default=7.5, show_default=True, help="Weight of the prompt."
+        "--seed",
+        "-s",
+        "seeds",
+        type=int,
+        multiple=True,
+        help="Seed of the noise; give several for several images.  [default: drawn]",
+    ),
+    click.option("--steps", default=30, show_default=True, help="Number of sampling steps; 20 to 50 are usual."),
+    click.option(
+        "--guidance",
+        "--cfg-scale",
+        "guidance_scale",
+        default=7.5,
+        show_default=True,
+        help="Guidance scale: the weight of the prompt; 1 is no guidance.",
     ),
     click.option(
         "--guidance-rescale",
@@ -64,21 +85,30 @@ run_options = together(
         type=SAMPLER,
         default="ddim",
         show_default=True,
-        help="Sampler, by our name or another program's, such as 'Euler a'; `sdinpaint samplers` lists them.",
+        help="Sampler, also by another program's name, such as 'Euler a'; `sdinpaint samplers` lists them.",
     ),
-    click.option("--spacing", type=click.Choice(SPACINGS), help="Of the steps. Default: the sampler's own."),
-    click.option("--eta", type=float, help="Fresh noise in each step, 0 to 1. Default: the sampler's own."),
     click.option(
-        "--sheet", metavar="FILE", type=click.Path(path_type=Path), help="Also write a picture of before and after."
+        "--spacing", type=click.Choice(SPACINGS), help="How the steps are spaced.  [default: the sampler's own]"
+    ),
+    click.option(
+        "--eta",
+        type=float,
+        help="Stochasticity of the steps, 0 to 1; 0 is deterministic.  [default: the sampler's own]",
+    ),
+    click.option(
+        "--sheet",
+        metavar="FILE",
+        type=click.Path(path_type=Path),
+        help="Also write a sheet of the images before and after.",
     ),
     click.option(
         "--batch-size",
         default=1,
         show_default=True,
-        help="Seeds at a time; a picture differs by rounding alone.",
+        help="Number of seeds that are run at a time; images differ by rounding alone.",
     ),
 )
-"""For a command that paints pictures: what is to be painted."""
+"""Options of what is to be made, and how it is sampled."""
 
 hole_options = together(
     click.option(
@@ -86,91 +116,129 @@ hole_options = together(
         type=click.Choice(COVERS),
         default="max",
         show_default=True,
-        help="max repaints every 8 x 8 cell that the mask touches, nearest those whose first pixel it covers.",
+        help="Mask downsampling: max repaints every 8 x 8 cell that the mask touches, nearest those whose first "
+        "pixel it covers.",
     ),
     click.option(
         "--crop",
         type=CROP,
         metavar="auto|none|PIXELS",
-        help="Show the model only the mask and so much around it, at the size it works at.  [default: none]",
+        help="Show the model only the mask and so many pixels around it, at the size that it works at.  "
+        "[default: none]",
     ),
     click.option(
         "--regions",
         type=click.Choice(REGIONS),
         default="together",
         show_default=True,
-        help="each repaints separate parts of the mask one by one.",
+        help="Repaint separate parts of the mask together, or each after the other.",
     ),
     click.option(
         "--blend",
         type=click.Choice(BLENDS),
         default="none",
         show_default=True,
-        help="Join what is repainted to the rest, inside the mask.",
+        help="How the repainted pixels join the rest, inside the mask.",
     ),
-    click.option("--match-color", is_flag=True, help="Correct its colours by those around the mask."),
     click.option(
-        "--paste-back/--no-paste-back", default=True, help="Keep black pixels of the mask bit for bit.  [default: on]"
+        "--match-color", is_flag=True, help="Correct the colours of the repainted pixels by those around the mask."
     ),
-    click.option("--controlnet", metavar="PATH", help="A ControlNet, file or folder."),
+    click.option(
+        "--paste-back/--no-paste-back",
+        default=True,
+        help="Keep pixels where the mask is black bit for bit.  [default: paste-back]",
+    ),
+    click.option("--controlnet", metavar="PATH", help="ControlNet that guides the run, a file or folder."),
     click.option("--control-scale", default=1.0, show_default=True, help="Weight of the ControlNet."),
-    click.option("--control-start", default=0.0, show_default=True, help="Share of the steps before it is asked."),
-    click.option("--control-end", default=1.0, show_default=True, help="Share of the steps after which it is not."),
-    click.option("--control-image", metavar="PICTURE", help="What it is shown, if not the picture without the hole."),
+    click.option(
+        "--control-start",
+        default=0.0,
+        show_default=True,
+        help="Share of the steps before the ControlNet is active, 0 to 1.",
+    ),
+    click.option(
+        "--control-end",
+        default=1.0,
+        show_default=True,
+        help="Share of the steps after which the ControlNet is not active, 0 to 1.",
+    ),
+    click.option(
+        "--control-image",
+        metavar="IMAGE",
+        help="Conditioning image of the ControlNet.  [default: the image without the hole]",
+    ),
 )
-"""For a command that repaints a part of the picture: which part, how it joins the rest, and by what it is led."""
+"""Options of which part is repainted, how it joins the rest, and the ControlNet that guides it."""
 
 model_options = together(
-    click.option("--device", metavar="NAME", help="cpu, cuda or cuda:1. Default: the GPU where there is one."),
+    click.option(
+        "--device",
+        metavar="NAME",
+        help="Device that computes: cpu, cuda or cuda:1.  [default: the GPU where there is one]",
+    ),
     click.option(
         "--dtype",
         type=DTYPE_OR_AUTO,
         default="auto",
-        help="What the models compute in: float32, float16 or bfloat16. Default: float32 on a CPU, float16 on a GPU.",
+        help="Dtype of the models: float32, float16 or bfloat16.  [default: float32 on a CPU, float16 on a GPU]",
     ),
     click.option(
-        "--offload", is_flag=True, help="Keep models out of memory while they are not used: less memory, more time."
+        "--offload", is_flag=True, help="Load each model only while it is used, which takes less memory and more time."
     ),
     click.option(
         "--tile",
         type=int,
         metavar="PIXELS",
-        help="Run the VAE on row strips of that many pixels squared, 0 for none. Default: from 1024 x 1024 pixels on.",
+        help="Run the VAE on row strips of PIXELS squared, which takes less memory; 0 never does.  "
+        "[default: strips from 1024 x 1024 pixels on]",
     ),
-    click.option("--vae", metavar="PATH", help="Another autoencoder."),
+    click.option("--vae", metavar="PATH", help="Another VAE for the model, a file or folder."),
     click.option(
-        "--config", metavar="FOLDER", help="JSON files in the diffusers layout for a single file that needs them."
+        "--config", metavar="FOLDER", help="Folder of JSON files in the diffusers layout, which a single file may need."
     ),
-    click.option("--base", metavar="PATH", help="A model that supplies what a UNet alone lacks."),
-    click.option("--tokenizer", metavar="PATH", help="CLIP's vocabulary, where it is not found by itself."),
     click.option(
-        "--prediction", type=click.Choice(("eps", "v")), help="v for SD 2 at 768 pixels, where nothing tells it."
+        "--base", metavar="PATH", help="Model that supplies VAE and text encoder where --model is a UNet alone."
     ),
-    click.option("--ema", is_flag=True, help="Use the averaged weights of the UNet."),
+    click.option(
+        "--tokenizer", metavar="PATH", help="Folder or file of CLIP's vocabulary, where it is not found by itself."
+    ),
+    click.option(
+        "--prediction",
+        type=click.Choice(("eps", "v")),
+        help="What the UNet predicts, where nothing in the checkpoint tells: v for SD 2 at 768 pixels.",
+    ),
+    click.option("--ema", is_flag=True, help="Use the averaged (EMA) weights of the UNet."),
     hub_options,
     quiet_option,
     json_option,
 )
-"""For a command that paints pictures: which model does it, and where."""
+"""Options of which model is loaded, and how."""
 
 
 @click.command()
 @click.argument("image")
-@click.option("--mask", "-m", required=True, metavar="PICTURE", help="White is repainted, black is kept.")
+@click.option("--mask", "-m", required=True, metavar="IMAGE", help="Mask image: white is repainted, black is kept.")
 @run_options
 @click.option(
-    "--strength", default=1.0, show_default=True, help="Below 1, the repaint starts from what the picture shows."
+    "--strength",
+    default=1.0,
+    show_default=True,
+    help="Share of the steps that run; below 1, the run starts from the image under the mask.",
 )
 @click.option(
-    "--fill", type=click.Choice(FILLS), default="original", show_default=True, help="What that is, under the mask."
+    "--fill",
+    type=click.Choice(FILLS),
+    default="original",
+    show_default=True,
+    help="How the image under the mask is filled before a run with --strength below 1.",
 )
-@click.option("--soft", is_flag=True, help="The darker the mask, the less a pixel changes.")
+@click.option("--soft", is_flag=True, help="Take gray levels of the mask as the strength of each pixel.")
 @hole_options
 @model_options
 def inpaint(**given: Any) -> None:
     """Repaint IMAGE where the mask is white.
 
-    The result has the size of IMAGE, and its settings are stored inside: sdinpaint inspect OUT shows them.
+    The new image has the size of IMAGE and holds its settings: sdinpaint inspect OUT shows them.
 
     \b
     Examples:
@@ -184,10 +252,15 @@ def inpaint(**given: Any) -> None:
 @click.command()
 @click.argument("image")
 @run_options
-@click.option("--strength", default=0.6, show_default=True, help="The higher, the less is left of the picture.")
+@click.option(
+    "--strength",
+    default=0.6,
+    show_default=True,
+    help="Share of the steps that run: the higher, the less is left of the image.",
+)
 @model_options
 def vary(**given: Any) -> None:
-    """Paint the whole of IMAGE anew: image to image, without a mask.
+    """Regenerate the whole of IMAGE: image to image (img2img), without a mask.
 
     \b
     Example:
@@ -198,26 +271,37 @@ def vary(**given: Any) -> None:
 
 @click.command()
 @click.argument("image")
-@click.option("--left", default=0, help="Pixels to add at that side.")
-@click.option("--right", default=0, help="The same.")
-@click.option("--top", default=0, help="The same.")
-@click.option("--bottom", default=0, help="The same.")
-@click.option("--size", type=SIZE, metavar="WIDTHxHEIGHT", help="Of the new picture, instead of pixels for each side.")
+@click.option("--left", default=0, help="Pixels to add at the left side.", show_default=True)
+@click.option("--right", default=0, help="Pixels to add at the right side.", show_default=True)
+@click.option("--top", default=0, help="Pixels to add at the top.", show_default=True)
+@click.option("--bottom", default=0, help="Pixels to add at the bottom.", show_default=True)
 @click.option(
-    "--anchor", type=click.Choice(ANCHORS), default="center", show_default=True, help="Where IMAGE is in that size."
+    "--size", type=SIZE, metavar="WIDTHxHEIGHT", help="Size of the extended image, instead of pixels for each side."
 )
-@click.option("--overlap", default=16, show_default=True, help="Pixels of IMAGE that are repainted along the new ones.")
+@click.option(
+    "--anchor", type=click.Choice(ANCHORS), default="center", show_default=True, help="Where IMAGE lies in --size."
+)
+@click.option(
+    "--overlap", default=16, show_default=True, help="Pixels of IMAGE along the new ones that are repainted too."
+)
 @run_options
 @click.option(
-    "--strength", default=1.0, show_default=True, help="Below 1, the new pixels start from what continues the picture."
+    "--strength",
+    default=1.0,
+    show_default=True,
+    help="Share of the steps that run; below 1, the run starts from what continues the image.",
 )
 @click.option(
-    "--fill", type=click.Choice(EDGES), default="edge", show_default=True, help="What stands on the new pixels then."
+    "--fill",
+    type=click.Choice(EDGES),
+    default="edge",
+    show_default=True,
+    help="How the new pixels are filled before a run with --strength below 1.",
 )
 @hole_options
 @model_options
 def outpaint(**given: Any) -> None:
-    """Extend IMAGE at its sides; the rest of it stays bit for bit.
+    """Extend IMAGE at its sides; its other pixels stay bit for bit.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""The command that makes a picture again."""
+"""The command that makes an image again."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ DIFFERENT = 1
 
 
 @click.command()
-@click.argument("picture")
-@click.option("--image", metavar="PICTURE", help="What was repainted, if it is not at its stored path any more.")
-@click.option("--mask", "-m", metavar="PICTURE", help="The mask, if it is neither stored nor at its path.")
-@click.option("--model", metavar="PATH", help="The model, if it is not at its stored path any more.")
-@click.option("--controlnet", metavar="PATH", help="The ControlNet, if there was one.")
-@click.option("--control-image", metavar="PICTURE", help="What it was shown, if that was given.")
-@click.option("--out", "-o", type=click.Path(path_type=Path), help="Also write the new picture.")
+@click.argument("picture", metavar="IMAGE")
+@click.option("--image", metavar="PATH", help="Image that was repainted, if it is not at its recorded path any more.")
+@click.option(
+    "--mask", "-m", metavar="PATH", help="Mask, if it is neither stored in the image nor at its recorded path."
+)
+@click.option("--model", metavar="PATH", help="Model, if it is not at its recorded path any more.")
+@click.option("--controlnet", metavar="PATH", help="ControlNet, if it is not at its recorded path any more.")
+@click.option("--control-image", metavar="PATH", help="Conditioning image of the ControlNet, if one was given.")
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="Also write the new image.")
 @model_options
 @click.pass_context
 def replay(
@@ -40,9 +42,10 @@ def replay(
     as_json: bool,
     **loading: Any,
 ) -> None:
-    """Make PICTURE again from what is stored in it, and say whether it is the same.
+    """Make IMAGE again from the settings that are stored in it, and say whether it is the same.
 
-    Ends with exit code 0 where every pixel is the same, and 1 where it is not. Other weights are an error.
+    The model is loaded as it was recorded; other weights are an error. Exit code 0: every pixel is the same; 1: some
+    differ.
 
     \b
     Example:

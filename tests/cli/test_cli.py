@@ -392,7 +392,12 @@ def test_inspect_says_what_a_checkpoint_is(model):
 
 def test_inspect_shows_the_settings_of_a_picture(model):
     inpaint(model, seed=8)
-    assert json.loads(run("inspect", "out.png").stdout) == read_settings("out.png")
+    assert json.loads(run("inspect", "out.png", "--json").stdout) == read_settings("out.png")
+    page = run("inspect", "out.png").stdout
+    assert page.startswith("out.png: inpaint by sdinpaint ")
+    for fact in ("a red fox", "sampler=ddim", "photo.png: ", "% repainted", "unet ", "float32"):
+        assert fact in page
+    assert "{" not in page
     done = run("inspect", "photo.png", "--json")
     assert done.exit_code == 3
     assert json.loads(done.stdout)["error"]["code"] == "IMAGE_NO_SETTINGS"

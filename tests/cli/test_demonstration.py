@@ -126,11 +126,12 @@ def test_long_captions_are_wrapped_to_the_picture():
 # both
 
 
-def test_demonstrate_writes_one_file(pipe, tmp_path, monkeypatch):
+def test_demonstrate_writes_its_files(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(demonstration, "STEPS", 1)
     done = demonstrate(tmp_path / "new", pipe)
-    assert [path.name for path in (tmp_path / "new").iterdir()] == [done.path.name]
-    assert done.pictures == 16
+    written = [done.path, done.photo, done.mask]
+    assert sorted((tmp_path / "new").iterdir()) == sorted(written)
+    assert done.images == 16
     assert done.seconds > 0
     assert read_settings(done.path)["steps"] == 1
     expected = contact_sheet(repaint(pipe, tasks(SIZE)), title=demonstration.TITLE)
