@@ -204,7 +204,7 @@ def test_a_crop_that_is_larger_than_the_picture(pipe):
     with warnings.catch_warnings():
         warnings.simplefilter("error", SdInpaintWarning)  # a refusal comes before what there is to say of the others
         error = refused(SettingError, "SETTING_CROP", lambda: inpaint(pipe, square, hole, crop=65), "65 pixels")
-        assert error.expected == "0 to 64 pixels, the picture's longer side"
+        assert error.expected == "0 to 64 pixels, the image's longer side"
         for regions in REGIONS:
             several = [IMAGE, square, IMAGE], [MASK, hole, np.zeros_like(MASK)]
             refused(SettingError, "SETTING_CROP", lambda: inpaint(pipe, *several, crop=72, regions=regions))  # noqa: B023
