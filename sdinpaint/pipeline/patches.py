@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from sdinpaint.errors import SettingError
 from sdinpaint.images.boxes import Box
 from sdinpaint.images.crops import Crop
-from sdinpaint.images.fills import fill_hole
+from sdinpaint.images.fills import Fill, fill_hole
 from sdinpaint.images.picture import pad_to_multiple, to_tensor
 from sdinpaint.pipeline.requests import Job
 
@@ -45,7 +46,7 @@ def look(
     pixels, inside = crop.cut(rgb), crop.cut_hole(hole)
     amount = np.where(inside, crop.cut_soft(job.mask.array), 0) if soft else inside
     image = _padded(to_tensor(pixels))
-    start = image if fill == "original" else _padded(to_tensor(fill_hole(pixels, amount >= 0.5, fill)))
+    start = image if fill == "original" else _padded(to_tensor(fill_hole(pixels, amount >= 0.5, cast(Fill, fill))))
     latent_size = image.shape[-2] // 8, image.shape[-1] // 8
     if job.noise is not None and job.noise.shape[-2:] != latent_size:
         found = f"{tuple(job.noise.shape[-2:])} latent rows and columns"

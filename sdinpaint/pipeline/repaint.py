@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from sdinpaint.checks import need
 from sdinpaint.errors import SettingError
-from sdinpaint.images.blending import compose
+from sdinpaint.images.blending import Blend, compose
 from sdinpaint.images.boxes import Box
 from sdinpaint.images.crops import Crop, crop_box, regions, working_size
 from sdinpaint.latent_diffusion import LatentDiffusion
@@ -114,7 +115,11 @@ class Run:
         if self.settings.paste_back:
             settings = self.settings
             rgb[where] = compose(
-                canvas.rgb[where], rgb[where], region[where], blend=settings.blend, match=settings.match_color
+                canvas.rgb[where],
+                rgb[where],
+                region[where],
+                blend=cast(Blend, settings.blend),
+                match=settings.match_color,
             )
         canvas.rgb = rgb
         canvas.boxes.append(view.crop.box)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sdinpaint.masks.generator import grid, random_hole
+from sdinpaint.masks.generator import Kind, grid, random_hole
 
 __all__ = [
     "COLORS",
@@ -373,4 +373,4 @@ MASK_KINDS: dict[str, float] = {"box": 0.30, "ellipse": 0.20, "thick": 0.20, "ha
 def random_mask(rng: np.random.Generator, size: int = 128) -> Mask:
     """A hole of a kind drawn with the probabilities of MASK_KINDS -> bool (size, size), never empty."""
     kind = str(rng.choice(list(MASK_KINDS), p=list(MASK_KINDS.values())))
-    return random_hole(rng, size, kind)
+    return random_hole(rng, size, cast(Kind, kind))
