@@ -165,7 +165,7 @@ SD15_INPAINT = Family(
         projection_dim=None,
     ),
     text_2=None,
-    # v1-inpainting-inference.yaml, linear_start, linear_end ("linear" in ldm is linear in sqrt(beta)); scheduler_config.json
+    # v1-inpainting-inference.yaml ("linear" in ldm is linear in sqrt(beta)); scheduler_config.json
     schedule=ScheduleConfig(
         train_steps=1000,
         beta_start=0.00085,

@@ -245,10 +245,10 @@ def _cached(request: _Request) -> Path:
         return _located(folder, request.choose(names))
     except FAILURES as error:
         why = f" ({error.found})" if isinstance(error, CheckpointError) else ""
-        found = f"missing or incomplete in the cache{why}, and use of the network is off"
+        found = f"missing or incomplete in the cache{why}, and network access is off"
         expected = f"a copy in {_cache()}"
         revision = f" --revision {request.revision}" if request.revision else ""
-        hint = f"with the network on, load it once, or run: hf download {request.source.replace(':', ' ')}{revision}"
+        hint = f"with network access, load it once, or run: hf download {request.source.replace(':', ' ')}{revision}"
         raise CheckpointError("HUB_NOT_CACHED", request.source, found, expected=expected, hint=hint) from error
 
 

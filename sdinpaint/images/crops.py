@@ -1,6 +1,6 @@
 """Cropping to the masked region: the part of an image that a model works on, and how it is cut and put back.
 
-A hole is bool (H, W), True = repainted.
+A hole is bool (H, W), True = repainted: where a mask reaches its threshold.
 """
 
 from __future__ import annotations

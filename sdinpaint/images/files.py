@@ -41,7 +41,7 @@ DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", *DEEP_MODES)
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-# WebP is lossless, so that known pixels stay bit for bit
+# lossless WebP keeps known pixels bit for bit
 ENCODING: dict[str, dict[str, Any]] = {"PNG": {}, "JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
 
 MAX_METADATA = 60_000
@@ -235,7 +235,7 @@ def write_picture(image: Image.Image, path: Path | str, kind: str, **options: An
             os.fsync(stream.fileno())
     except (OSError, ValueError, struct.error) as error:
         found = f"could not be written: {_reason(error)}"
-        hint = "a file of that name is untouched; check the free space and the folder"
+        hint = "a previous file of that name is untouched; check the free space and the folder"
         raise ImageError("IMAGE_NOT_WRITTEN", f"output {str(path)!r}", found, hint=hint) from error
 
 

@@ -21,22 +21,21 @@ from sdinpaint.masks.reading import CELL, Cover, Hole, binarize, looks_inverted,
 __all__ = ["Cover", "MaskReport", "report"]
 
 SPECK = CELL * CELL
-"""A region of fewer pixels, the area of a latent cell, is a speck; `Mask.drop_specks` has the same default."""
+"""Area of a latent cell in pixels; smaller regions are specks. `Mask.drop_specks` has the same default."""
 STRAY_SHARE = 0.05
-"""Specks that make up less of the repainted pixels are slips of the brush; more of them are drawn on purpose."""
+"""Share of the repainted pixels below which specks are slips of the brush; more specks are drawn on purpose."""
 MOSTLY = 0.5
-"""A mask that is thin in more than this share comes out blurred; the rounded ends of a thick brush are less."""
+"""Share of thin pixels above which a result is blurred; the rounded ends of a thick brush stay below."""
 LOST_SHARE = 0.4
-"""Share of lost pixels from which to warn: boxes and brushes lose less along their edges, thin strokes more."""
+"""Share of lost pixels above which to warn: boxes and brushes lose less along their edges, thin strokes more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskReport:
     """A report on what a run would do with a mask.
 
-    Shares are in 0..1: `share` and `faint` are shares of all pixels, the others are shares of the repainted pixels (0
-    if there are none). `regions`, `specks` and `speck_pixels` are None where scipy, which counts them, is not
-    installed.
+    `share` and `faint` are shares of all pixels; the other shares relate to the repainted pixels (0 if there are none).
+    `regions`, `specks` and `speck_pixels` are None where scipy, which counts them, is not installed.
     """
 
     size: tuple[int, int]
@@ -54,11 +53,11 @@ class MaskReport:
     speck_pixels: int | None
     """Number of pixels in specks."""
     thin_share: float
-    """Share of pixels in strokes thinner than a latent cell: no square of 8 x 8 repainted pixels holds them."""
+    """Share of the repainted pixels that no square of 8 x 8 repainted pixels holds: strokes thinner than a cell."""
     lost_share: float
-    """Share of pixels whose latent cell is not repainted: the model takes the grey there for a part of the image."""
+    """Share of the repainted pixels whose latent cell is kept: the model takes the grey there for image content."""
     lost_share_nearest: float
-    """Share of pixels that cover="nearest" loses or would lose."""
+    """Share of the repainted pixels that cover="nearest" loses or would lose."""
     grown_share_max: float
     """Pixels that cover="max" repaints or would repaint beyond the mask, as a multiple of the repainted pixels."""
     faint: float

@@ -271,8 +271,8 @@ def test_what_outpainting_cannot_do(pipe):
 
     refused(SettingError, "SETTING_SIDES", outpaint(), "left, right, top, bottom")
     refused(SettingError, "SETTING_SIDES", outpaint(size=(64, 72)))
-    refused(SettingError, "SETTING_SIZE", outpaint(size=(80, 80), left=8), "beside pixels for a side")
-    refused(SettingError, "SETTING_SIZE", outpaint(size=(60, 80)), "at least the picture's 64 rows, 72 columns")
+    refused(SettingError, "SETTING_SIZE", outpaint(size=(80, 80), left=8), "together with pixels for a side")
+    refused(SettingError, "SETTING_SIZE", outpaint(size=(60, 80)), "at least the image's 64 rows, 72 columns")
     refused(SettingError, "SETTING_ANCHOR", outpaint(left=8, anchor="middle"), *ANCHORS)
     refused(SettingError, "SETTING_FILL", outpaint(left=8, fill="blur"), *EXTENDING_FILLS)
     refused(SettingError, "SETTING_OVERLAP", outpaint(left=8, right=8, overlap=36), "36 pixels", "72 columns")
