@@ -99,7 +99,7 @@ KINDS = {
     "ellipse": Kind(
         "ellipse",
         _size,
-        "Make a mask of an ellipse. It touches the four edges of a box. The mask has the size of IMAGE.",
+        "Make a mask of an ellipse. It touches the four edges of the box given by --at. The mask has the size of IMAGE.",
         "photo.jpg --at 100,50,300,400",
         (AT_BOX,),
     ),
@@ -141,7 +141,7 @@ KINDS = {
         _picture,
         "Make a mask of the transparent pixels of IMAGE.",
         "cutout.png",
-        (click.option("--opaque", is_flag=True, help="Mask the opaque pixels instead of the transparent ones."),),
+        (click.option("--opaque", is_flag=True, help="Repaint the opaque pixels instead of the transparent ones."),),
     ),
     "color": Kind(
         "from_color",

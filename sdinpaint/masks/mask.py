@@ -96,15 +96,19 @@ class Mask:
         return np.array(self._array, dtype=dtype) if copy else np.asarray(self._array, dtype=dtype)
 
     def __or__(self, other: Mask) -> Mask:
+        """Repaint what either mask repaints: the higher value of each pixel."""
         return self._with(other, np.maximum)
 
     def __and__(self, other: Mask) -> Mask:
+        """Repaint what both masks repaint: the lower value of each pixel."""
         return self._with(other, np.minimum)
 
     def __sub__(self, other: Mask) -> Mask:
+        """Repaint what the first mask repaints and the second keeps."""
         return self._with(other, lambda one, two: np.minimum(one, 1 - two))
 
     def __invert__(self) -> Mask:
+        """Repaint what was kept, and keep what was repainted."""
         return Mask(1 - self._array)
 
     def _with(self, other: Mask, combine: Callable[[Soft, Soft], Soft]) -> Mask:
