@@ -99,7 +99,7 @@ KINDS = {
     "ellipse": Kind(
         "ellipse",
         _size,
-        "Make a mask of an ellipse. It touches the four edges of the box given by --at. The mask has the size of IMAGE.",
+        "Make a mask of an ellipse. It touches the edges of the box given by --at. The mask has the size of IMAGE.",
         "photo.jpg --at 100,50,300,400",
         (AT_BOX,),
     ),
