@@ -1,8 +1,8 @@
-"""What each released family is: every trained constant once, with its source. Standard library only.
+"""The released model families: every trained constant once, with its source. Standard library only.
 
-Families differ by `dataclasses.replace(...)`, so that the difference between two of them can be read off.
-Widths and depths of a checkpoint come from its own shapes (`sdinpaint.loading`); what shapes cannot tell
-(heads, groups, activation, prediction, schedule) comes from here or from the config beside the weights.
+Families differ by `dataclasses.replace(...)`, so that the difference between two of them can be read directly. Widths
+and depths of a checkpoint come from its own shapes (`sdinpaint.loading`). What shapes cannot show (heads, groups,
+activation, prediction, schedule) comes from here or from the config beside the weights.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from sdinpaint.errors import SettingError
 Activation = Literal["quick_gelu", "gelu"]
 Prediction = Literal["eps", "v"]
 
-KINDS = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}
-"""What is told from names and shapes alone, and its name for people."""
+Kind = Literal["sd1", "sd2", "sdxl"]
+
+KINDS: dict[Kind, str] = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}
+"""Kinds that tensor names and shapes identify -> title in reports."""
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
-"""Names in a diffusers folder; SDXL alone has the second ones."""
+"""Names in a diffusers folder; only SDXL has the second ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """Shape of a denoising UNet; `num_heads` or `head_dim` is given, never both."""
+    """The shape of a denoising UNet; either `num_heads` or `head_dim` is given, never both."""
 
     in_channels: int
     out_channels: int
@@ -35,14 +37,14 @@ class UNetConfig:
     channel_mult: tuple[int, ...]
     num_res_blocks: int
     transformer_depth: tuple[int, ...]
-    """Transformer blocks in each attention of a level; 0 where the level has none."""
+    """Transformer blocks in each attention of a level; 0 for a level without attention."""
     middle_depth: int
     context_dim: int
     num_heads: int | None
     head_dim: int | None
     norm_groups: int
     linear_projection: bool
-    """Whether proj_in and proj_out of a transformer are Linear (SD2, XL) or 1 x 1 convolutions (SD1)."""
+    """True if proj_in and proj_out of a transformer are linear layers (SD2, SDXL), not 1 x 1 convolutions (SD1)."""
     vector_dim: int | None
 
     def __post_init__(self) -> None:
@@ -78,7 +80,7 @@ class UNetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig:
-    """Shape of a KL autoencoder, and the factor that brings its latents to unit variance."""
+    """The shape of a VAE, and the factor that scales its latents to unit variance."""
 
     in_channels: int
     latent_channels: int
@@ -105,7 +107,7 @@ class VAEConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """Shape of a CLIP text encoder, and which of its states condition the UNet."""
+    """The shape of a CLIP text encoder, and which of its hidden states condition the UNet."""
 
     vocab_size: int
     context_length: int
@@ -115,13 +117,13 @@ class TextConfig:
     num_heads: int
     activation: Activation
     pad_id: int | None
-    """Token that fills up to `context_length`; None: the end-of-text token."""
+    """Id of the token that fills up to `context_length`; None is the end-of-text token."""
     skip_last: int
-    """Layers at the end that the context does not go through."""
+    """Number of layers at the end that the text embeddings skip (clip skip)."""
     final_norm: bool
-    """Whether the context goes through the final norm."""
+    """True if the text embeddings go through the final norm."""
     projection_dim: int | None
-    """Width of the pooled text, which goes through every layer; None where there is none."""
+    """Width of the pooled text embedding, which goes through every layer; None without one."""
 
     def __post_init__(self) -> None:
         """Refuse a field that no text encoder can be built from, and fields that do not fit each other.
@@ -142,44 +144,44 @@ class TextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """The noise schedule a model was trained with, and how its samplers space their steps."""
+    """The noise schedule of training, and its convention for the timesteps of sampling."""
 
     train_steps: int
     beta_start: float
     beta_end: float
     prediction: Prediction
     steps_offset: int
-    """Added to every leading timestep."""
+    """Offset of every timestep in leading spacing."""
     end_at_zero: bool
-    """Whether DDIM ends at sigma 0 (`set_alpha_to_one`) or at the training schedule's first sigma."""
+    """True if DDIM ends at sigma 0 (`set_alpha_to_one`), not at the first sigma of the training schedule."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One kind of checkpoint: its components and its schedule."""
+    """A kind of checkpoint: its components and its noise schedule."""
 
     name: str
-    kind: str
-    """One of KINDS."""
+    kind: Kind
+    """A key of KINDS."""
     unet: UNetConfig
     vae: VAEConfig
     text: TextConfig
     text_2: TextConfig | None
-    """XL's second encoder, whose states stand beside those of the first."""
+    """The second text encoder of SDXL, whose embeddings are concatenated to those of the first."""
     schedule: ScheduleConfig
     size: int
-    """Height and width, in pixels, that the model was trained at."""
+    """Height and width in pixels at which the model was trained."""
     zeros_for_none: bool
-    """Whether no negative prompt (None) means zeros instead of states, and not the empty prompt."""
+    """True if no negative prompt (None) means zeros for text embeddings instead of the empty prompt."""
 
     @property
     def texts(self) -> tuple[TextConfig, ...]:
-        """The text encoders in the order in which their states stand side by side."""
+        """The text encoders in the order in which their embeddings are concatenated."""
         return (self.text,) if self.text_2 is None else (self.text, self.text_2)
 
     @property
     def components(self) -> dict[str, UNetConfig | VAEConfig | TextConfig]:
-        """The configuration of each network by its name in a diffusers folder."""
+        """The configuration of each network, by its name in a diffusers folder."""
         return {"unet": self.unet, "vae": self.vae, **dict(zip(TEXT_ENCODERS, self.texts, strict=False))}
 
 
@@ -231,7 +233,7 @@ SD15_INPAINT = Family(
         linear_projection=False,
         vector_dim=None,
     ),
-    # the same file, first_stage_config and scale_factor
+    # v1-inpainting-inference.yaml, first_stage_config and scale_factor
     vae=VAEConfig(
         in_channels=3,
         latent_channels=4,
@@ -256,7 +258,7 @@ SD15_INPAINT = Family(
         projection_dim=None,
     ),
     text_2=None,
-    # the yaml's linear_start and linear_end (ldm's "linear" is linear in sqrt(beta)); scheduler_config.json
+    # v1-inpainting-inference.yaml ("linear" in ldm is linear in sqrt(beta)); scheduler_config.json
     schedule=ScheduleConfig(
         train_steps=1000,
         beta_start=0.00085,
@@ -278,14 +280,14 @@ SD2_INPAINT = dataclasses.replace(
     name="sd2-inpainting",
     kind="sd2",
     unet=dataclasses.replace(SD15_INPAINT.unet, context_dim=1024, num_heads=None, head_dim=64, linear_projection=True),
-    # mlfoundations/open_clip model_configs/ViT-H-14.json; of its 24 layers the last is not used, so no file needs it
+    # mlfoundations/open_clip model_configs/ViT-H-14.json; its last of 24 layers is not used, and files may lack it
     # (ldm/modules/encoders/modules.py FrozenOpenCLIPEmbedder, layer="penultimate")
     text=dataclasses.replace(
         SD15_INPAINT.text, width=1024, mlp_width=4096, num_layers=23, num_heads=16, activation="gelu", pad_id=0
     ),
 )
 
-# configs/stable-diffusion/v2-inference.yaml, and v2-inference-v.yaml with its parameterization: "v"
+# Stability-AI/stablediffusion v2-inference.yaml, and v2-inference-v.yaml with its parameterization: "v"
 SD2 = dataclasses.replace(SD2_INPAINT, name="sd2", unet=dataclasses.replace(SD2_INPAINT.unet, in_channels=4))
 SD2_V = dataclasses.replace(SD2, name="sd2-v", schedule=dataclasses.replace(SD2.schedule, prediction="v"), size=768)
 
@@ -304,7 +306,8 @@ SDXL_INPAINT = dataclasses.replace(
         num_heads=None,
         head_dim=64,
         linear_projection=True,
-        vector_dim=1280 + 6 * 256,  # the pooled text; original height and width, crop top and left, target both
+        vector_dim=1280
+        + 6 * 256,  # pooled text; height and width of the original, top and left of the crop, target size
     ),
     vae=dataclasses.replace(SD15_INPAINT.vae, scaling_factor=0.13025),
     text=dataclasses.replace(SD15_INPAINT.text, skip_last=1, final_norm=False),

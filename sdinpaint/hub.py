@@ -1,6 +1,6 @@
-"""Models of the Hugging Face hub: of a repository's files the ones that are needed, fetched into the shared cache.
+"""Models of the Hugging Face hub: the files of a repository that are needed, downloaded into the shared cache.
 
-Cache, log-in, resumption and progress are huggingface_hub's; this file knows what to fetch, and says what went wrong.
+Cache, log-in, resumption and progress are those of huggingface_hub; this module selects the files and explains errors.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ BESIDE = {
     "tokenizer": VOCABULARY,
     "tokenizer_2": VOCABULARY,
 }
-"""What a whole model has beside its networks: folder -> files."""
+"""Files of a whole model besides its networks, by folder."""
 NETWORK = "diffusion_pytorch_model"
-"""How diffusers' files of one network alone begin."""
+"""Start of the names of diffusers' weights files of a single network."""
 SAFE, PICKLED = (".safetensors",), (".ckpt", ".pth", ".pt", ".bin")
 
 SECONDS = 10.0
-"""How long the hub may take to answer before it counts as unreachable."""
+"""Seconds without an answer after which the hub counts as unreachable."""
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 REFUSALS = (
     (errors.RevisionNotFoundError, "HUB_REVISION", "no revision {revision!r}", "see {url}/tree/main"),
     (
         errors.GatedRepoError,
         "HUB_ACCESS",
-        "a gated model: its owner wants terms to be accepted",
+        "a gated model: its owner requires terms to be accepted",
         f"accept them at {{url}}, then {LOG_IN}",
     ),
     (
@@ -53,14 +53,14 @@ REFUSALS = (
         f"check the name at {{url}}; for a private model {LOG_IN}",
     ),
 )
-"""Error of huggingface_hub -> our code, what it means, how to go on; the first that fits."""
+"""Error of huggingface_hub, code, meaning and hint; the first that matches is used."""
 FAILURES = (errors.HTTPError, OSError, ValueError, RuntimeError)  # type: ignore[attr-defined]
-"""What huggingface_hub lets through: its own errors and its HTTP library's, the disk's, odd answers, hf_xet's."""
+"""Errors that huggingface_hub lets through: its own, and those of its HTTP library, the disk and hf_xet."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Request:
-    """What is asked for."""
+    """The arguments of one download."""
 
     source: str
     components: Sequence[str]
@@ -76,7 +76,7 @@ class _Request:
         return f"{_endpoint()}/{self.repository}"
 
     def choose(self, names: Collection[str]) -> list[str]:
-        """Of a repository's files, the wanted ones. Raises: CheckpointError."""
+        """Select the needed files among the files of a repository."""
         file = self.source.partition(":")[2]
         if not file:
             return wanted_files(names, self.components, self.variant, subject=self.source)
@@ -86,7 +86,14 @@ class _Request:
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a source that is no path here names a model of the hub: "owner/name" or "owner/name:file"."""
+    """Tell whether a source that is no local path names a model on the hub.
+
+    Args:
+        source: the text, such as "owner/name" or "owner/name:FILE".
+
+    Returns:
+        True if the text has one of these forms.
+    """
     repository, colon, _ = source.partition(":")
     if repository.count("/") != 1 or (not colon and repository.endswith(SAFE + PICKLED)):
         return False
@@ -106,11 +113,23 @@ def fetch(
     local_files_only: bool = False,
     progress: bool = True,
 ) -> Path:
-    """The folder or file on this machine that holds `components` of a model of the hub; what is missing is fetched.
+    """Download what is missing of a model on the hub, and return where it is on this machine.
 
-    source: "owner/name", or "owner/name:FILE" for one file of it. revision: a branch, tag or commit; None: main.
-    local_files_only, or the variable HF_HUB_OFFLINE: only what the cache holds. Where the hub cannot be reached and the
-    cache has the model, that is used, with a warning. Raises: CheckpointError.
+    If the hub cannot be reached, a copy in the cache is used, with a warning.
+
+    Args:
+        source: "owner/name", or "owner/name:FILE" for one file of the repository.
+        components: names of the networks to load, as in a diffusers folder.
+        variant: variant of the weights, such as "fp16".
+        revision: a branch, tag or commit; None is main.
+        local_files_only: use only the cache, as the variable HF_HUB_OFFLINE does.
+        progress: show a progress bar.
+
+    Returns:
+        The folder or file.
+
+    Raises:
+        CheckpointError: the model does not exist, is not accessible, has no usable weights, or cannot be downloaded.
     """
     request = _Request(source=source, components=components, variant=variant, revision=revision)
     if local_files_only or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
@@ -134,10 +153,22 @@ def fetch(
 def wanted_files(
     names: Collection[str], components: Sequence[str], variant: str | None = None, subject: str = "repository"
 ) -> list[str]:
-    """Of all the files of a repository, those from which `components` are loaded; no weights twice.
+    """Select the files of a repository from which some networks are loaded, without any weights twice.
 
-    Taken are the folders of a diffusers model; else the config.json and weights of a network alone; else the only
-    single-file checkpoint. Raises: CheckpointError, where there is no such thing, or a choice to make.
+    These are the folders of a diffusers model; else the config.json and the weights of a single network; else the only
+    single-file checkpoint.
+
+    Args:
+        names: all files of the repository.
+        components: names of the networks to load, as in a diffusers folder.
+        variant: variant of the weights, such as "fp16".
+        subject: name that an error gives to the repository.
+
+    Returns:
+        The files.
+
+    Raises:
+        CheckpointError: there are no usable weights, or several checkpoints to choose from.
     """
     folders: dict[str, set[str]] = {}
     for path in names:
@@ -162,7 +193,7 @@ def _network(folder: str, files: set[str], variant: str | None, subject: str) ->
     if not weights:
         which = f" of the variant {variant!r}" if variant else ""
         where = f"{subject}, {folder}/" if folder else subject
-        raise _unusable(where, f"no weights{which}", files, hint="variant= chooses among variants")
+        raise _unusable(where, f"no weights{which}", files, hint="variant= selects a variant")
     return [_join(folder, name) for name in ("config.json", *weights) if name in files]
 
 
@@ -182,7 +213,7 @@ def _join(folder: str, file: str) -> str:
 
 
 def _unusable(
-    subject: str, found: str, names: Iterable[str], hint: str = "owner/name:FILE takes one file of a repository"
+    subject: str, found: str, names: Iterable[str], hint: str = "owner/name:FILE selects one file of a repository"
 ) -> CheckpointError:
     there = sorted(names)
     listed = ", ".join(there[:12]) + (f" and {len(there) - 12} more" if len(there) > 12 else "")
@@ -195,34 +226,34 @@ def _download(request: _Request, progress: bool) -> Path:
     api = huggingface_hub.HfApi(endpoint=_endpoint())
     info = api.model_info(request.repository, revision=request.revision, timeout=SECONDS)
     wanted = request.choose([file.rfilename for file in info.siblings or ()])
-    # Settings first: a copy that has the weights has all, wherever the download was interrupted.
+    # settings first: after an interruption, a copy that has the weights is complete
     settings = [name for name in wanted if name.endswith((".json", ".txt"))]
     weights = [name for name in wanted if name not in settings]
     bars = bar_class(show=progress and not are_progress_bars_disabled())
     revision, folder = request.revision, Path()
     for names in filter(None, (settings, weights)):
         folder = Path(_snapshot(request, names, revision=revision, tqdm_class=bars))
-        revision = folder.name  # the commit, so that both are of one
+        revision = folder.name  # the commit, so that weights and settings belong together
     return _located(folder, wanted)
 
 
 def _cached(request: _Request) -> Path:
-    """Raises: CheckpointError, where the cache does not have all of it."""
+    """Return the copy in the cache, if it is complete."""
     try:
         folder = Path(_snapshot(request, [], revision=request.revision, local_files_only=True))
         names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         return _located(folder, request.choose(names))
     except FAILURES as error:
         why = f" ({error.found})" if isinstance(error, CheckpointError) else ""
-        found = f"not in the cache, or not all of it{why}, and the network is not to be used"
+        found = f"missing or incomplete in the cache{why}, and network access is off"
         expected = f"a copy in {_cache()}"
         revision = f" --revision {request.revision}" if request.revision else ""
-        hint = f"with the network, load it once or: hf download {request.source.replace(':', ' ')}{revision}"
+        hint = f"with network access, load it once, or run: hf download {request.source.replace(':', ' ')}{revision}"
         raise CheckpointError("HUB_NOT_CACHED", request.source, found, expected=expected, hint=hint) from error
 
 
 def _snapshot(request: _Request, names: Iterable[str], **options: Any) -> str:
-    """The folder of a commit in the cache, in which the named files are after that."""
+    """Download the named files, and return the folder of their commit in the cache."""
     patterns = [glob.escape(name) for name in names]
     return huggingface_hub.snapshot_download(
         request.repository, allow_patterns=patterns, endpoint=_endpoint(), **options
@@ -234,7 +265,7 @@ def _located(folder: Path, wanted: Sequence[str]) -> Path:
 
 
 def _explained(error: Exception, request: _Request) -> CheckpointError:
-    """What huggingface_hub, its HTTP library or the disk refused, as this library says it."""
+    """Translate an error of huggingface_hub, its HTTP library or the disk to an error of this library."""
     for kind, code, found, hint in REFUSALS:
         if isinstance(error, kind):
             names = {"url": request.url, "revision": request.revision}
@@ -244,13 +275,17 @@ def _explained(error: Exception, request: _Request) -> CheckpointError:
         hint = f"see {request.url}; {LOG_IN}"
         return CheckpointError("HUB_ACCESS", request.source, f"the hub refuses access ({status})", hint=hint)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CheckpointError("DISK_FULL", _cache(), f"no room for {request.source}", hint="free some, or set HF_HOME")
+        return CheckpointError(
+            "DISK_FULL", _cache(), f"no space left for {request.source}", hint="free some, or set HF_HOME"
+        )
     reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     if isinstance(error, OSError) and error.filename is not None:
-        hint = "set HF_HOME to a folder that can be written"
-        return CheckpointError("HUB_CACHE", _cache(), f"cannot keep {request.source} ({reason})", hint=hint)
-    hint = "check the network and try again; a copy on this machine loads by its path"
-    return CheckpointError("HUB_UNREACHABLE", request.source, f"{request.url} cannot be fetched ({reason})", hint=hint)
+        hint = "set HF_HOME to a writable folder"
+        return CheckpointError("HUB_CACHE", _cache(), f"cannot store {request.source} ({reason})", hint=hint)
+    hint = "check the network and try again, or give the path of a copy on this machine"
+    return CheckpointError(
+        "HUB_UNREACHABLE", request.source, f"{request.url} cannot be downloaded ({reason})", hint=hint
+    )
 
 
 def _cache() -> str:

@@ -1,4 +1,4 @@
-"""Progress bars: shown in a terminal and in a notebook, and nowhere else."""
+"""Progress bars, shown only in a terminal or a notebook."""
 
 from __future__ import annotations
 
@@ -14,17 +14,25 @@ __all__ = ["Bar", "bar_class", "is_notebook", "progress_bar"]
 
 
 class Bar(Protocol):
-    """The calls that a progress bar takes."""
+    """The methods of a progress bar that the library uses."""
 
     def update(self, n: float = 1) -> object:
-        """Report that `n` more units are done."""
+        """Report that units are done.
+
+        Args:
+            n: number of units since the last call.
+        """
 
     def set_postfix_str(self, s: str) -> object:
-        """Show a text behind the bar."""
+        """Show a text behind the bar.
+
+        Args:
+            s: the text.
+        """
 
 
 class _Silent:
-    """A bar that shows nothing, and that neither takes a lock of tqdm nor starts its thread."""
+    """A bar that shows nothing, and neither takes a lock of tqdm nor starts its thread."""
 
     def update(self, n: float = 1) -> None:
         pass
@@ -34,7 +42,7 @@ class _Silent:
 
 
 def is_notebook() -> bool:
-    """Whether this process is the kernel of a notebook (Jupyter, VS Code, Colab): its stderr is no terminal."""
+    """Tell whether this process is the kernel of a notebook (Jupyter, VS Code, Colab), whose stderr is no terminal."""
     try:
         return "IPKernelApp" in sys.modules["IPython"].get_ipython().config
     except (KeyError, AttributeError, TypeError):
@@ -42,25 +50,33 @@ def is_notebook() -> bool:
 
 
 def _kind() -> Any:
-    """The class of tqdm that draws bars here: a widget in a notebook that has ipywidgets, else a line of text."""
+    """Return the class of tqdm for this process: a widget in a notebook with ipywidgets, else a line of text."""
     if is_notebook():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # tqdm wants ipywidgets, without which a line of text does as well
-            from tqdm.auto import tqdm  # noqa: PLC0415 - a terminal need not wait for asyncio
+            warnings.simplefilter("ignore")  # tqdm warns that ipywidgets is missing; a line of text is enough
+            from tqdm.auto import tqdm  # noqa: PLC0415 - imports asyncio, which a terminal does not need
 
             return tqdm
     return bars.tqdm
 
 
 _Bar: Any = _kind()
-"""Chosen at once: huggingface_hub, where it comes first, makes tqdm warn of what is missing."""
+"""Chosen at import: if huggingface_hub is imported first, it makes tqdm warn of missing widgets."""
 
 
 @contextmanager
 def progress_bar(total: int, title: str, unit: str = "it", *, show: bool = True, **options: Any) -> Iterator[Bar]:
-    """A bar of `total` units until the end of the block; it is removed where an error ends the block.
+    """Show a progress bar until the end of the block; an error that ends the block removes the bar.
 
-    Where `show` is False, or standard error goes into a file or a pipe, nothing is shown. options: those of tqdm.
+    Args:
+        total: number of units.
+        title: text before the bar.
+        unit: name of a unit.
+        show: show the bar, unless standard error goes into a file or a pipe.
+        options: further options of tqdm.
+
+    Returns:
+        A context manager that gives the bar.
     """
     if not (show and _is_seen()):
         yield _Silent()
@@ -76,7 +92,14 @@ def progress_bar(total: int, title: str, unit: str = "it", *, show: bool = True,
 
 
 def bar_class(*, show: bool = True) -> type[Any]:
-    """The class of such bars, for libraries that make their own; where nothing is to be shown, they are disabled."""
+    """Make a class of progress bars, for libraries that create their own.
+
+    Args:
+        show: show the bars, unless standard error goes into a file or a pipe.
+
+    Returns:
+        A subclass of tqdm.
+    """
     disabled = not (show and _is_seen())
 
     class Chosen(_Bar):  # type: ignore[misc]
@@ -87,10 +110,10 @@ def bar_class(*, show: bool = True) -> type[Any]:
 
 
 def _is_seen() -> bool:
-    """Whether somebody looks at standard error."""
+    """Tell whether standard error is shown to somebody."""
     if is_notebook():
         return True
     try:
         return bool(sys.stderr.isatty())
-    except (AttributeError, ValueError):  # there is none, or it is closed
+    except (AttributeError, ValueError):  # stderr is missing or closed
         return False

@@ -137,8 +137,8 @@ def test_weights_come_last(hub, files):
         (401, "GatedRepo", "HUB_ACCESS", ["terms to be accepted", f"/{MODEL}, then log in", "HF_TOKEN"]),
         (403, "GatedRepo", "HUB_ACCESS", ["terms to be accepted", "hf auth login"]),
         (403, "", "HUB_ACCESS", ["the hub refuses access (403)", "hf auth login"]),
-        (500, "", "HUB_UNREACHABLE", ["cannot be fetched", "500", "try again"]),
-        (429, "", "HUB_UNREACHABLE", ["cannot be fetched", "429", "try again"]),
+        (500, "", "HUB_UNREACHABLE", ["cannot be downloaded", "500", "try again"]),
+        (429, "", "HUB_UNREACHABLE", ["cannot be downloaded", "429", "try again"]),
     ],
 )
 def test_refusals_say_what_to_do(hub, files, status, error, code, says):
@@ -173,7 +173,7 @@ def test_without_the_hub_the_cache_is_used_with_a_warning(hub, files, nowhere, m
     hub.add(MODEL, files)
     fetched()
     monkeypatch.setenv("HF_ENDPOINT", nowhere)
-    with pytest.warns(SdInpaintWarning, match=r"cannot be fetched .*; the copy in the cache is used"):
+    with pytest.warns(SdInpaintWarning, match=r"cannot be downloaded .*; the copy in the cache is used"):
         assert fetched() == files
 
 

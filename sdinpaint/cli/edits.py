@@ -1,4 +1,4 @@
-"""Options that change a mask, done in the order in which they are typed: --grow 8 --fill-holes --add other.png."""
+"""Options that change a mask, applied in the order in which they are typed: --grow 8 --fill-holes --add other.png."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["InOrder", "apply_edits", "edit_options", "open_edits"]
 
 COMBINING = {"add": operator.or_, "subtract": operator.sub, "intersect": operator.and_}
-"""Edits by another mask; the others are methods of `Mask`."""
+"""Edits that combine two masks; all others are methods of `Mask`."""
 ORDER = "sdinpaint.edits"
 
 Edit = tuple[str, list[Any]]
@@ -31,37 +31,47 @@ def _by_mask(name: str, help: str) -> Any:
 
 
 EDITS = {
-    "grow": _by_pixels("grow", "Widen the white."),
-    "shrink": _by_pixels("shrink", "Narrow the white."),
-    "feather": _by_pixels("feather", "Soften its edge, so far to either side."),
-    "smooth": _by_pixels("smooth", "Round its corners, and drop what is thinner than two thirds of that."),
-    "fill_holes": click.option("--fill-holes", count=True, help="Repaint also what the white encloses."),
-    "drop_specks": click.option("--drop-specks", count=True, help="Keep white regions of fewer than 64 pixels."),
+    "grow": _by_pixels("grow", "Widen the white area by this distance."),
+    "shrink": _by_pixels("shrink", "Narrow the white area by this distance."),
+    "feather": _by_pixels("feather", "Soften the edge of the white area over this distance to either side."),
+    "smooth": _by_pixels("smooth", "Round the outline, and remove parts thinner than two thirds of this distance."),
+    "fill_holes": click.option("--fill-holes", count=True, help="Fill black areas that the white area encloses."),
+    "drop_specks": click.option("--drop-specks", count=True, help="Turn white regions of fewer than 64 pixels black."),
     "invert": click.option("--invert", count=True, help="Exchange white and black."),
-    "on_lattice": click.option("--on-lattice", count=True, help="Widen to whole 8 x 8 cells, as a model sees it."),
-    "resize": click.option("--resize", type=SIZE, multiple=True, help="Scale it to another picture's size."),
-    "add": _by_mask("add", "Repaint also what is white in another mask."),
-    "subtract": _by_mask("subtract", "Keep what is white in another mask."),
-    "intersect": _by_mask("intersect", "Repaint only what is white in another mask, too."),
+    "on_lattice": click.option(
+        "--on-lattice", count=True, help="Widen the white area to whole latent cells of 8 x 8 pixels."
+    ),
+    "resize": click.option("--resize", type=SIZE, multiple=True, help="Scale the mask to another size."),
+    "add": _by_mask("add", "Add the white area of another mask."),
+    "subtract": _by_mask("subtract", "Remove the white area of another mask."),
+    "intersect": _by_mask("intersect", "Leave white only where another mask is white too."),
 }
 edit_options = together(*EDITS.values())
-"""For an `InOrder` command."""
+"""All edits as options of an `InOrder` command."""
 
 
 class InOrder(click.Command):
-    """A command that knows in which order its edits were typed; each may be given several times."""
+    """A command that remembers the order in which its edits were typed; each may be given several times."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse as usual, and note the order."""
+        """Parse the arguments as usual, and remember the order of the edits."""
         _, _, typed = self.make_parser(ctx).parse_args(list(args))
         ctx.meta[ORDER] = [option.name for option in typed if option.name in EDITS]
         return super().parse_args(ctx, args)
 
 
 def open_edits(given: dict[str, Any]) -> tuple[list[Edit], list[str]]:
-    """Take the edits out of the command's parameters -> (each with its arguments, in order; the masks they read).
+    """Take the edits out of the parameters of the running command.
 
-    Raises: ImageError, MaskError for a mask that cannot be read.
+    Args:
+        given: the parameters of the command by name; the edits are removed from it.
+
+    Returns:
+        The edits with their arguments, in order, and the paths of the masks that they read.
+
+    Raises:
+        ImageError: a mask cannot be read.
+        MaskError: a file is no mask.
     """
     from sdinpaint.masks import Mask
 
@@ -74,7 +84,19 @@ def open_edits(given: dict[str, Any]) -> tuple[list[Edit], list[str]]:
 
 
 def apply_edits(mask: Mask, edits: list[Edit]) -> Mask:
-    """The mask after all edits. Raises: MaskError, SettingError."""
+    """Apply edits to a mask one after the other.
+
+    Args:
+        mask: the mask.
+        edits: the edits with their arguments, from `open_edits`.
+
+    Returns:
+        The edited mask.
+
+    Raises:
+        MaskError: a mask has another size.
+        SettingError: an argument is out of range.
+    """
     for name, arguments in edits:
         mask = COMBINING[name](mask, *arguments) if name in COMBINING else getattr(mask, name)(*arguments)
     return mask

@@ -1,4 +1,4 @@
-"""The commands `sdinpaint mask ...`: they make masks, change them, and tell what a model would make of them."""
+"""The commands `sdinpaint mask ...`, which make masks, change them, and report what a run would do with them."""
 
 from __future__ import annotations
 
@@ -23,28 +23,34 @@ if TYPE_CHECKING:
 __all__ = ["mask"]
 
 SCRIBBLES = ("keep", "repaint")
-"""Options that name further pictures to read."""
+"""Options that name further input files."""
 FILE = click.Path(path_type=Path)
 
 cover_option = click.option(
-    "--cover", type=click.Choice(["nearest", "max"]), default="max", help="Of the run that the report is about."
+    "--cover",
+    type=click.Choice(["nearest", "max"]),
+    default="max",
+    show_default=True,
+    help="Mask downsampling that the report assumes: a latent cell of 8 x 8 pixels takes its first pixel (nearest) or "
+    "its highest (max).",
 )
 result_options = together(
     edit_options,
-    click.option("--out", "-o", required=True, type=FILE, help="The mask, a .png file."),
+    click.option("--out", "-o", required=True, type=FILE, help="Write the mask to this .png file."),
     cover_option,
-    click.option("--quiet", "-q", is_flag=True, help="No report."),
+    click.option("--quiet", "-q", is_flag=True, help="Print no report about the mask."),
     json_option,
 )
-"""For a command that writes a mask."""
+"""Options of a command that writes a mask."""
 
 
 @click.group(cls=Group)
 def mask() -> None:
-    """Make masks, change them, and see what they would do. White is repainted, black is kept.
+    """Make masks, change them, and check them before a run.
 
-    Points are X,Y and boxes LEFT,TOP,RIGHT,BOTTOM, in pixels from the top left corner. What changes a mask, such as
-    --grow 8, is done in the order in which it is typed.
+    White pixels of a mask are repainted, and black pixels are kept. Points are X,Y and boxes LEFT,TOP,RIGHT,BOTTOM, in
+    pixels from the top left corner of the image. Options that change a mask, such as --grow 8, are applied in the order
+    in which they are typed.
 
     \b
     Examples:
@@ -67,117 +73,181 @@ def _size(image: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Kind:
-    """A command that makes a mask by a classmethod of `Mask`, after whose arguments its own options are named."""
+    """A command that makes a mask by a classmethod of `Mask`, whose arguments have the names of its options."""
 
     method: str
     reads: Callable[[str], Any]
-    """What the method takes first, of the path that was given."""
+    """Converts the path of IMAGE to the first argument of the method."""
     help: str
     example: str
     options: tuple[Option, ...]
 
 
-AT_BOX = click.option("--at", "box", type=BOX, required=True, help="Its edges.")
-AT_POINT = click.option("--at", "point", type=POINT, required=True, help="A point of it.")
-AROUND = click.option("--box", type=BOX, help="A box around it.")
-MODEL = click.option("--model", required=True, metavar="PATH", help="A folder, or owner/name on the hub.")
+AT_BOX = click.option("--at", "box", type=BOX, required=True, help="Edges of the box, in pixels.")
+AT_POINT = click.option("--at", "point", type=POINT, required=True, help="The point, in pixels.")
+AROUND = click.option("--box", type=BOX, help="A box around the object, in pixels.")
+MODEL = click.option("--model", required=True, metavar="PATH", help="Folder of the model, or owner/name on the hub.")
 
 KINDS = {
-    "box": Kind("box", _size, "A box.", "photo.jpg --at 100,50,300,400", (AT_BOX,)),
-    "ellipse": Kind("ellipse", _size, "The ellipse in a box.", "photo.jpg --at 100,50,300,400", (AT_BOX,)),
+    "box": Kind(
+        "box",
+        _size,
+        "Make a mask of a box. The mask has the size of IMAGE.",
+        "photo.jpg --at 100,50,300,400",
+        (AT_BOX,),
+    ),
+    "ellipse": Kind(
+        "ellipse",
+        _size,
+        "Make a mask of an ellipse. It touches the edges of the box given by --at. The mask has the size of IMAGE.",
+        "photo.jpg --at 100,50,300,400",
+        (AT_BOX,),
+    ),
     "polygon": Kind(
         "polygon",
         _size,
-        "The inside of an outline.",
+        "Make a mask of a polygon. The mask has the size of IMAGE.",
         "photo.jpg --point 10,10 --point 200,30 --point 90,180",
-        (click.option("--point", "points", type=POINT, multiple=True, required=True, help="Its corners, in order."),),
+        (
+            click.option(
+                "--point",
+                "points",
+                type=POINT,
+                multiple=True,
+                required=True,
+                help="A corner of the polygon; give at least three, in order.",
+            ),
+        ),
     ),
     "strokes": Kind(
         "strokes",
         _size,
-        "Strokes of a round brush.",
+        "Make a mask of strokes of a round brush. The mask has the size of IMAGE.",
         "photo.jpg --stroke '10,10 40,30 60,30' --stroke 80,80 --width 12",
         (
             click.option(
-                "--stroke", "strokes", type=STROKE, multiple=True, required=True, help="Its points; one is a dot."
+                "--stroke",
+                "strokes",
+                type=STROKE,
+                multiple=True,
+                required=True,
+                help="Points that a stroke runs through; a single point is a dot. May be given several times.",
             ),
-            click.option("--width", type=float, required=True, metavar="PIXELS", help="Of the brush."),
+            click.option("--width", type=float, required=True, metavar="PIXELS", help="Diameter of the brush."),
         ),
     ),
     "alpha": Kind(
         "from_alpha",
         _picture,
-        "What is transparent in IMAGE.",
+        "Make a mask of the transparent pixels of IMAGE.",
         "cutout.png",
-        (click.option("--opaque", is_flag=True, help="What is opaque instead."),),
+        (click.option("--opaque", is_flag=True, help="Repaint the opaque pixels instead of the transparent ones."),),
     ),
     "color": Kind(
         "from_color",
         _picture,
-        "What has a colour in IMAGE.",
+        "Make a mask of the pixels of IMAGE that have a colour.",
         "painted.png --color '#ff00ff'",
         (
-            click.option("--color", type=COLOR, required=True, help="As R,G,B, #rrggbb or a name."),
-            click.option("--tolerance", default=24.0, show_default=True, help="Largest difference of R, G and B."),
+            click.option("--color", type=COLOR, required=True, help="The colour, as R,G,B, #rrggbb or a name."),
+            click.option(
+                "--tolerance",
+                default=24.0,
+                show_default=True,
+                help="Largest difference from the colour in each of red, green and blue, 0 to 255.",
+            ),
         ),
     ),
     "luminance": Kind(
         "from_luminance",
         _picture,
-        "What is as bright as said in IMAGE.",
+        "Make a mask of the pixels of IMAGE in a range of brightness.",
         "photo.jpg --low 0.9 --high 1",
         (
-            click.option("--low", default=0.5, show_default=True, help="From 0, black,"),
-            click.option("--high", default=1.0, show_default=True, help="to 1, white."),
+            click.option("--low", default=0.5, show_default=True, help="Lowest brightness to repaint; 0 is black."),
+            click.option("--high", default=1.0, show_default=True, help="Highest brightness to repaint; 1 is white."),
         ),
     ),
     "labels": Kind(
         "from_labels",
         Path,
-        "Classes of IMAGE, a map of class ids.",
+        "Make a mask of classes in a label map. IMAGE holds one class id per pixel.",
         "segments.png --id 12 --id 14",
         (
-            click.option("--id", "ids", type=int, multiple=True, required=True, help="A class to be repainted."),
-            click.option("--size", type=SIZE, help="Of the picture, where the map's is another."),
+            click.option(
+                "--id",
+                "ids",
+                type=int,
+                multiple=True,
+                required=True,
+                help="Class id to repaint; may be given several times.",
+            ),
+            click.option("--size", type=SIZE, help="Size of the mask, if it differs from that of the map."),
         ),
     ),
     "grabcut": Kind(
         "grabcut",
         _picture,
-        "The object in a box or under scribbles.",
+        "Make a mask of the object in a box or under scribbles, by GrabCut.",
         "photo.jpg --box 100,50,300,400",
         (
             AROUND,
-            click.option("--keep", metavar="MASK", help="Scribbles over what is surely kept."),
-            click.option("--repaint", metavar="MASK", help="Scribbles over what is surely repainted."),
-            click.option("--iterations", default=5, show_default=True, help="Rounds of learning its colours."),
+            click.option("--keep", metavar="MASK", help="File with white scribbles over pixels that are surely kept."),
+            click.option("--repaint", metavar="MASK", help="File with white scribbles over pixels of the object."),
+            click.option(
+                "--iterations",
+                default=5,
+                show_default=True,
+                help="Rounds of fitting the colours of object and background.",
+            ),
         ),
     ),
     "flood": Kind(
         "flood",
         _picture,
-        "The area coloured like a point.",
+        "Make a mask of the area coloured like a point and joined to it.",
         "photo.jpg --at 220,140 --tolerance 0.2",
         (
             AT_POINT,
-            click.option("--tolerance", default=0.1, show_default=True, help="0 is the same colour, 1 all of them."),
+            click.option(
+                "--tolerance",
+                default=0.1,
+                show_default=True,
+                help="Largest difference from the colour at the point: 0 takes the same colour only, 1 all colours.",
+            ),
         ),
     ),
     "region": Kind(
         "region",
         _picture,
-        "The region at a point, up to its edges.",
+        "Make a mask of the region at a point. IMAGE is divided into regions along its edges.",
         "photo.jpg --at 220,140 --scale 400",
-        (AT_POINT, click.option("--scale", default=200.0, show_default=True, help="The higher, the larger.")),
+        (
+            AT_POINT,
+            click.option(
+                "--scale",
+                default=200.0,
+                show_default=True,
+                help="Scale of the regions; a higher value gives larger regions.",
+            ),
+        ),
     ),
     "points": Kind(
         "sam",
         _picture,
-        "The object at points or in a box, by SAM or SAM 2.",
+        "Make a mask of the object at points or in a box, by SAM or SAM 2.",
         "photo.jpg --at 220,140 --not 10,10 --model facebook/sam-vit-base",
         (
-            click.option("--at", "points", type=POINT, multiple=True, help="A point of it; give several for more."),
-            click.option("--not", "keep_points", type=POINT, multiple=True, help="A point beside it."),
+            click.option(
+                "--at", "points", type=POINT, multiple=True, help="A point on the object; may be given several times."
+            ),
+            click.option(
+                "--not",
+                "keep_points",
+                type=POINT,
+                multiple=True,
+                help="A point beside the object; may be given several times.",
+            ),
             AROUND,
             MODEL,
         ),
@@ -185,24 +255,31 @@ KINDS = {
     "text": Kind(
         "clipseg",
         _picture,
-        "What TEXT names, by CLIPSeg.",
+        "Make a mask of what TEXT names, by CLIPSeg.",
         'photo.jpg "the dog" --model CIDAS/clipseg-rd64-refined --grow 8',
         (
             click.argument("text"),
             MODEL,
-            click.option("--threshold", default=0.5, show_default=True, help="The lower, the more."),
+            click.option(
+                "--threshold",
+                default=0.5,
+                show_default=True,
+                help="Probability from which a pixel is repainted; lower values repaint more.",
+            ),
         ),
     ),
 }
 
 
 def _making(name: str, kind: Kind) -> click.Command:
-    """The command that makes a mask of that kind."""
+    """Build the command that makes a mask of one kind."""
 
     @click.argument("image")
     @together(*kind.options)
     @result_options
-    @click.option("--preview", type=FILE, help="A .png, .webp or .jpg file: IMAGE with the mask over it.")
+    @click.option(
+        "--preview", type=FILE, help="Also write IMAGE with the mask over it to this .png, .webp or .jpg file."
+    )
     def make(
         image: str, out: Path, preview: Path | None, cover: Cover, quiet: bool, as_json: bool, **given: Any
     ) -> None:
@@ -218,7 +295,8 @@ def _making(name: str, kind: Kind) -> click.Command:
             save_png(tinted, preview, {"mask": out.name})
         _tell(made, cover, quiet, as_json, path=str(out))
 
-    help = f"{kind.help}\n\n\b\nExample:\n  sdinpaint mask {name} {kind.example} -o mask.png"
+    meaning = "White pixels of the mask are repainted, and black pixels are kept."
+    help = f"{kind.help} {meaning}\n\n\b\nExample:\n  sdinpaint mask {name} {kind.example} -o mask.png"
     return click.command(name, cls=InOrder, help=help)(make)
 
 
@@ -230,7 +308,7 @@ for name, kind in KINDS.items():
 @click.argument("path", metavar="MASK")
 @result_options
 def edit(path: str, out: Path, cover: Cover, quiet: bool, as_json: bool, **given: Any) -> None:
-    """Change MASK.
+    """Change MASK by the options, in the order in which they are typed.
 
     \b
     Example:
@@ -250,7 +328,7 @@ def edit(path: str, out: Path, cover: Cover, quiet: bool, as_json: bool, **given
 @cover_option
 @json_option
 def report(path: str, cover: Cover, as_json: bool) -> None:
-    """Say what MASK would do, and what looks like a mistake.
+    """Report what a run would do with MASK. Likely mistakes are named with a remedy.
 
     \b
     Example:
@@ -264,7 +342,7 @@ def report(path: str, cover: Cover, as_json: bool) -> None:
 @mask.command()
 @click.argument("image")
 @click.argument("path", metavar="MASK")
-@click.option("--out", "-o", required=True, type=FILE, help="A .png, .webp or .jpg file.")
+@click.option("--out", "-o", required=True, type=FILE, help="Write the preview to this .png, .webp or .jpg file.")
 def preview(image: str, path: str, out: Path) -> None:
     """Show MASK over IMAGE.
 
@@ -279,7 +357,7 @@ def preview(image: str, path: str, out: Path) -> None:
 
 
 def _check_outputs(out: Path, preview: Path | None, inputs: Iterable[str]) -> None:
-    """Before anything is computed. Raises: ImageError."""
+    """Check the output files before anything is computed."""
     if out.suffix.lower() != ".png":
         found = f"the extension {out.suffix!r}" if out.suffix else "no extension"
         hint = "other formats may change a mask's values"

@@ -8,7 +8,7 @@ __all__ = ["Box"]
 
 
 class Box(NamedTuple):
-    """The pixels from `left` to before `right` and from `top` to before `bottom`, as Pillow's `crop` takes them."""
+    """The pixels from `left` to before `right` and from `top` to before `bottom`, as in Pillow's `crop`."""
 
     left: int
     top: int
@@ -22,5 +22,5 @@ class Box(NamedTuple):
 
     @property
     def slices(self) -> tuple[slice, slice]:
-        """Its rows and columns, as an array is indexed."""
+        """The slices of rows and columns that index an array (H, W)."""
         return slice(self.top, self.bottom), slice(self.left, self.right)

@@ -1,10 +1,10 @@
-"""The larger canvas of an outpainted picture, and the mask of what is new on it."""
+"""The larger canvas of outpainting, and the mask of the pixels to generate on it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,29 +16,30 @@ from sdinpaint.images.files import MAX_PIXELS
 from sdinpaint.images.fills import NEUTRAL
 from sdinpaint.images.picture import Picture
 
-__all__ = ["ANCHORS", "EXTENDING_FILLS", "OVERLAP", "canvas_for", "extend", "sides_for"]
+__all__ = ["ANCHORS", "EXTENDING_FILLS", "OVERLAP", "Anchor", "ExtendingFill", "canvas_for", "extend", "sides_for"]
 
 Soft = NDArray[np.float32]
 
 OVERLAP = 16
-"""Two latent cells: wherever the old edge lies, one of them is wholly in the old picture and is painted to join it."""
+"""Two latent cells: wherever the old edge lies, one repainted cell is wholly in the old image, and joins the two."""
 MAX_SIDE = 2**20
 
-PADDINGS: dict[str, dict[str, Any]] = {
+ExtendingFill = Literal["edge", "reflect", "neutral"]
+EXTENDING_FILLS: tuple[ExtendingFill, ...] = get_args(ExtendingFill)
+_PADDINGS: dict[ExtendingFill, dict[str, Any]] = {
     "edge": {"mode": "edge"},
     "reflect": {"mode": "reflect"},
     "neutral": {"mode": "constant", "constant_values": NEUTRAL},
 }
-EXTENDING_FILLS = tuple(PADDINGS)
-"""What may stand on the new pixels before they are painted."""
+"""Fill of the new pixels -> arguments of `np.pad`."""
 
-START, MIDDLE, END = range(3)
-ANCHORS = {
-    "top-left": (START, START), "top": (START, MIDDLE), "top-right": (START, END),
-    "left": (MIDDLE, START), "center": (MIDDLE, MIDDLE), "right": (MIDDLE, END),
-    "bottom-left": (END, START), "bottom": (END, MIDDLE), "bottom-right": (END, END),
-}  # fmt: skip
-"""Where the old picture is on the canvas: along its height, along its width."""
+Anchor = Literal[
+    "top-left", "top", "top-right",
+    "left", "center", "right",
+    "bottom-left", "bottom", "bottom-right",
+]  # fmt: skip
+ANCHORS: tuple[Anchor, ...] = get_args(Anchor)
+"""Positions of the old image on the canvas, in three rows of three."""
 
 
 def extend(
@@ -49,19 +50,34 @@ def extend(
     bottom: int = 0,
     *,
     overlap: int = OVERLAP,
-    fill: str = "edge",
+    fill: ExtendingFill = "edge",
 ) -> tuple[Picture, Soft]:
-    """The picture with that many pixels more at its sides, and the mask (H, W) of what is to be painted there.
+    """Extend an image at its sides, and make the mask of what is generated there.
 
-    The mask is 1 on the new pixels and on `overlap` pixels of the old picture along them. The new pixels are opaque
-    and filled as `fill`, one of EXTENDING_FILLS, says; the old ones, their alpha and the profile stay as they are.
-    Raises: SettingError naming the argument; ImageError where the canvas exceeds MAX_PIXELS.
+    The new pixels are opaque. The old pixels, their alpha and the colour profile stay as they are.
+
+    Args:
+        picture: the image.
+        left: new pixels at the left.
+        right: new pixels at the right.
+        top: new pixels at the top.
+        bottom: new pixels at the bottom.
+        overlap: pixels of the old image along the new ones that are repainted too, so that they join.
+        fill: content of the new pixels before the run, one of EXTENDING_FILLS.
+
+    Returns:
+        The extended image, and the mask float32 (H, W), 1 = repaint.
+
+    Raises:
+        SettingError: an argument is out of range, no side is extended, or `overlap` leaves nothing of the old image
+            known.
+        ImageError: the canvas exceeds MAX_PIXELS.
     """
     sides = {"left": left, "right": right, "top": top, "bottom": bottom}
     left, right, top, bottom = (check_whole(name, value, 0, MAX_SIDE) for name, value in sides.items())
     check_choice("fill", fill, EXTENDING_FILLS)
     if not any((left, right, top, bottom)):
-        hint = "give pixels for at least one side; inpaint repaints what is inside"
+        hint = "give pixels for at least one side; use inpaint to repaint pixels inside"
         raise SettingError("SETTING_SIDES", ", ".join(sides), "all are 0", expected="a larger canvas", hint=hint)
     overlap = check_whole("overlap", overlap, 0, MAX_SIDE)
     height, width = picture.size
@@ -73,10 +89,10 @@ def extend(
         slice(old[1].start + overlap * (left > 0), old[1].stop - overlap * (right > 0)),
     )
     if any(part.start >= part.stop for part in known):
-        found = f"{overlap} pixels at each side that is extended, of a picture of {height} rows, {width} columns"
-        raise SettingError("SETTING_OVERLAP", "overlap", found, expected="less, so that some of it stays known")
+        found = f"{overlap} pixels at each side that is extended, of an image of {height} rows, {width} columns"
+        raise SettingError("SETTING_OVERLAP", "overlap", found, expected="less, so that part of the image stays known")
     widths = (top, bottom), (left, right)
-    rgb = np.pad(picture.opaque(), (*widths, (0, 0)), **PADDINGS[fill])
+    rgb = np.pad(picture.opaque(), (*widths, (0, 0)), **_PADDINGS[fill])
     rgb[old] = picture.rgb
     alpha = None if picture.alpha is None else np.pad(picture.alpha, widths, constant_values=255)
     mask = np.ones(rgb.shape[:2], dtype=np.float32)
@@ -85,23 +101,47 @@ def extend(
 
 
 def canvas_for(
-    picture: Picture, *, size: Sequence[int] | None, anchor: str, overlap: int, fill: str, **sides: int
+    picture: Picture, *, size: Sequence[int] | None, anchor: Anchor, overlap: int, fill: ExtendingFill, **sides: int
 ) -> tuple[Picture, Soft]:
-    """`extend` to a `size` (H, W) with the picture at its `anchor`, or where that is None by `sides`."""
+    """Extend an image to a size, or by pixels at its sides.
+
+    Args:
+        picture: the image.
+        size: (height, width) of the canvas; None uses `sides`.
+        anchor: position of the image on the canvas, one of ANCHORS.
+        overlap: as in `extend`.
+        fill: as in `extend`.
+        sides: left, right, top and bottom, as in `extend`.
+
+    Returns:
+        The extended image, and the mask float32 (H, W), 1 = repaint.
+
+    Raises:
+        SettingError: an argument is invalid, or both `size` and `sides` are given.
+        ImageError: the canvas exceeds MAX_PIXELS.
+    """
     check_choice("anchor", anchor, ANCHORS)
     if size is not None:
         if any(sides.values()):
-            found = f"{size!r}, beside pixels for a side"
-            raise SettingError("SETTING_SIZE", "size", found, expected="one of the two")
+            found = f"{size!r} together with pixels for a side"
+            raise SettingError("SETTING_SIZE", "size", found, expected="only one of them")
         sides = sides_for(picture.size, size, anchor)
     return extend(picture, **sides, overlap=overlap, fill=fill)
 
 
-def sides_for(old: tuple[int, int], size: Sequence[int], anchor: str = "center") -> dict[str, int]:
-    """What `extend` adds at left, right, top and bottom to make `size` (H, W) of the size `old`, both in pixels.
+def sides_for(old: tuple[int, int], size: Sequence[int], anchor: Anchor = "center") -> dict[str, int]:
+    """Compute how many pixels `extend` must add at each side to reach a size.
 
-    anchor: one of ANCHORS, where the old picture is; an odd pixel goes to the right and the bottom.
-    Raises: SettingError for another anchor, or a size that does not hold the picture.
+    Args:
+        old: (height, width) of the image.
+        size: (height, width) of the canvas.
+        anchor: position of the image on the canvas, one of ANCHORS; an odd pixel goes to the right and the bottom.
+
+    Returns:
+        The pixels by side: left, right, top, bottom.
+
+    Raises:
+        SettingError: `anchor` is unknown, or `size` is invalid or smaller than the image.
     """
     check_choice("anchor", anchor, ANCHORS)
     if not isinstance(size, list | tuple) or len(size) != len(old):
@@ -109,10 +149,10 @@ def sides_for(old: tuple[int, int], size: Sequence[int], anchor: str = "center")
     height, width = (check_whole("size", side, 1, MAX_SIDE) for side in size)
     down, across = height - old[0], width - old[1]
     if down < 0 or across < 0:
-        found, expected = f"{height} rows, {width} columns", f"at least the picture's {old[0]} rows, {old[1]} columns"
-        raise SettingError("SETTING_SIZE", "size", found, expected=expected, hint="crop the picture first")
-    place = ANCHORS[anchor]
-    top, left = down * place[0] // END, across * place[1] // END
+        found, expected = f"{height} rows, {width} columns", f"at least the image's {old[0]} rows, {old[1]} columns"
+        raise SettingError("SETTING_SIZE", "size", found, expected=expected, hint="crop the image first")
+    row, column = divmod(ANCHORS.index(anchor), 3)
+    top, left = down * row // 2, across * column // 2
     return {"left": left, "right": across - left, "top": top, "bottom": down - top}
 
 
@@ -120,5 +160,5 @@ def _check_canvas(sides: dict[str, int], size: tuple[int, int]) -> None:
     if size[0] * size[1] > MAX_PIXELS:
         widest = max(sides, key=lambda side: sides[side])
         found = f"{sides[widest]}, which makes a canvas of {size[0]} rows, {size[1]} columns"
-        hint = "extend it by less, or scale the picture down"
+        hint = "extend it by less, or scale the image down"
         raise ImageError("IMAGE_TOO_LARGE", widest, found, expected=f"at most {MAX_PIXELS} pixels", hint=hint)

@@ -1,6 +1,6 @@
-"""Only the masked region: the part of a picture that a model is shown, and the way there and back.
+"""Cropping to the masked region: the part of an image that a model works on, and how it is cut and put back.
 
-A hole is bool (H, W), True = repainted; pixels that a soft mask holds below its threshold are in none.
+A hole is bool (H, W), True = repainted: where a mask reaches its threshold.
 """
 
 from __future__ import annotations
@@ -29,20 +29,32 @@ Size = tuple[int, int]
 
 AUTO = "auto"
 SMALLEST_CONTEXT = 1 / 8
-"""Of the model's side: with that much around it, the smallest hole is enlarged fourfold, and more would be blur."""
+"""Least context as a share of the model's side: with less, the smallest hole is enlarged more than fourfold."""
 MAX_ELONGATION = 2
-"""Longer side over shorter. The models were trained on squares; in long strips they repeat what is asked for."""
+"""Largest ratio of the sides. The models were trained on squares; in long strips they repeat the subject."""
 NEAR = 0.05
-"""Difference in scale that is not worth resampling for."""
+"""Largest difference of a scale from 1 at which a crop is not resampled."""
 
 
 def crop_box(hole: Hole, context: int | str | None, size: int, multiple: int = 8) -> Box:
-    """The box around the hole (H, W) with `context` pixels on each side, for a model trained at `size` pixels a side.
+    """Compute the box around a hole that a model works on.
 
-    "auto" takes half of the hole's longer side, so that most of what the model sees is known, and at least an eighth
-    of `size`; None takes the whole picture. The box is at most twice as long as wide, has sides in multiples of
-    `multiple`, and is shifted inwards at the picture's borders: all three as far as the picture allows.
-    Raises: MaskError for an empty hole; SettingError for a context that is none or exceeds the picture.
+    The box is at most twice as long as wide, has sides in multiples of `multiple`, and is shifted inwards at the
+    borders of the image, all three as far as the image allows.
+
+    Args:
+        hole: (H, W), True = repainted.
+        context: pixels around the hole; "auto" is half of the hole's longer side, but at least an eighth of `size`;
+            None gives the whole image.
+        size: height and width in pixels at which the model was trained.
+        multiple: pixels that the sides are multiples of.
+
+    Returns:
+        The box.
+
+    Raises:
+        MaskError: the hole is empty.
+        SettingError: `context` is invalid, or exceeds the image.
     """
     if not hole.any():
         hint = "make at least one pixel white: 128 of 255, or 0.5, and more is repainted"
@@ -60,10 +72,18 @@ def crop_box(hole: Hole, context: int | str | None, size: int, multiple: int = 8
 
 
 def working_size(box_size: Size, size: int, multiple: int = 8) -> Size:
-    """What a box (h, w) is scaled to: its shape, about size * size pixels, multiples of `multiple`.
+    """Compute the size to which a box is scaled for the model: the same shape with about `size` * `size` pixels.
 
-    Where the scale is within 5 % of 1 the box stays as it is. Multiples of 8 are a latent cell; the UNet takes any,
-    and the 64 that would fill its coarsest level too would stretch a picture by up to 9 %.
+    A box whose scale is within 5 % of 1 is not resampled.
+
+    Args:
+        box_size: (height, width) of the box.
+        size: height and width in pixels at which the model was trained.
+        multiple: pixels that the sides are multiples of. A latent cell is 8 pixels; multiples of 64, which fill the
+            UNet's coarsest level too, would distort an image by up to 9 %.
+
+    Returns:
+        (height, width) in pixels.
     """
     scale = size / math.sqrt(math.prod(box_size))
     if abs(scale - 1) <= NEAR:
@@ -73,15 +93,22 @@ def working_size(box_size: Size, size: int, multiple: int = 8) -> Size:
 
 
 def regions(hole: Hole, gap: int) -> list[Hole]:
-    """The connected regions of the hole (H, W), largest first; fewer than `gap` known pixels between two join them.
+    """Split a hole into its connected regions, the largest first.
 
-    Distances count a diagonal step as one. No two overlap, and together they are the hole.
-    Raises: SettingError where `gap` is no whole number from 0, or without the extra `mask`.
+    Args:
+        hole: (H, W), True = repainted.
+        gap: regions with fewer known pixels between them are joined; a diagonal step counts as one pixel.
+
+    Returns:
+        One hole (H, W) per region; none overlap, and together they are the hole.
+
+    Raises:
+        SettingError: `gap` is not a whole number from 0 on, or the extra `mask` is not installed.
     """
     if not _is_whole(gap) or gap < 0:
         raise SettingError("SETTING_GAP", "gap", f"{gap!r}", expected="a whole number of pixels, 0 or more")
     ndimage = require_extra("scipy.ndimage", extra="mask", what="splitting a mask into regions")
-    # Squares of `gap` pixels around two pixels touch exactly where fewer than `gap` pixels are between them.
+    # squares of `gap` pixels around two pixels touch exactly if fewer than `gap` pixels are between them
     grown = ndimage.maximum_filter(hole, size=max(gap, 1), mode="constant")
     labels = np.where(hole, ndimage.label(grown, structure=np.ones((3, 3)))[0], 0)
     areas = np.bincount(labels.ravel())[1:]
@@ -90,28 +117,66 @@ def regions(hole: Hole, gap: int) -> list[Hole]:
 
 @dataclass(frozen=True)
 class Crop:
-    """A box of a picture and the size (h, w) at which a model works on it."""
+    """A box of an image, and the size (height, width) at which a model works on it."""
 
     box: Box
     size: Size
 
     def cut(self, rgb: Bytes) -> Bytes:
-        """The box of rgb (H, W, 3) at working size. Raises: ImageError where the box is not inside."""
+        """Cut the box out of an image and scale it.
+
+        Args:
+            rgb: the image (H, W, 3).
+
+        Returns:
+            The crop (h, w, 3) at working size.
+
+        Raises:
+            ImageError: the box is not inside the image.
+        """
         return _scaled(self._part(rgb, "image"), self.size)
 
     def cut_hole(self, hole: Hole) -> Hole:
-        """The box of hole (H, W) at working size: a pixel that any repainted one touches is repainted."""
+        """Cut the box out of a hole and scale it; a pixel that touches any repainted pixel is repainted.
+
+        Args:
+            hole: (H, W), True = repainted.
+
+        Returns:
+            The crop (h, w) at working size.
+
+        Raises:
+            ImageError: the box is not inside the hole's image.
+        """
         return pooled(self._part(hole, "mask"), self.size) > 0
 
     def cut_soft(self, mask: Soft) -> Soft:
-        """The box of mask (H, W) at working size; bilinear, because LANCZOS leaves [0, 1]."""
+        """Cut the box out of a soft mask and scale it, bilinearly because Lanczos would leave [0, 1].
+
+        Args:
+            mask: float32 (H, W) in [0, 1].
+
+        Returns:
+            The crop (h, w) at working size.
+
+        Raises:
+            ImageError: the box is not inside the mask's image.
+        """
         part = Image.fromarray(self._part(mask, "mask"))
         return np.array(part.resize(self.size[::-1], Image.Resampling.BILINEAR))
 
     def put_back(self, generated: Bytes, into: Bytes) -> Bytes:
-        """A copy of `into` (H, W, 3) with generated (h, w, 3) in the box; exact where the box has the working size.
+        """Put a generated crop back into an image; pixels are copied exactly where the box has the working size.
 
-        Raises: ImageError where `generated` has another size, or the box is not inside `into`.
+        Args:
+            generated: the crop (h, w, 3) at working size.
+            into: the image (H, W, 3).
+
+        Returns:
+            A copy of the image with the crop in the box.
+
+        Raises:
+            ImageError: `generated` has another size, or the box is not inside the image.
         """
         if generated.shape != (*self.size, 3):
             expected = f"{(*self.size, 3)}, the crop's working size"
@@ -127,20 +192,28 @@ class Crop:
         height, width = array.shape[:2]
         if not (0 <= left < right <= width and 0 <= top < bottom <= height):
             found = f"{height} rows, {width} columns, for {self.box}"
-            hint = "make the crop for this picture's own mask"
-            raise ImageError("IMAGE_BAD_SHAPE", argument, found, expected="a picture that holds the box", hint=hint)
+            hint = "make the crop from this image's own mask"
+            raise ImageError("IMAGE_BAD_SHAPE", argument, found, expected="an image that holds the box", hint=hint)
         return array[self.box.slices]
 
 
 def pooled(values: NDArray[Any], size: Size) -> Soft:
-    """values (H, W) at another size (h, w): the largest of those that each pixel touches."""
+    """Scale a map by taking the largest of the values that each new pixel touches.
+
+    Args:
+        values: (H, W).
+        size: the new (height, width).
+
+    Returns:
+        The map as float32 (h, w).
+    """
     pixels = torch.from_numpy(values.astype(np.float32))
     largest: Soft = F.adaptive_max_pool2d(pixels[None], size)[0].numpy()
     return largest
 
 
 def _scaled(rgb: Bytes, size: Size) -> Bytes:
-    """rgb at another size (h, w); Pillow copies it bit for bit where that is its own."""
+    """Scale rgb to a size (h, w); Pillow copies it bit for bit where the size stays the same."""
     return np.asarray(Image.fromarray(rgb).resize(size[::-1], Image.Resampling.LANCZOS))
 
 
@@ -149,32 +222,32 @@ def _is_whole(value: object) -> bool:
 
 
 def _context(context: Any, extent: int, shape: tuple[int, ...], size: int) -> int:
-    """Pixels of context for a hole whose longer side is `extent`. Raises: SettingError."""
+    """Return the pixels of context for a hole whose longer side is `extent`."""
     if context == AUTO:
         return max(extent // 2, round(size * SMALLEST_CONTEXT))
     if not _is_whole(context):
         expected = f"{AUTO!r}, None, or a whole number of pixels"
         raise SettingError("SETTING_CROP", "crop", f"{context!r}", expected=expected)
     if not 0 <= context <= max(shape):
-        found = f"{context} pixels around the hole, in a picture of {shape[0]} rows, {shape[1]} columns"
-        expected = f"0 to {max(shape)} pixels, the picture's longer side"
-        raise SettingError("SETTING_CROP", "crop", found, expected=expected, hint=f"crop={AUTO!r} chooses for you")
+        found = f"{context} pixels around the hole, in an image of {shape[0]} rows, {shape[1]} columns"
+        expected = f"0 to {max(shape)} pixels, the image's longer side"
+        raise SettingError("SETTING_CROP", "crop", found, expected=expected, hint=f"crop={AUTO!r} chooses a number")
     return int(context)
 
 
 def _span(hole: Hole, axis: int) -> tuple[int, int]:
-    """Where the hole starts and stops along an axis; it is not empty."""
+    """Return the first and one past the last index of the hole along an axis."""
     where = np.flatnonzero(hole.any(axis=1 - axis))
     return int(where[0]), int(where[-1]) + 1
 
 
 def _multiple_from(length: int, multiple: int) -> int:
-    """The first multiple that is not below `length`, and not 0."""
+    """Return the first positive multiple that is not below `length`."""
     return max(1, -(-length // multiple)) * multiple
 
 
 def _placed(span: tuple[int, int], length: int, whole: int) -> tuple[int, int]:
-    """Start and stop of `length` pixels centred on the span, shifted inside 0 to `whole`, and no longer than that."""
+    """Return start and stop of `length` pixels centred on the span, shifted into 0 to `whole`."""
     length = min(length, whole)
     start = min(max((sum(span) - length) // 2, 0), whole - length)
     return start, start + length

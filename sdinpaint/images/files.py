@@ -1,4 +1,4 @@
-"""Picture files: reading them with limits, writing them whole or not at all, and the settings kept inside."""
+"""Image files: read with limits, written whole or not at all, and the settings stored inside them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = [
     "write_picture",
 ]
 
-# The decoders in wide use; Pillow's others are where its security fixes keep happening.
+# decoders in wide use; most of Pillow's security fixes concern the others
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 MAX_PIXELS = 64 * 2**20
 
@@ -41,15 +41,15 @@ DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", *DEEP_MODES)
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-# WebP is written lossless, so that kept pixels stay what they were; JPEG cannot be.
+# lossless WebP keeps known pixels bit for bit
 ENCODING: dict[str, dict[str, Any]] = {"PNG": {}, "JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
 
 MAX_METADATA = 60_000
 """Bytes of settings in a file: an Exif block holds 64 kB at most, and Pillow refuses PNG texts above 1 MB."""
 SHORTENED = "shortened_from_sha256"
-"""The key that tells that settings were shortened, and of what."""
+"""Key of the sha256 of the full settings, where they were shortened."""
 
-# "parameters", the text that AUTOMATIC1111's web UI writes and most programs read: its labels, in its order
+# labels of the "parameters" text of AUTOMATIC1111's web UI, in its order
 LABELS = {
     "steps": "Steps",
     "sampler": "Sampler",
@@ -63,13 +63,13 @@ LABELS = {
 }
 SAMPLER_NAMES = {"ddim": "DDIM", "euler": "Euler", "euler_ancestral": "Euler a", "dpmpp_2m": "DPM++ 2M"}
 SCHEDULE_TYPES = {"karras": "Karras", "linspace": "Uniform"}
-"""Those of our spacings that it knows; without one, it would take Karras for DPM++ 2M."""
+"""Spacings that A1111 knows; without one, it assumes Karras for DPM++ 2M."""
 PLAIN = re.compile(r"[\w.+/-]+( +[\w.+/-]+)*")
-"""A value that its readers take as it stands; any other is quoted as JSON is."""
+"""A value that readers of the text take as it stands; any other is quoted as in JSON."""
 TAKEN_FOR_FIELDS = re.compile(r"\s*\n\s*(?=Negative prompt:|Steps:)")
-"""The break before a line of a prompt that its readers would take for what follows the prompt."""
+"""A line break in a prompt, where readers would take the next line for the fields after the prompt."""
 
-# What Pillow's decoders raise on broken files: they validate little themselves.
+# Pillow's decoders validate little themselves, and raise any of these on broken files
 DECODER_ERRORS = (
     OSError,
     SyntaxError,
@@ -87,17 +87,26 @@ BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 def open_image(path: Path | str, argument: str) -> Image.Image:
-    """Read a picture file as PIL, upright. Raises ImageError naming `argument` and the file."""
+    """Read an image file and turn it upright by its Exif orientation.
+
+    Args:
+        path: the file.
+        argument: name that an error gives to the image, beside the file.
+
+    Returns:
+        The decoded image.
+
+    Raises:
+        ImageError: the file is missing, is not an image of a known format, is damaged, or is too large.
+    """
     path = Path(path)
     subject = f"{argument} {str(path)!r}"
     if not path.exists():
-        hint = "addresses are not fetched: save the picture first" if ":/" in str(path) else "check the path"
-        raise ImageError("IMAGE_NOT_FOUND", subject, "no such file", expected="a picture file", hint=hint)
+        hint = "URLs are not fetched: save the image first" if ":/" in str(path) else "check the path"
+        raise ImageError("IMAGE_NOT_FOUND", subject, "no such file", expected="an image file", hint=hint)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "not a regular file"
-        raise ImageError(
-            "IMAGE_NOT_A_FILE", subject, found, expected="a picture file", hint="give the path of one file"
-        )
+        raise ImageError("IMAGE_NOT_A_FILE", subject, found, expected="an image file", hint="give the path of one file")
     try:
         image = Image.open(path, formats=FORMATS)
     except (*BOMBS, *DECODER_ERRORS) as error:
@@ -107,7 +116,18 @@ def open_image(path: Path | str, argument: str) -> Image.Image:
 
 
 def decode(image: Image.Image, subject: str) -> Image.Image:
-    """Check the size, decode the first frame, and turn it upright as its Exif tag says."""
+    """Decode the first frame of an image after a check of its size, and turn it upright by its Exif orientation.
+
+    Args:
+        image: an opened image.
+        subject: name that an error gives to the image.
+
+    Returns:
+        The decoded image.
+
+    Raises:
+        ImageError: the image is too large, damaged, or of an unknown mode.
+    """
     if image.width * image.height > MAX_PIXELS:
         raise _too_large(f"{image.width} x {image.height} pixels", subject)
     if image.mode not in MODES:
@@ -122,20 +142,37 @@ def decode(image: Image.Image, subject: str) -> Image.Image:
         raise _too_large(str(error), subject) from error
     except DECODER_ERRORS as error:
         ended = any(word in str(error).lower() for word in ("truncated", "not enough", "unexpected end"))
-        found = "the file ends early" if ended else "the picture data is damaged"
+        found = "the file ends early" if ended else "the image data is damaged"
         code = "IMAGE_TRUNCATED" if ended else "IMAGE_UNREADABLE"
-        hint = "copy or fetch the file again"
-        raise ImageError(code, subject, f"{found}: {_reason(error)}", expected="a whole picture", hint=hint) from error
+        hint = "copy or download the file again"
+        raise ImageError(code, subject, f"{found}: {_reason(error)}", expected="a complete image", hint=hint) from error
 
 
 def over_white(image: Image.Image) -> Image.Image:
-    """An RGB image in which transparent pixels show white."""
+    """Blend transparent pixels over white.
+
+    Args:
+        image: an image of any mode.
+
+    Returns:
+        The RGB image.
+    """
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def check_output_path(path: Path | str) -> Path:
-    """Check, before anything is computed, that a picture can be written at `path`. Raises ImageError."""
+    """Check that an image can be written at a path, before anything is computed.
+
+    Args:
+        path: the file, which ends in .png, .jpg, .jpeg or .webp.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImageError: the ending is unknown, the path is a folder, or its folder is missing or not writable.
+    """
     path = Path(path)
     subject = f"output {str(path)!r}"
     if path.suffix.lower() not in SUFFIXES:
@@ -157,9 +194,17 @@ def check_output_path(path: Path | str) -> Path:
 
 
 def save_png(image: Image.Image, path: Path | str, settings: Mapping[str, Any]) -> None:
-    """Write a picture with its settings inside, whole or not at all; .jpg and .webp by extension.
+    """Write an image with its settings inside; a write that fails leaves the previous file.
 
-    Settings that cannot be stored in full are shortened; they never prevent a save. Raises ImageError.
+    Settings that cannot be stored in full are shortened; they never prevent a save.
+
+    Args:
+        image: the image; its colour profile is written too.
+        path: the file: .png, .webp (lossless) or .jpg.
+        settings: the settings, by name.
+
+    Raises:
+        ImageError: the file cannot be written.
     """
     kind = SUFFIXES[check_output_path(path).suffix.lower()]
     options = ENCODING[kind] | _metadata(kind, _record(settings)) | {"icc_profile": image.info.get("icc_profile")}
@@ -172,7 +217,17 @@ def save_png(image: Image.Image, path: Path | str, settings: Mapping[str, Any]) 
 
 
 def write_picture(image: Image.Image, path: Path | str, kind: str, **options: Any) -> None:
-    """Write a picture as Pillow's format `kind`, with its options, whole or not at all. Raises ImageError."""
+    """Write an image; a write that fails leaves the previous file.
+
+    Args:
+        image: the image.
+        path: the file.
+        kind: the format by Pillow's name, such as "PNG".
+        options: options of Pillow's `save`.
+
+    Raises:
+        ImageError: the file cannot be written.
+    """
     try:
         with _replacing(Path(path).resolve()) as temporary, temporary.open("xb") as stream:
             image.save(stream, format=kind, **options)
@@ -180,27 +235,37 @@ def write_picture(image: Image.Image, path: Path | str, kind: str, **options: An
             os.fsync(stream.fileno())
     except (OSError, ValueError, struct.error) as error:
         found = f"could not be written: {_reason(error)}"
-        hint = "the file of that name, if any, is untouched; check the free space and the folder"
+        hint = "a previous file of that name is untouched; check the free space and the folder"
         raise ImageError("IMAGE_NOT_WRITTEN", f"output {str(path)!r}", found, hint=hint) from error
 
 
 def read_settings(path: Path | str) -> dict[str, Any]:
-    """The settings that `save_png` stored in a picture. Raises ImageError if it holds none."""
-    image = open_image(path, "picture")
+    """Read the settings that `save_png` stored in an image.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The settings, by name.
+
+    Raises:
+        ImageError: the file cannot be read, or holds no settings.
+    """
+    image = open_image(path, "image")
     try:
         settings = json.loads(image.info.get("sdinpaint") or image.getexif()[ExifTags.Base.ImageDescription])
     except DECODER_ERRORS:
         settings = None
     if not isinstance(settings, dict):
-        found, expected = "no settings inside", "a picture saved by sdinpaint"
-        hint = "other programs may have removed them when they saved it again"
-        raise ImageError("IMAGE_NO_SETTINGS", f"picture {str(path)!r}", found, expected=expected, hint=hint)
+        found, expected = "no settings inside", "an image saved by sdinpaint"
+        hint = "a program that saved the image again may have removed them"
+        raise ImageError("IMAGE_NO_SETTINGS", f"image {str(path)!r}", found, expected=expected, hint=hint)
     return settings
 
 
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
-    """A path beside `target` that takes its place when the block ends well, and is gone when it does not."""
+    """Give a path beside `target` that replaces it if the block succeeds, and is removed if it fails."""
     temporary = target.with_name(f".sdinpaint-{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
@@ -210,9 +275,9 @@ def _replacing(target: Path) -> Iterator[Path]:
 
 
 def _record(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings as plain JSON values of at most MAX_METADATA bytes, with a sha256 of what was shortened.
+    """Convert the settings to JSON values of at most MAX_METADATA bytes, with a sha256 of what was shortened.
 
-    The copy of the mask goes first: without it, the mask's file has to be given again, and nothing else is lost.
+    The copy of the mask is dropped first: the mask's file has to be given again then, but nothing else is lost.
     """
     try:
         text = json.dumps(dict(settings), default=str, skipkeys=True)
@@ -230,7 +295,7 @@ def _record(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _part(record: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The dictionary under a key; empty where there is none."""
+    """Return the dictionary under a key, or an empty one."""
     part = record.get(key)
     return part if isinstance(part, dict) else {}
 
@@ -251,7 +316,7 @@ def _metadata(kind: str, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parameters(record: Mapping[str, Any]) -> str:
-    """The settings in the form that A1111 writes and that most programs read. Source: its modules/infotext_utils.py."""
+    """Write the settings as text in A1111's form, which most programs read. Source: its modules/infotext_utils.py."""
     lines = [_as_prompt(record.get("prompt"))]
     if record.get("negative_prompt"):
         lines.append(f"Negative prompt: {_as_prompt(record['negative_prompt'])}")
@@ -266,7 +331,7 @@ def _as_prompt(value: Any) -> str:
 
 
 def _as_a1111(key: str, value: Any) -> str:
-    """A setting as A1111 writes it; empty where it has no word for it."""
+    """Write a setting in A1111's words; return an empty text where it has none."""
     text = "" if value is None else str(value)
     match key:
         case "sampler":
@@ -288,26 +353,26 @@ def _quoted(value: str) -> str:
 
 def _too_large(found: str, subject: str) -> ImageError:
     expected = f"at most {MAX_PIXELS} pixels"
-    return ImageError("IMAGE_TOO_LARGE", subject, found, expected=expected, hint="scale it down, or cut out a part")
+    return ImageError("IMAGE_TOO_LARGE", subject, found, expected=expected, hint="scale it down, or crop it")
 
 
 def _unreadable(path: Path, subject: str, error: Exception) -> ImageError:
     if isinstance(error, BOMBS):
         return _too_large(_reason(error), subject)
-    expected = f"a picture: {' '.join(FORMATS)}"
+    expected = f"an image: {' '.join(FORMATS)}"
     hint = "save it as PNG"
     try:
         with path.open("rb") as stream:
             start = stream.read(12)
     except OSError:
         start, hint = b"", "check its permissions"
-    found = f"not a picture of a known format: it starts with {start!r}"
+    found = f"not an image of a known format: it starts with {start!r}"
     if not isinstance(error, UnidentifiedImageError):
         found = _reason(error)
     if "MAX_TEXT" in found:
         found, hint = "its text chunks are too large", "remove its metadata, or save it again"
     elif not start and isinstance(error, UnidentifiedImageError):
-        found, hint = "an empty file", "copy or fetch the file again"
+        found, hint = "an empty file", "copy or download the file again"
     elif start[4:8] == b"ftyp":
         found = f"a HEIF or AVIF file ({start[8:].decode('latin-1')})"
         hint = "save it as PNG; or pip install pillow-heif, open it with PIL, and give the opened image"

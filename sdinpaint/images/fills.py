@@ -1,9 +1,9 @@
-"""What stands in the hole when a run starts from the picture: what strength below 1 begins with."""
+"""Fills of the hole, from which a run with strength below 1 starts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -13,36 +13,57 @@ from torch.nn import functional as F
 
 from sdinpaint.checks import check_choice, require_extra
 
-__all__ = ["FILLS", "NEUTRAL", "fill_hole", "spread"]
+__all__ = ["FILLS", "NEUTRAL", "Fill", "fill_hole", "spread"]
 
 Bytes = NDArray[np.uint8]
 Hole = NDArray[np.bool_]
+Fill = Literal["original", "noise", "blur", "edge", "telea", "neutral"]
+FILLS: tuple[Fill, ...] = get_args(Fill)
 
 NEUTRAL = 128
-"""Mid grey. The models' 0 lies between levels 127 and 128, and `images.to_uint8` makes 128 of it."""
+"""Mid grey: the models' 0 lies between levels 127 and 128, and `to_uint8` rounds it to 128."""
 TELEA_RADIUS = 3.0
-"""Pixels around each one that cv2.inpaint looks at, as in OpenCV's own examples."""
+"""Radius in pixels of the neighbourhood that cv2.inpaint uses, as in OpenCV's examples."""
 
 
-def fill_hole(rgb: Bytes, hole: Hole, fill: str) -> Bytes:
-    """rgb (H, W, 3) with its hole (H, W) filled as one of `FILLS` says; known pixels stay bit for bit.
+def fill_hole(rgb: Bytes, hole: Hole, fill: Fill) -> Bytes:
+    """Fill the hole of an image; known pixels stay bit for bit.
 
-    "original" leaves what is there. "blur" spreads the colours around the hole into it, "edge" gives each pixel the
-    nearest known one's, "telea" continues the lines that meet the hole; these three fill a hole that covers everything
-    with neutral. "neutral" is mid grey; so is "noise" here, because the pipeline puts that into the latents.
-    Raises: SettingError for another fill, or where "edge" or "telea" lack the extra `mask`.
+    "original" leaves the hole as it is. "blur" spreads the surrounding colours into it, "edge" repeats the nearest
+    known pixel, and "telea" continues the lines that meet the hole; where nothing is known, these three fill with mid
+    grey. "neutral" is mid grey. "noise" is mid grey here too, because the pipeline adds the noise to the latents.
+
+    Args:
+        rgb: the image (H, W, 3).
+        hole: (H, W), True = repainted.
+        fill: one of FILLS.
+
+    Returns:
+        The filled image (H, W, 3).
+
+    Raises:
+        SettingError: `fill` is unknown, or "edge" or "telea" lacks the extra `mask`.
     """
     check_choice("fill", fill, FILLS)
     if not hole.any():
         return rgb.copy()
-    filled = (_neutral if hole.all() and fill in _FROM_KNOWN else _PAINTERS[fill])(rgb, hole)
+    filled = (_neutral if hole.all() and fill in _FROM_KNOWN else _FILLERS[fill])(rgb, hole)
     return np.where(hole[..., None], filled, rgb)
 
 
 def spread(values: NDArray[Any], known: Hole) -> NDArray[np.float32]:
-    """Continue the known of values (H, W, C) smoothly into the rest; known (H, W) holds somewhere. -> (H, W, C).
+    """Continue known values smoothly into the unknown ones.
 
-    Halve the picture by averages of known pixels until nothing is missing, then fill each size from the coarser one.
+    The image is halved by averages of known pixels until nothing is missing; then each size is filled from the coarser
+    one.
+
+    Args:
+        values: (H, W, C).
+        known: bool (H, W) with at least one True.
+
+    Returns:
+        The values (H, W, C), the known ones unchanged.
+
     Source: Gortler et al., The Lumigraph (1996), "pull-push".
     """
     channels = torch.from_numpy(np.where(known[..., None], values, 0).astype(np.float32)).permute(2, 0, 1)
@@ -52,7 +73,7 @@ def spread(values: NDArray[Any], known: Hole) -> NDArray[np.float32]:
 
 
 def _pull_push(values: Tensor, known: Tensor) -> Tensor:
-    """values (1, C, H, W), 0 where known (1, 1, H, W) is False -> known everywhere."""
+    """Fill values (1, C, H, W), which are 0 where known (1, 1, H, W) is False."""
     if bool(known.all()):
         return values
     height, width = values.shape[-2:]
@@ -82,14 +103,16 @@ def _edge(rgb: Bytes, hole: Hole) -> Bytes:
 
 def _telea(rgb: Bytes, hole: Hole) -> Bytes:
     cv2 = require_extra("cv2", extra="mask", what='fill="telea"')
-    # where a hole touches the picture's border, cv2 looks at pixels of the hole itself: let it see no old ones
+    # at the border of the image cv2 reads pixels of the hole itself, which must not be the old ones
     start = np.where(hole[..., None], _blur(rgb, hole), rgb)
     filled: Bytes = cv2.inpaint(start, hole.astype(np.uint8), TELEA_RADIUS, cv2.INPAINT_TELEA)
     return filled
 
 
-_FROM_KNOWN: dict[str, Callable[[Bytes, Hole], Bytes]] = {"blur": _blur, "edge": _edge, "telea": _telea}
-_PAINTERS = {"original": _original, "noise": _neutral, "neutral": _neutral, **_FROM_KNOWN}
-
-FILLS = ("original", "noise", "blur", "edge", "telea", "neutral")
-"""The fills by name."""
+_FROM_KNOWN: dict[Fill, Callable[[Bytes, Hole], Bytes]] = {"blur": _blur, "edge": _edge, "telea": _telea}
+_FILLERS: dict[Fill, Callable[[Bytes, Hole], Bytes]] = {
+    "original": _original,
+    "noise": _neutral,
+    "neutral": _neutral,
+    **_FROM_KNOWN,
+}

@@ -1,4 +1,4 @@
-"""Pictures as people give them, and pixels as the models see them: the only place of conversion."""
+"""Conversion of images: from what callers give to 8-bit RGB, and to and from the tensors of the models."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ Crop = tuple[slice, slice]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Picture:
-    """An upright 8-bit picture: rgb (H, W, 3), alpha (H, W) or None, and the RGB profile it came with."""
+    """An upright 8-bit image: rgb (H, W, 3), alpha (H, W) or None, and its RGB colour profile."""
 
     rgb: Bytes
     alpha: Bytes | None = None
     icc_profile: bytes | None = None
     path: str | None = None
-    """The file that it was read from."""
+    """The file that the image was read from."""
     old: Box | None = None
-    """Where in it the picture is that it extends."""
+    """The box of the original image in an extended one."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -42,7 +42,7 @@ class Picture:
         return self.rgb.shape[0], self.rgb.shape[1]
 
     def opaque(self) -> Bytes:
-        """rgb (H, W, 3) with transparent pixels over white: what a model should look at."""
+        """Return rgb (H, W, 3) with transparent pixels blended over white, as the models see it."""
         if self.alpha is None:
             return self.rgb
         alpha = self.alpha[..., None].astype(np.uint32)
@@ -53,10 +53,20 @@ Source = Path | str | Image.Image | Bytes | Tensor | Picture
 
 
 def read_picture(source: Source, argument: str = "image") -> Picture:
-    """Read a path, PIL image, uint8 array (H, W, 3), or float tensor (3, H, W) or (1, 3, H, W) in [-1, 1].
+    """Read an image as 8-bit RGB, upright, with its transparency kept apart.
 
-    Pictures come upright, palettes, grey, 16-bit and CMYK as 8-bit RGB, and transparency apart.
-    Raises ImageError naming `argument`; warns below 64 pixels a side, where a model sees next to nothing.
+    Palette, grey, 16-bit and CMYK images are converted. An image below 64 pixels a side gives a warning, because a
+    model sees next to nothing in it.
+
+    Args:
+        source: a path, PIL image, uint8 array (H, W, 3), or float tensor (3, H, W) or (1, 3, H, W) in [-1, 1].
+        argument: name that errors give to the image.
+
+    Returns:
+        The image.
+
+    Raises:
+        ImageError: the image cannot be read, has another type or range, or is too large or too small.
     """
     if isinstance(source, Picture):
         return source
@@ -76,26 +86,43 @@ def read_picture(source: Source, argument: str = "image") -> Picture:
     height, width = picture.size
     found = f"{height} rows, {width} columns"
     if height * width > MAX_PIXELS:
-        hint = "scale it down, or cut out a part"
+        hint = "scale it down, or crop it"
         raise ImageError("IMAGE_TOO_LARGE", argument, found, expected=f"at most {MAX_PIXELS} pixels", hint=hint)
     if min(height, width) < MIN_SIDE:
         raise ImageError("IMAGE_TOO_SMALL", argument, found, expected=f"at least {MIN_SIDE} a side", hint="scale it up")
     if min(height, width) < SMALL_SIDE:
-        message = f"{argument}: {found} is very small for a model; scaled up first, it would give more"
+        message = f"{argument}: {found} is very small for a model; scale the image up first"
         warn(message)
     return picture
 
 
 def to_tensor(rgb: Bytes) -> Tensor:
-    """rgb uint8 (H, W, 3) -> float32 (1, 3, H, W) in [-1, 1]."""
+    """Convert an image to the range of the models.
+
+    Args:
+        rgb: uint8 (H, W, 3).
+
+    Returns:
+        float32 (1, 3, H, W) in [-1, 1].
+    """
     return (2.0 * (torch.from_numpy(rgb.copy()).float() / 255.0) - 1.0).permute(2, 0, 1)[None].contiguous()
 
 
 def to_uint8(image: Tensor) -> Bytes:
-    """image (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3), rounded and clamped. Raises NumericError on NaN, inf."""
+    """Convert the models' images to 8 bits, rounded and clamped.
+
+    Args:
+        image: (B, 3, H, W) in [-1, 1].
+
+    Returns:
+        uint8 (B, H, W, 3).
+
+    Raises:
+        NumericError: `image` has NaN or infinity.
+    """
     if not bool(image.isfinite().all()):
         count = int(image.numel() - image.isfinite().sum())
-        hint = "run the autoencoder in float32 or bfloat16"
+        hint = "run the VAE in float32 or bfloat16"
         found = f"{count} of {image.numel()} values are NaN or infinite"
         raise NumericError("NUMERIC_NOT_FINITE", "image", found, expected="finite pixels", hint=hint)
     scaled = (image.detach().float() / 2 + 0.5).clamp(0, 1) * 255
@@ -104,9 +131,14 @@ def to_uint8(image: Tensor) -> Bytes:
 
 
 def pad_to_multiple(image: Tensor, multiple: int = 8) -> tuple[Tensor, Crop]:
-    """Reflect image (B, C, H, W) at the right and bottom up to multiples -> (padded, crop).
+    """Pad an image by reflection at the right and bottom.
 
-    `padded[..., *crop]` is the image.
+    Args:
+        image: (B, C, H, W).
+        multiple: pixels that the padded sides are multiples of.
+
+    Returns:
+        The padded image, and the slices of its rows and columns that hold the original: `padded[..., *crop]`.
     """
     height, width = image.shape[-2:]
     rows, columns = height + -height % multiple, width + -width % multiple
@@ -117,20 +149,29 @@ def pad_to_multiple(image: Tensor, multiple: int = 8) -> tuple[Tensor, Crop]:
 
 
 def _mirrored(size: int, length: int) -> Tensor:
-    """Indices 0 .. size - 1 and back, over and over: reflection for any length, even of a single pixel."""
+    """Return the indices 0 .. size - 1 and back, repeated to `length`: reflection that works from a single pixel on."""
     period = max(2 * size - 2, 1)
     i = torch.arange(length, dtype=torch.int64, device="cpu") % period
     return torch.minimum(i, period - i) if size > 1 else i
 
 
 def paste(original: Picture, generated: Bytes, mask: NDArray[np.bool_]) -> Image.Image:
-    """Put generated (H, W, 3) where mask (H, W) is True; all other pixels, with their alpha, stay bit for bit.
+    """Put generated pixels into an image where a mask is True; all others stay bit for bit, with their alpha.
 
-    Repainted pixels are opaque. The original's colour profile is in `.info`. Raises ImageError on other shapes.
+    Args:
+        original: the image, (H, W) pixels.
+        generated: uint8 (H, W, 3).
+        mask: bool (H, W).
+
+    Returns:
+        The image, in which generated pixels are opaque; the original's colour profile is in its `info`.
+
+    Raises:
+        ImageError: the sizes differ.
     """
     height, width = original.size
     if generated.shape != (height, width, 3) or mask.shape != (height, width):
-        found = f"generated {generated.shape} and mask {mask.shape} for a picture of {(height, width)}"
+        found = f"generated {generated.shape} and mask {mask.shape} for an image of {(height, width)}"
         raise ImageError("IMAGE_BAD_SHAPE", "generated", found, expected="one size", hint="crop the padding off")
     pixels = np.where(mask[..., None], generated, original.rgb)
     if original.alpha is not None:
@@ -156,7 +197,7 @@ def _from_pil(image: Image.Image, subject: str) -> Picture:
 
 
 def _deep_grey(image: Image.Image, subject: str) -> Bytes:
-    """16-bit or 0..1 float grey as uint8 (H, W)."""
+    """Convert 16-bit or 0..1 float grey to uint8 (H, W)."""
     values = np.asarray(image)
     top = 1.0 if image.mode == "F" else 65535.0
     low, high = float(values.min()), float(values.max())
@@ -164,13 +205,13 @@ def _deep_grey(image: Image.Image, subject: str) -> Bytes:
         found = f"PIL mode {image.mode} with values from {low:g} to {high:g}"
         raise ImageError("IMAGE_BAD_VALUES", subject, found, expected=f"0 to {top:g}", hint="scale it, or give mode L")
     if image.mode == "I" and 0 < high <= 255:
-        message = f"{subject}: PIL mode I is taken as 16-bit, so values up to {high:g} are almost black; give mode L"
+        message = f"{subject}: PIL mode I is read as 16-bit, so values up to {high:g} are almost black; give mode L"
         warn(message)
     return np.rint(values * (255.0 / top)).astype(np.uint8)
 
 
 def _to_srgb(image: Image.Image, profile: bytes, subject: str) -> Image.Image:
-    """Colours of a CMYK or grey profile in sRGB; without the profile, if it does not fit the picture."""
+    """Convert CMYK or grey to sRGB by its colour profile; leave it where the profile does not fit the image."""
     space = {b"CMYK": "CMYK", b"GRAY": "L"}.get(profile[16:20])
     if space != image.mode:
         return image
@@ -204,11 +245,13 @@ def _from_tensor(tensor: Tensor, argument: str) -> Bytes:
     image = tensor[None] if tensor.ndim == 3 else tensor
     if image.ndim != 4 or image.shape[:2] != (1, 3) or image.numel() == 0:
         expected = "(3, height, width), or (1, 3, height, width)"
-        hint = "give a list for several pictures; latents are not pictures"
+        hint = "give a list for several images; latents are not images"
         raise ImageError("IMAGE_BAD_SHAPE", argument, f"a tensor {tuple(tensor.shape)}", expected=expected, hint=hint)
     if not bool(image.isfinite().all()):
         found = f"{int((~image.isfinite()).sum())} of {image.numel()} values are nan or inf"
-        raise ImageError("IMAGE_BAD_VALUES", argument, found, expected="finite values", hint="mend it at its source")
+        raise ImageError(
+            "IMAGE_BAD_VALUES", argument, found, expected="finite values", hint="correct it where it is made"
+        )
     low, high = float(image.min()), float(image.max())
     if not -1 <= low <= high <= 1:
         found = f"a tensor with values from {low:g} to {high:g}"

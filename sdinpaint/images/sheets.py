@@ -1,4 +1,4 @@
-"""Contact sheets: pictures beside each other with captions, and what a run has changed."""
+"""Contact sheets: images beside each other with captions, and the difference that a run made."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Cell", "Row", "contact_sheet", "heat_map", "review_row", "tinted"]
 Bytes = NDArray[np.uint8]
 Hole = NDArray[np.bool_]
 Cell = tuple[Image.Image, str]
-"""A picture and its caption."""
+"""An image and its caption."""
 Row = Sequence[Cell]
 
 PAPER, INK, GREY, FRAME = (250, 249, 246), (34, 36, 40), (122, 124, 128), (214, 212, 206)
@@ -29,7 +29,7 @@ MARGIN, GAP, CAPTION_GAP = 48, 28, 10
 TITLE_SIZE, CAPTION_SIZE, LEADING = 30, 17, 1.35
 
 CELL_SIDE = 320
-"""Pixels of a cell's longer side in a review."""
+"""Pixels of the longer side of a cell in a review."""
 MAX_CROPS = 3
 HEAT = {
     0: (255, 255, 255),
@@ -39,21 +39,40 @@ HEAT = {
     96: (178, 30, 72),
     255: (44, 8, 56),
 }
-"""Levels of change -> colour, darker the larger; between them colours are mixed. White is exactly nothing."""
+"""Levels of change -> colour, the darker the larger, interpolated in between. White is no change at all."""
 HEAT_KEY = "levels: yellow 8, orange 32, red 96"
 
 
 def tinted(picture: NDArray[np.uint8], hole: NDArray[np.bool_]) -> Image.Image:
-    """picture (H, W, 3) with the hole (H, W) in a colour that no scene has."""
+    """Show a hole over an image in a bright colour.
+
+    Args:
+        picture: uint8 (H, W, 3).
+        hole: bool (H, W).
+
+    Returns:
+        The RGB image.
+    """
     mixed = np.where(hole[..., None], 0.4 * picture + 0.6 * np.array(TINT), picture)
     return Image.fromarray(np.rint(mixed).astype(np.uint8))
 
 
 def heat_map(original: Bytes, picture: Bytes, size: tuple[int, int] | None = None) -> Image.Image:
-    """How far two pictures (H, W, 3) differ, in the colours of HEAT: the same everywhere, so that maps compare.
+    """Show how far two images differ; the colours of HEAT are fixed, so that maps compare.
 
-    A pixel counts by its channel that differs most, 0 to 255 levels. At another `size` (h, w) each pixel shows the
-    largest of the differences under it, so that none is lost. Raises: ImageError where the sizes differ.
+    The difference of a pixel is that of its channel that differs most, 0 to 255 levels.
+
+    Args:
+        original: uint8 (H, W, 3).
+        picture: uint8 (H, W, 3).
+        size: (height, width) of the map, in which each pixel shows the largest difference under it; None is the size of
+            the images.
+
+    Returns:
+        The map as an RGB image.
+
+    Raises:
+        ImageError: the sizes differ.
     """
     _check_shapes(original, picture)
     levels = _levels(original, picture)
@@ -65,11 +84,23 @@ def heat_map(original: Bytes, picture: Bytes, size: tuple[int, int] | None = Non
 
 
 def review_row(original: Bytes, hole: Hole, picture: Bytes, *, boxes: Sequence[Box] = (), caption: str = "") -> Row:
-    """original (H, W, 3), the hole (H, W) over it, the result (H, W, 3), what differs, and the result in its crops.
+    """Make the row of a contact sheet that reviews a run: original, hole, result, difference and crops.
 
-    Cells have CELL_SIDE pixels at most; smaller pictures are enlarged by a whole factor. Boxes are those that the
-    model was shown, if not the whole picture: they are outlined over the hole, and the result is shown in the first
-    MAX_CROPS of them. `caption` is the result's. Raises: ImageError where the sizes differ.
+    Cells have at most CELL_SIDE pixels a side; smaller images are enlarged by a whole factor.
+
+    Args:
+        original: the original image, uint8 (H, W, 3).
+        hole: (H, W), True = repainted.
+        picture: the result, uint8 (H, W, 3).
+        boxes: the crops that the model worked on; they are outlined over the hole, and the result is shown in the first
+            MAX_CROPS of them.
+        caption: caption of the result.
+
+    Returns:
+        The cells of the row.
+
+    Raises:
+        ImageError: the sizes differ.
     """
     _check_shapes(original, picture, hole)
     boxes = [box for box in boxes if box.size != hole.shape]
@@ -82,7 +113,7 @@ def review_row(original: Bytes, hole: Hole, picture: Bytes, *, boxes: Sequence[B
         for box in boxes[:MAX_CROPS]
     ]
     return [
-        (before, f"the picture\n{hole.shape[1]} x {hole.shape[0]} pixels"),
+        (before, f"the image\n{hole.shape[1]} x {hole.shape[0]} pixels"),
         (_outlined(over, boxes, max(size) / max(hole.shape)), f"the hole\n{hole.sum()} pixels, {hole.mean():.1%}"),
         (_fitted(picture, size), caption or "the result"),
         (heat_map(original, picture, size), f"the difference\nknown pixels changed: {known}\n{HEAT_KEY}"),
@@ -91,9 +122,17 @@ def review_row(original: Bytes, hole: Hole, picture: Bytes, *, boxes: Sequence[B
 
 
 def contact_sheet(rows: Sequence[Row], *, title: str = "", scale: int = 2) -> Image.Image:
-    """Rows of pictures on light paper, `scale` times enlarged, each with its caption below.
+    """Lay out rows of images on a light ground, each with its caption below.
 
-    The first line of a caption is dark, further lines are grey; long ones are wrapped to the picture's width.
+    The first line of a caption is dark, and further lines are grey; long lines are wrapped to the width of the image.
+
+    Args:
+        rows: cells (image, caption) by row.
+        title: text at the top.
+        scale: factor by which the images are enlarged.
+
+    Returns:
+        The sheet as an RGB image.
     """
     cells = [cell for row in rows for cell in row]
     width = scale * max(image.width for image, _ in cells)
@@ -124,7 +163,7 @@ def contact_sheet(rows: Sequence[Row], *, title: str = "", scale: int = 2) -> Im
 def _wrapped(
     caption: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
 ) -> list[tuple[str, tuple[int, int, int]]]:
-    """The lines of a caption with their colours, none wider than `width` unless a single word is."""
+    """Wrap a caption to lines with their colours, none wider than `width` unless a single word is."""
     lines = []
     for paragraph, color in zip(caption.split("\n"), [INK] + [GREY] * caption.count("\n"), strict=True):
         text = ""
@@ -148,13 +187,13 @@ def _check_shapes(original: Bytes, picture: Bytes, hole: Hole | None = None) -> 
 
 
 def _levels(original: Bytes, picture: Bytes) -> NDArray[Any]:
-    """How far pixels (H, W, 3) differ, in the channel that differs most: (H, W), 0 to 255."""
+    """Return the largest difference of the channels of pixels (H, W, 3): (H, W), 0 to 255."""
     difference = ImageChops.difference(Image.fromarray(original), Image.fromarray(picture))
     return np.asarray(reduce(ImageChops.lighter, difference.split()))
 
 
 def _cell_size(size: tuple[int, ...]) -> tuple[int, int]:
-    """Height and width in a cell: a whole multiple of a small picture's, or a share of a large one's."""
+    """Return the size in a cell: a whole multiple of a small image, or a large image scaled down."""
     height, width = size
     longer = max(size)
     if longer <= CELL_SIDE:
@@ -168,7 +207,7 @@ def _fitted(rgb: Bytes, size: tuple[int, int]) -> Image.Image:
 
 
 def _outlined(image: Image.Image, boxes: Sequence[Box], scale: float) -> Image.Image:
-    """The image with the outlines of boxes, which are in pixels of what it was before it was scaled."""
+    """Draw the outlines of boxes, given in pixels of the image before it was scaled."""
     draw = ImageDraw.Draw(image)
     for box in boxes:
         left, top, right, bottom = (round(side * scale) for side in box)

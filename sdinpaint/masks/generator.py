@@ -1,75 +1,93 @@
 """Random holes by kind, the same for training and for benchmarks.
 
-Every length is a fraction of the picture's side but for the width of thin strokes; x runs right, y runs down.
+Every length but the width of thin strokes is a fraction of the image's side; x points right, y points down.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdinpaint.errors import SettingError
 
-__all__ = ["KINDS", "grid", "random_hole"]
+__all__ = ["KINDS", "Kind", "grid", "random_hole"]
 
 Array = NDArray[np.floating[Any]]
 Hole = NDArray[np.bool_]
+Kind = Literal["thin", "thick", "box", "ellipse", "half", "full", "scattered"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 MIN_SIZE = 8
-"""Pieces of the smallest kinds may fall between the pixels of anything smaller."""
+"""Smallest size in pixels: at less, a disc or a stroke may fall between the pixels."""
 THIN_AT = 512
-"""The size at which thin strokes are 1 to 7 pixels wide: less than a latent cell of the released models."""
+"""The size at which thin strokes are 1 to 7 pixels wide: less than a latent cell of 8 pixels."""
 
 
-def random_hole(rng: np.random.Generator, size: int, kind: str) -> Hole:
-    """A hole of one of KINDS -> bool (size, size), True where it is repainted, never empty.
+def random_hole(rng: np.random.Generator, size: int, kind: Kind) -> Hole:
+    """Draw a hole of one kind; the same state of `rng` gives the same hole.
 
-    The same state of `rng` gives the same hole. Raises: SettingError for an unknown kind or a size below 8.
+    Args:
+        rng: generator that all random numbers come from.
+        size: height and width in pixels, at least 8.
+        kind: one of KINDS.
+
+    Returns:
+        A bool array (size, size), True = repaint, that is never empty.
+
+    Raises:
+        SettingError: `kind` is unknown, or `size` is below 8.
     """
     if kind not in KINDS:
         raise SettingError("SETTING_KIND", "kind", f"{kind!r}", expected=f"one of {', '.join(KINDS)}")
     if size < MIN_SIZE:
         raise SettingError("SETTING_SIZE", "size", f"{size}", expected=f"at least {MIN_SIZE} pixels")
-    return KINDS[kind](rng, size)
+    return _DRAWN[kind](rng, size)
 
 
 def grid(size: int) -> tuple[Array, Array]:
-    """Pixel centres: x (1, size) and y (size, 1), in fractions of the side."""
+    """Return the coordinates of all pixel centres.
+
+    Args:
+        size: height and width in pixels.
+
+    Returns:
+        x (1, size) and y (size, 1) as float32, in fractions of the side.
+    """
     at = ((np.arange(size) + 0.5) / size).astype(np.float32)
     return at[None, :], at[:, None]
 
 
 def _thin(rng: np.random.Generator, size: int) -> Hole:
-    """Lines of 1 to 7 pixels at a size of 512: scratches and wires, which a latent cell hardly sees."""
+    """Draw lines that are 1 to 7 pixels wide at 512 pixels: scratches and wires, which a latent cell hardly shows."""
     points = _points(rng)
     width = max(rng.integers(1, 8) / THIN_AT, 1 / size)
     return _brushed(points, width / 2, size)
 
 
 def _thick(rng: np.random.Generator, size: int) -> Hole:
-    """A thick brush."""
+    """Draw strokes of a thick brush."""
     points = _points(rng)
     return _brushed(points, rng.uniform(0.05, 0.13), size)
 
 
 def _points(rng: np.random.Generator) -> NDArray[np.float64]:
-    """Three to five points (N, 2) to draw through."""
+    """Draw three to five points (N, 2)."""
     return rng.uniform(0.05, 0.95, (rng.integers(3, 6), 2))
 
 
 def _brushed(points: NDArray[np.float64], radius: float, size: int) -> Hole:
-    """All within `radius` of the lines through `points`."""
+    """Return all pixels within `radius` of the lines through `points`."""
     x, y = grid(size)
-    painted = np.zeros((size, size), dtype=np.bool_)
+    brushed = np.zeros((size, size), dtype=np.bool_)
     for (x0, y0), (x1, y1) in pairwise(points):
         dx, dy = x1 - x0, y1 - y0
         along = np.clip(((x - x0) * dx + (y - y0) * dy) / (dx * dx + dy * dy + 1e-9), 0, 1)
-        painted |= (x - x0 - along * dx) ** 2 + (y - y0 - along * dy) ** 2 <= radius**2
-    return painted
+        brushed |= (x - x0 - along * dx) ** 2 + (y - y0 - along * dy) ** 2 <= radius**2
+    return brushed
 
 
 def _box(rng: np.random.Generator, size: int) -> Hole:
@@ -89,7 +107,7 @@ def _ellipse(rng: np.random.Generator, size: int) -> Hole:
 
 
 def _half(rng: np.random.Generator, size: int) -> Hole:
-    """Everything beyond a line across the picture, on one of its four sides: what extending a picture asks for."""
+    """Draw everything beyond a line across the image, on one of its four sides, as in outpainting."""
     along = grid(size)[rng.integers(2)]
     share = rng.uniform(0.25, 0.6)
     beyond = along < share if rng.random() < 0.5 else along > 1 - share
@@ -101,7 +119,7 @@ def _full(rng: np.random.Generator, size: int) -> Hole:
 
 
 def _scattered(rng: np.random.Generator, size: int) -> Hole:
-    """Four to nine small discs, each in a field of its own of a 4 by 4 board."""
+    """Draw four to nine small discs, each in a different field of a 4 by 4 board."""
     x, y = grid(size)
     hole = np.zeros((size, size), dtype=np.bool_)
     for field in rng.choice(16, rng.integers(4, 10), replace=False):
@@ -112,7 +130,7 @@ def _scattered(rng: np.random.Generator, size: int) -> Hole:
     return hole
 
 
-KINDS: dict[str, Callable[[np.random.Generator, int], Hole]] = {
+_DRAWN: dict[Kind, Callable[[np.random.Generator, int], Hole]] = {
     "thin": _thin,
     "thick": _thick,
     "box": _box,

@@ -1,4 +1,4 @@
-"""Masks picked out of pictures and label maps by what their pixels hold."""
+"""Masks from the values of pixels: by transparency, colour, brightness or label."""
 
 from __future__ import annotations
 
@@ -22,21 +22,40 @@ __all__ = ["by_alpha", "by_color", "by_label", "by_luminance"]
 LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N")
 TABLES = (".txt", ".csv")
 LISTED = 20
-"""How many ids an error names."""
+"""Largest number of ids that an error lists."""
 
 
 def by_alpha(picture: Picture) -> Soft:
-    """How opaque each pixel is -> float32 (H, W). Raises: MaskError without an alpha channel."""
+    """Read how opaque each pixel of an image is.
+
+    Args:
+        picture: the image, (H, W) pixels.
+
+    Returns:
+        The alpha channel as float32 (H, W) in [0, 1].
+
+    Raises:
+        MaskError: the image has no alpha channel.
+    """
     if picture.alpha is None:
-        found, hint = "every pixel is opaque", "save the picture as PNG with its alpha channel"
+        found, hint = "every pixel is opaque", "save the image as PNG with its alpha channel"
         raise MaskError("MASK_NO_ALPHA", "Mask.from_alpha", found, expected="transparency", hint=hint)
     return picture.alpha.astype(np.float32) / np.float32(255)
 
 
 def by_color(picture: Picture, color: str | Iterable[int], tolerance: float) -> Hole:
-    """Where red, green and blue each differ from the colour by at most `tolerance` of 255 -> bool (H, W).
+    """Find the pixels that have a colour.
 
-    Raises: SettingError.
+    Args:
+        picture: the image, (H, W) pixels.
+        color: (red, green, blue) in 0..255, or a name such as "magenta" or "#ff00ff".
+        tolerance: largest difference of red, green and blue each, in 0..255.
+
+    Returns:
+        A bool array (H, W), True at these pixels.
+
+    Raises:
+        SettingError: `color` is no colour, or `tolerance` is not from 0 to 255.
     """
     limit = check_number("tolerance", tolerance, 0, 255, of="Mask.from_color")
     difference = np.abs(picture.opaque().astype(np.int16) - _rgb(color))
@@ -45,7 +64,19 @@ def by_color(picture: Picture, color: str | Iterable[int], tolerance: float) -> 
 
 
 def by_luminance(picture: Picture, low: float, high: float) -> Hole:
-    """Where the Rec. 601 luma is from `low` to `high` of white -> bool (H, W). Raises: SettingError."""
+    """Find the pixels whose brightness (Rec. 601 luma) lies in a range.
+
+    Args:
+        picture: the image, (H, W) pixels.
+        low: lowest luma; 0 is black.
+        high: highest luma; 1 is white.
+
+    Returns:
+        A bool array (H, W), True at these pixels.
+
+    Raises:
+        SettingError: the bounds are not 0 <= low <= high <= 1.
+    """
     top = check_number("high", high, 0, 1, of="Mask.from_luminance")
     bottom = check_number("low", low, 0, top, of="Mask.from_luminance")
     luma = np.asarray(Image.fromarray(picture.opaque()).convert("L")) / 255
@@ -54,10 +85,19 @@ def by_luminance(picture: Picture, low: float, high: float) -> Hole:
 
 
 def by_label(labels: Any, ids: int | Iterable[int]) -> Hole:
-    """Where a label map holds one of the ids -> bool (H, W). Raises: MaskError; ImageError for an unreadable file.
+    """Find the pixels of a label map that hold one of some ids.
 
-    labels: an array of whole numbers (H, W), a picture of mode P, L or I or the path of one, or rows of ids separated
-    by spaces or commas: the text itself, if it has several lines, or the path of a .txt or .csv file.
+    Args:
+        labels: an array of whole numbers (H, W); an image of mode P, L or I, or the path of one; or rows of ids
+            separated by spaces or commas: the text itself, if it has several lines, or the path of a .txt or .csv file.
+        ids: one id or several.
+
+    Returns:
+        A bool array (H, W), True at these pixels.
+
+    Raises:
+        MaskError: `labels` is no label map, or does not hold one of the ids.
+        ImageError: the image file cannot be read.
     """
     found = _label_map(labels)
     wanted = list(ids) if isinstance(ids, Iterable) else [ids]
@@ -66,7 +106,7 @@ def by_label(labels: Any, ids: int | Iterable[int]) -> Hole:
     if unknown or not wanted:
         what = f"no pixel of {', '.join(repr(label) for label in unknown)}" if unknown else "no ids"
         listed = ", ".join(map(str, known[:LISTED])) + ", ..." * (len(known) > LISTED)
-        hint = "choose among the ids that occur"
+        hint = "give ids that occur in the map"
         raise MaskError("MASK_UNKNOWN_LABEL", "Mask.from_labels", what, expected=f"some of {listed}", hint=hint)
     return np.isin(found, wanted)
 
@@ -93,7 +133,7 @@ def _label_map(labels: Any) -> NDArray[np.integer[Any]]:
         labels = decode(labels, "labels")
     if isinstance(labels, Image.Image) and labels.mode not in LABEL_MODES:
         hint = "colours are not ids: use Mask.from_color, or save the map with a palette"
-        raise _no_map(f"a picture of mode {labels.mode}", hint)
+        raise _no_map(f"an image of mode {labels.mode}", hint)
     array = np.asarray(labels)
     if array.ndim != 2 or not array.size or array.dtype.kind not in "iub":
         raise _no_map(f"an array {array.shape} of {array.dtype}", "labels.astype(int), one id per pixel")

@@ -1,6 +1,6 @@
-"""Masks from models that are asked with points, a box or words: SAM, SAM 2 and CLIPSeg, as transformers has them.
+"""Masks from models that are prompted with points, a box or words: SAM, SAM 2 and CLIPSeg from transformers.
 
-What their own processors do to a picture is done here in a few lines, as SAM 2's needs torchvision.
+The preprocessing of images is done here in a few lines, because transformers' processor of SAM 2 needs torchvision.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sdinpaint.masks.segmenting import Point, Rgb, require_box_inside, require_p
 __all__ = ["Segmenter", "clipseg", "load_segmenter", "sam"]
 
 SAM_CLASSES = {"sam": "SamModel", "sam2": "Sam2Model", "sam2_video": "Sam2Model"}
-"""model_type in a configuration -> class of transformers; the released SAM 2 models are of type sam2_video."""
+"""model_type of a configuration -> class in transformers; the released SAM 2 models have the type sam2_video."""
 CLIPSEG_CLASSES = {"clipseg": "CLIPSegForImageSegmentation"}
 RELEASED = {
     "sam": "facebook/sam-vit-base",
@@ -39,15 +39,15 @@ RELEASED = {
 }
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's red, green and blue; all three models were trained with them."""
+"""Mean and standard deviation of ImageNet's red, green and blue, with which all three models were trained."""
 CLIPSEG_SIDE = 352
 FAILURES = (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError)
-"""What transformers lets through: the hub's and the disk's errors, odd configurations, damaged or other weights."""
+"""Errors that transformers lets through: of the hub, the disk, odd configurations and damaged or other weights."""
 
 
 @dataclass(frozen=True)
 class Segmenter:
-    """One of transformers' models wherever it is, with CLIPSeg's tokenizer and its image processor's settings."""
+    """A segmentation model of transformers, with CLIPSeg's tokenizer and the settings of its image processor."""
 
     model: Any
     tokenizer: Any = None
@@ -67,14 +67,29 @@ class Segmenter:
         return size if isinstance(size, int) else size["height"]
 
     def fitted(self, size: tuple[int, int]) -> tuple[int, int]:
-        """What a picture of (H, W) pixels takes of the input: SAM keeps its shape, the others stretch it to all."""
+        """Compute the part of the input that an image takes.
+
+        Args:
+            size: (height, width) of the image.
+
+        Returns:
+            (height, width) within the input: SAM keeps the aspect ratio, the others stretch the image over the whole
+            input.
+        """
         if self.kind != "sam":
             return self.side, self.side
         height, width = (max(1, math.floor(edge * self.side / max(size) + 0.5)) for edge in size)
         return height, width
 
     def pixels(self, rgb: Rgb) -> Tensor:
-        """rgb (H, W, 3) -> its input (1, 3, side, side), where zeros are right of and below the picture."""
+        """Resize, normalise and pad an image.
+
+        Args:
+            rgb: the image, uint8 (H, W, 3).
+
+        Returns:
+            The input (1, 3, side, side) on the device of the model; padding at the right and bottom is 0.
+        """
         height, width = self.fitted(rgb.shape[:2])
         resized = np.asarray(Image.fromarray(rgb).resize((width, height), Image.Resampling.BILINEAR), np.float32)
         mean = np.asarray(self.processor.get("image_mean", MEAN), np.float32)
@@ -92,11 +107,24 @@ def sam(
     box: Sequence[float] | None = None,
     threshold: float = 0.0,
 ) -> Hole:
-    """What SAM or SAM 2 sees at points (x, y) or in a box, but not at `keep_points`, as a hole (H, W).
+    """Find the object at points or in a box with SAM or SAM 2; of the proposed masks, take the one with the best score.
 
-    Of the masks that the model proposes it is the one that it scores best; threshold: the logit above which a pixel
-    belongs to it. model: a folder, a hub id, or what `load_segmenter` made of one, for many masks.
-    Raises: MaskError or SettingError that names the argument; NumericError.
+    Args:
+        rgb: the image, uint8 (H, W, 3).
+        model: a folder, a hub id, or the result of `load_segmenter`, which saves loading it for every mask.
+        points: points (x, y) on the object.
+        keep_points: points (x, y) beside it.
+        box: (left, top, right, bottom) around the object.
+        threshold: logit above which a pixel belongs to the object.
+
+    Returns:
+        The object as a hole (H, W).
+
+    Raises:
+        MaskError: there is neither a point nor a box, or one lies outside the image.
+        SettingError: `threshold` is no number, or the model cannot be loaded.
+        NumericError: the model returns NaN or infinity.
+
     Source: Kirillov et al. 2023, "Segment Anything"; Ravi et al. 2024, "SAM 2"; transformers SamProcessor.
     """
     size = rgb.shape[:2]
@@ -122,17 +150,28 @@ def sam(
 
 
 def clipseg(rgb: Rgb, text: str | Sequence[str], model: Segmenter | Path | str, threshold: float = 0.5) -> Hole:
-    """What CLIPSeg takes for the thing, or for any of the things, that `text` names, as a hole (H, W).
+    """Find what a text names with CLIPSeg.
 
-    threshold: the probability from which a pixel belongs to it. model: a folder, a hub id, or what `load_segmenter`
-    made of one, for many masks.
-    Raises: MaskError or SettingError that names the argument; NumericError.
+    Args:
+        rgb: the image, uint8 (H, W, 3).
+        text: the name of a thing, or a list of names, any of which is taken.
+        model: a folder, a hub id, or the result of `load_segmenter`, which saves loading it for every mask.
+        threshold: probability from which a pixel belongs to the thing.
+
+    Returns:
+        The thing as a hole (H, W).
+
+    Raises:
+        MaskError: `text` is empty or too long.
+        SettingError: `threshold` is not from 0 to 1, or the model cannot be loaded.
+        NumericError: the model returns NaN or infinity.
+
     Source: Lueddecke and Ecker 2022, "Image Segmentation Using Text and Image Prompts"; transformers CLIPSegProcessor.
     """
     level = check_number("threshold", threshold, 0, 1, of="Mask.clipseg")
     texts = [text] if isinstance(text, str) else list(text)
     if not texts or not all(isinstance(words, str) and words.strip() for words in texts):
-        expected = "some words, or a list of such"
+        expected = "some words, or a list of names"
         raise MaskError(
             "MASK_NO_TEXT", "Mask.clipseg: text", f"{text!r}", expected=expected, hint="name the thing: 'a dog'"
         )
@@ -146,7 +185,17 @@ def clipseg(rgb: Rgb, text: str | Sequence[str], model: Segmenter | Path | str, 
 
 
 def load_segmenter(source: Path | str) -> Segmenter:
-    """SAM, SAM 2 or CLIPSeg from a folder or the hub, on the CPU in float32. Raises: SettingError."""
+    """Load SAM, SAM 2 or CLIPSeg on the CPU in float32.
+
+    Args:
+        source: a folder, or a model on the hub ("owner/name").
+
+    Returns:
+        The model, for the `model` argument of `Mask.sam` and `Mask.clipseg`.
+
+    Raises:
+        SettingError: the model is of another type, incomplete or damaged, or the extra `segment` is not installed.
+    """
     return _load(source, SAM_CLASSES | CLIPSEG_CLASSES)
 
 
@@ -161,7 +210,7 @@ def _segmenter(model: Segmenter | nn.Module | Path | str, classes: Mapping[str, 
 
 
 def _load(source: Path | str, classes: Mapping[str, str]) -> Segmenter:
-    transformers = require_extra("transformers", extra="segment", what="a mask from a model")
+    transformers = require_extra("transformers", extra="segment", what="a mask from a segmentation model")
     subject = f"model {str(source)!r}"
     if not Path(source).is_dir() and not is_hub_id(str(source)):
         raise _refusal(subject, "no such folder", classes)
@@ -181,7 +230,7 @@ def _load(source: Path | str, classes: Mapping[str, str]) -> Segmenter:
 
 
 def _lack(model: Any, report: Mapping[str, Any], tokenizer: Any) -> str | None:
-    """What a model lacks where transformers goes on: with random tensors, or with an empty vocabulary."""
+    """Return what a checkpoint lacks where transformers would go on with random tensors or an empty vocabulary."""
     unfit = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
     if unfit:
         return f"{len(unfit)} tensors missing or of another shape, e.g. {unfit[0]}"
@@ -191,7 +240,7 @@ def _lack(model: Any, report: Mapping[str, Any], tokenizer: Any) -> str | None:
 
 
 def _processor(transformers: Any, source: Path | str) -> Mapping[str, Any]:
-    """The settings of the image processor, none where the model came without."""
+    """Read the settings of the image processor; return none where there is no file of them."""
     try:
         return transformers.ImageProcessingMixin.get_image_processor_dict(source)[0]
     except OSError:
@@ -200,7 +249,7 @@ def _processor(transformers: Any, source: Path | str) -> Mapping[str, Any]:
 
 @contextmanager
 def _reading(transformers: Any, subject: str, classes: Mapping[str, str]) -> Iterator[None]:
-    """Let transformers print nothing meanwhile, and say what it refuses in our words."""
+    """Silence transformers meanwhile, and raise its errors as SettingError."""
     try:
         with quietly(transformers):
             yield
@@ -221,7 +270,7 @@ def _prompts(
     keep_points: Sequence[Point],
     box: Sequence[float] | None,
 ) -> dict[str, Tensor]:
-    """Points and box as the model takes them: in pixels of its input, one object of one picture."""
+    """Convert points and a box to the model's arguments: in pixels of its input, for one object of one image."""
     (height, width), device = segmenter.fitted(size), segmenter.model.device
     scale = torch.tensor([width / size[1], height / size[0]], dtype=torch.float32, device="cpu")
     prompts = {}
@@ -236,9 +285,9 @@ def _prompts(
 
 
 def _tokens(segmenter: Segmenter, texts: Sequence[str]) -> Mapping[str, Tensor]:
-    """input_ids and attention_mask (texts, tokens). Raises: SettingError, MaskError."""
+    """Tokenize texts: input_ids and attention_mask (texts, tokens)."""
     if segmenter.tokenizer is None:
-        hint = "load_segmenter('FOLDER') brings it; or Segmenter(model, tokenizer)"
+        hint = "load it by load_segmenter('FOLDER'), or give Segmenter(model, tokenizer)"
         raise SettingError("SETTING_SEGMENTER", "model", "CLIPSeg without its tokenizer", hint=hint)
     tokens = segmenter.tokenizer(texts, padding=True, return_tensors="pt")
     count, most = tokens["input_ids"].shape[1], segmenter.model.config.text_config.max_position_embeddings
@@ -250,10 +299,10 @@ def _tokens(segmenter: Segmenter, texts: Sequence[str]) -> Mapping[str, Tensor]:
 
 
 def _finite(values: Tensor) -> Tensor:
-    """The model's output in float32 on the CPU. Raises: NumericError."""
+    """Return the output of a model in float32 on the CPU, after a check for NaN and infinity."""
     if not values.isfinite().all():
         found = f"{(~values.isfinite()).sum()} of {values.numel()} outputs are NaN or infinite"
-        hint = "run it in float32; if it is, its weights are damaged"
+        hint = "run the model in float32; if it already is, its weights are damaged"
         raise NumericError("NUMERIC_NOT_FINITE", "model", found, expected="finite values", hint=hint)
     return values.float().cpu()
 

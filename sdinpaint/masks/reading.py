@@ -1,6 +1,6 @@
-"""Reading masks, and what the models make of them.
+"""Reading of masks, and their forms in a model: mask downsampling and the masked image.
 
-A mask stays soft (0..1) as long as it can serve for blending; what is repainted is where it is at least 0.5.
+A mask stays soft (0..1) as long as it can serve for blending; its hole, what is repainted, is where it is at least 0.5.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch.nn import functional as F
 from sdinpaint.errors import MaskError, warn
 from sdinpaint.images.files import DEEP_MODES, decode, open_image
 
-__all__ = ["CELL", "Hole", "Soft", "Source", "binarize", "is_empty", "looks_inverted", "masked_image", "read_mask"]
-__all__ += ["read_own_size", "to_latent"]
+__all__ = ["CELL", "Cover", "Hole", "Soft", "Source", "binarize", "is_empty", "looks_inverted", "masked_image"]
+__all__ += ["read_mask", "read_own_size", "to_latent"]
 
 
 @runtime_checkable
 class HasArray(Protocol):
-    """What numpy takes as an array, such as `Mask`."""
+    """Anything that numpy takes as an array, such as `Mask`."""
 
     def __array__(self) -> NDArray[Any]: ...
 
@@ -32,34 +32,55 @@ class HasArray(Protocol):
 Hole = NDArray[np.bool_]
 Soft = NDArray[np.float32]
 Source = Path | str | Image.Image | HasArray | Tensor
+Cover = Literal["max", "nearest"]
+"""Mask downsampling: each latent cell takes its first pixel ("nearest") or its highest ("max")."""
 
 NOISE = 4 / 255
-"""Below this, a pixel is noise of a JPEG or the far edge of a soft brush."""
+"""Values below this are noise of a JPEG or the far edge of a soft brush."""
 COLOUR = 24
-"""Differences of red, green and blue above this are a colour; a JPEG's noise is well below."""
+"""Differences of red, green and blue above this are a colour; the noise of a JPEG is well below."""
 WHITE = {"uint8": 255.0, "uint16": 65535.0, "int32": 65535.0}
-"""What is white in arrays of whole numbers; int32 is PIL's mode I, in which 16-bit files come."""
+"""Type of whole numbers -> value of white; int32 is PIL's mode I, in which 16-bit files come."""
 MISTAKEN = {255.0: 1.0, 65535.0: 255.0}
-"""Where white is 255, a mask of 0 and 1 is a mistake that would repaint nothing; likewise 0 to 255 for 16 bits."""
+"""Value of white -> highest value of a mask that is probably in a smaller range, and would repaint nothing."""
 INVERTED_SHARE = 0.6
+"""A hole that covers more of the image, and touches its four borders, was probably meant to be kept."""
 ASPECT_TOLERANCE = 0.01
 CELL = 8
 
 
 def read_mask(source: Source, size: tuple[int, int], argument: str = "mask") -> Soft:
-    """Read a path, PIL image, array, tensor or Mask, as `read_own_size` does -> float32 (H, W) in [0, 1].
+    """Read a mask for an image of a given size.
 
-    `size` is (H, W) of the picture; another size with the same aspect within 1 % is scaled, with a warning.
-    Raises MaskError, or ImageError for a file that is no picture; both name `argument`.
+    Args:
+        source: a path, PIL image, array, tensor or Mask, as in `read_own_size`.
+        size: (height, width) of the image. A mask of another size is scaled with a warning if its aspect ratio is the
+            same within 1 %.
+        argument: name that errors give to the mask.
+
+    Returns:
+        The mask as float32 (H, W) in [0, 1], with values below 4 / 255 set to 0.
+
+    Raises:
+        MaskError: the mask is ambiguous, coloured, or of another shape or type.
+        ImageError: the file cannot be read as an image.
     """
     return _without_noise(_fitted(read_own_size(source, argument), size, argument))
 
 
 def read_own_size(source: Source, argument: str) -> Soft:
-    """Read a mask (bool, uint8 0..255, uint16 0..65535, float 0..1) in the size it has -> float32 (H, W) in [0, 1].
+    """Read a mask in its own size; a mask in an alpha channel is read from there, with a warning.
 
-    A mask that lies in the alpha channel is found there, with a warning. A coloured one is refused.
-    Raises MaskError, or ImageError for a file that is no picture; both name `argument`.
+    Args:
+        source: a path, PIL image, array, tensor or Mask: bool, uint8 0..255, uint16 0..65535 or float 0..1.
+        argument: name that errors give to the mask.
+
+    Returns:
+        The mask as float32 (H, W) in [0, 1].
+
+    Raises:
+        MaskError: the mask is ambiguous, coloured, or of another shape or type.
+        ImageError: the file cannot be read as an image.
     """
     if isinstance(source, str | Path):
         return _without_noise(_from_pil(open_image(source, argument), argument))
@@ -75,7 +96,13 @@ def read_own_size(source: Source, argument: str) -> Soft:
 
 
 def binarize(mask: Soft) -> Hole:
-    """mask (H, W) -> True where it is repainted: at least 0.5, so 127 of 255 keeps and 128 repaints.
+    """Compute the hole of a mask: 127 of 255 keeps, 128 repaints.
+
+    Args:
+        mask: (H, W) in [0, 1].
+
+    Returns:
+        A bool array (H, W), True where the mask is at least 0.5.
 
     Source: runwayml/stable-diffusion scripts/inpaint_st.py make_batch_sd.
     """
@@ -83,20 +110,43 @@ def binarize(mask: Soft) -> Hole:
 
 
 def is_empty(mask: Soft) -> bool:
-    """Whether nothing would be repainted."""
+    """Tell whether a mask repaints nothing.
+
+    Args:
+        mask: (H, W) in [0, 1].
+
+    Returns:
+        True if no value is at least 0.5.
+    """
     return not bool(binarize(mask).any())
 
 
 def looks_inverted(hole: NDArray[np.bool_]) -> bool:
-    """Whether a hole (H, W) is most of the picture and reaches all its borders, as one of the wrong polarity does."""
+    """Tell whether a hole looks as if black and white were exchanged.
+
+    Args:
+        hole: bool (H, W).
+
+    Returns:
+        True if the hole covers more than 60 % of the image, but not all of it, and touches its four borders.
+    """
     edges = (hole[0], hole[-1], hole[:, 0], hole[:, -1])
     return INVERTED_SHARE < float(hole.mean()) < 1 and all(bool(edge.any()) for edge in edges)
 
 
-def to_latent(mask: Tensor, cover: Literal["nearest", "max"] = "nearest", cell: int = CELL) -> Tensor:
-    """mask (B, 1, 8H, 8W) -> (B, 1, H, W), by the first pixel of each cell or, with "max", by any pixel of it.
+def to_latent(mask: Tensor, cover: Cover = "nearest", cell: int = CELL) -> Tensor:
+    """Downsample a mask to the latent grid, which has one cell per 8 x 8 pixels.
 
-    The models were trained with "nearest", which a line thinner than 8 pixels may slip through.
+    The models were trained with "nearest", which may miss a line thinner than 8 pixels.
+
+    Args:
+        mask: (B, 1, 8H, 8W).
+        cover: the value of a cell: "nearest" takes its first pixel, "max" its highest.
+        cell: height and width of a cell in pixels.
+
+    Returns:
+        The latent mask (B, 1, H, W).
+
     Source: diffusers pipeline_stable_diffusion_inpaint.py prepare_mask_latents.
     """
     if cover == "max":
@@ -105,7 +155,15 @@ def to_latent(mask: Tensor, cover: Literal["nearest", "max"] = "nearest", cell: 
 
 
 def masked_image(image: Tensor, mask: Tensor) -> Tensor:
-    """image (B, 3, H, W), mask (B, 1, H, W) -> the image with 0, mid grey, where it is repainted."""
+    """Set the hole of an image to 0, which is mid grey.
+
+    Args:
+        image: (B, 3, H, W) in [-1, 1].
+        mask: (B, 1, H, W) in [0, 1].
+
+    Returns:
+        The image (B, 3, H, W) with 0 where the mask is at least 0.5.
+    """
     return image * (mask < 0.5).to(image.dtype)
 
 
@@ -117,7 +175,7 @@ def _from_pil(image: Image.Image, argument: str) -> Soft:
         alpha = pixels[..., 3]
         if alpha.min() < alpha.max():
             _require_one_colour(pixels[alpha > 0][:, :3], argument)
-            message = f"{argument}: the mask is in the alpha channel: opaque is repainted, transparent is kept"
+            message = f"{argument}: the mask is read from the alpha channel: opaque is repainted, transparent is kept"
             warn(message)
             return _scaled(alpha, argument)
     rgb = image.convert("RGB")
@@ -138,7 +196,7 @@ def _from_array(array: NDArray[np.generic], argument: str) -> Soft:
 
 
 def _scaled(values: NDArray[np.generic], argument: str) -> Soft:
-    """Values (H, W) as float32 in [0, 1]: their type says what is white."""
+    """Convert values (H, W) to float32 in [0, 1]; their type decides which value is white."""
     if values.dtype == np.bool_:
         return values.astype(np.float32)
     white = 1.0 if np.issubdtype(values.dtype, np.floating) else WHITE.get(values.dtype.name)
@@ -152,7 +210,7 @@ def _scaled(values: NDArray[np.generic], argument: str) -> Soft:
         raise MaskError("MASK_BAD_VALUES", argument, found, expected=expected, hint=hint)
     if not 0 <= low <= high <= white or 0 < high <= MISTAKEN.get(white, 0):
         found = f"{values.dtype} values from {low:g} to {high:g}"
-        raise MaskError("MASK_BAD_VALUES", argument, found, expected=expected, hint="mask > 0 is a mask of type bool")
+        raise MaskError("MASK_BAD_VALUES", argument, found, expected=expected, hint="mask > 0 makes it bool")
     soft = values.astype(np.float32)
     soft /= np.float32(white)
     return soft
@@ -187,9 +245,9 @@ def _fitted(mask: Soft, size: tuple[int, int], argument: str) -> Soft:
     if mask.shape == size:
         return mask
     (height, width), (rows, columns) = size, mask.shape
-    found, expected = f"{rows} rows, {columns} columns", f"{height} rows, {width} columns, as the picture has"
+    found, expected = f"{rows} rows, {columns} columns", f"{height} rows, {width} columns, as the image has"
     if abs(columns * height - rows * width) > ASPECT_TOLERANCE * rows * width:
-        hint = "draw the mask over the picture itself, at its size"
+        hint = "draw the mask over the image itself, at its size"
         raise MaskError("MASK_SIZE", argument, found, expected=expected, hint=hint)
     warn(f"{argument}: {found}; scaled to {expected}")
     return np.array(Image.fromarray(mask).resize((width, height), Image.Resampling.BILINEAR))

@@ -1,9 +1,9 @@
-"""What a mask would do, told before the run: its extent, what the latent lattice makes of it, likely mistakes."""
+"""A report on a mask before the run: its extent, its form on the latent grid, and likely mistakes."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,63 +16,63 @@ from sdinpaint.checks import require_extra
 from sdinpaint.errors import MaskError, SettingError
 from sdinpaint.images.boxes import Box
 from sdinpaint.images.picture import pad_to_multiple
-from sdinpaint.masks.reading import CELL, Hole, binarize, looks_inverted, to_latent
+from sdinpaint.masks.reading import CELL, Cover, Hole, binarize, looks_inverted, to_latent
 
 __all__ = ["Cover", "MaskReport", "report"]
 
-Cover = Literal["max", "nearest"]
-
 SPECK = CELL * CELL
-"""Connected pixels fewer than these, a latent cell, are a speck; `Mask.drop_specks` drops as many."""
+"""Area of a latent cell in pixels; smaller regions are specks. `Mask.drop_specks` has the same default."""
 STRAY_SHARE = 0.05
-"""Specks that are less of the repainted pixels are slips of the brush; more of them are drawn on purpose."""
+"""Share of the repainted pixels below which specks are slips of the brush; more specks are drawn on purpose."""
 MOSTLY = 0.5
-"""A mask that is thin in more than this part will come out blurred; the rounded ends of a thick brush are less."""
+"""Share of thin pixels above which a result is blurred; the rounded ends of a thick brush stay below."""
 LOST_SHARE = 0.4
-"""Boxes and brushes lose less along their edges; thin strokes and small squares more."""
+"""Share of lost pixels above which to warn: boxes and brushes lose less along their edges, thin strokes more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskReport:
-    """Shares are in 0..1: `share` and `faint` of all pixels, the others of the repainted ones (0 if there are none).
+    """A report on what a run would do with a mask.
 
+    `share` and `faint` are shares of all pixels; the other shares relate to the repainted pixels (0 if there are none).
     `regions`, `specks` and `speck_pixels` are None where scipy, which counts them, is not installed.
     """
 
     size: tuple[int, int]
     """Height and width in pixels."""
     cover: Cover
-    """How the run makes latent cells of pixels."""
+    """Mask downsampling of the run."""
     share: float
-    """Repainted pixels: those of at least 0.5."""
+    """Share of the pixels that are repainted: those of at least 0.5."""
     bounds: Box | None
     """The smallest box that holds all repainted pixels."""
     regions: int | None
-    """Repainted areas that do not touch each other, not even by a corner."""
+    """Number of repainted areas that do not touch each other, not even at a corner."""
     specks: int | None
-    """Those of them with fewer than 64 pixels, a latent cell."""
+    """Number of repainted areas of fewer than 64 pixels, the area of a latent cell."""
     speck_pixels: int | None
+    """Number of pixels in specks."""
     thin_share: float
-    """Pixels in strokes thinner than a latent cell: those that no square of 8 x 8 repainted pixels holds."""
+    """Share of the repainted pixels that no square of 8 x 8 repainted pixels holds: strokes thinner than a cell."""
     lost_share: float
-    """Pixels whose latent cell is not repainted: the model takes the grey there for a part of the picture."""
+    """Share of the repainted pixels whose latent cell is kept: the model takes the grey there for image content."""
     lost_share_nearest: float
-    """What is or would be lost with cover="nearest"."""
+    """Share of the repainted pixels that cover="nearest" loses or would lose."""
     grown_share_max: float
-    """What cover="max" repaints or would repaint beyond the mask: the other pixels of all touched cells."""
+    """Pixels that cover="max" repaints or would repaint beyond the mask, as a multiple of the repainted pixels."""
     faint: float
-    """Pixels above 0 and below 0.5: they are kept, and serve for soft edges alone."""
+    """Share of the pixels above 0 and below 0.5: they are kept, and only soften edges."""
     inverted: bool
-    """Whether white, which is repainted, was probably meant to be kept."""
+    """True if black and white were probably exchanged."""
 
     @property
     def empty(self) -> bool:
-        """Whether nothing would be repainted."""
+        """True if nothing would be repainted."""
         return self.share == 0
 
     @property
     def full(self) -> bool:
-        """Whether nothing would be kept."""
+        """True if nothing would be kept."""
         return self.share == 1
 
     @property
@@ -80,12 +80,12 @@ class MaskReport:
         """One line for each likely mistake, with its remedy."""
         if self.empty:
             seen = f"{self.faint:.1%} of the pixels are grey, but none is 0.5 or more" if self.faint else "it is black"
-            return (f"nothing is repainted: {seen}; paint what is to change in white, or invert the mask: ~mask",)
+            return (f"nothing is repainted: {seen}; make the pixels to repaint white, or invert the mask: ~mask",)
         found = []
         if self.inverted:
-            found.append(f"{self.share:.0%} is repainted, up to all borders; if it is to be kept: ~mask")
+            found.append(f"{self.share:.0%} is repainted, up to all borders; if that was meant to be kept, use ~mask")
         if self.lost_share > LOST_SHARE:
-            found.append(f'{self.lost_share:.0%} of the mask is lost between latent cells; take cover="max"')
+            found.append(f'{self.lost_share:.0%} of the mask is lost between latent cells; use cover="max"')
         if self.thin_share > MOSTLY:
             found.append(f"{self.thin_share:.0%} of the mask is thinner than {CELL} pixels; widen it: Mask.grow(4)")
         if self.specks and 0 < self._strays < STRAY_SHARE:
@@ -93,17 +93,17 @@ class MaskReport:
         return tuple(found)
 
     def table(self) -> str:
-        """The figures, a line each."""
+        """Return the figures as text, one per line."""
         rows = {
             "size": f"{self.size[0]} rows, {self.size[1]} columns",
-            "repainted": f"{self.share:.2%} of the picture" + (f", within {self.bounds}" if self.bounds else ""),
+            "repainted": f"{self.share:.2%} of the image" + (f", within {self.bounds}" if self.bounds else ""),
             "regions": "not counted: needs scipy (pip install 'sdinpaint[mask]')"
             if self.regions is None
             else f"{self.regions}, of which {self.specks} below {SPECK} pixels ({self.speck_pixels} pixels in all)",
             "thin": f"{self.thin_share:.1%} of the repainted pixels are in strokes thinner than {CELL} pixels",
-            "lattice": f'cover="nearest" loses {self.lost_share_nearest:.1%} of them, '
-            f'cover="max" adds {self.grown_share_max:.1%}; this run takes "{self.cover}"',
-            "faint": f"{self.faint:.1%} of the picture is above 0 and below 0.5: kept",
+            "latents": f'cover="nearest" loses {self.lost_share_nearest:.1%} of the repainted pixels, '
+            f'cover="max" adds {self.grown_share_max:.1%}; this run uses "{self.cover}"',
+            "faint": f"{self.faint:.1%} of the image is above 0 and below 0.5: kept",
         }
         return "\n".join(f"{name:<10}{text}" for name, text in rows.items())
 
@@ -111,21 +111,31 @@ class MaskReport:
         return "\n".join([self.table(), *(f"warning: {text}" for text in self.warnings)])
 
     def to_json(self) -> dict[str, Any]:
-        """Every value by name, as JSON takes it."""
+        """Return all values by name, in types that JSON has."""
         more = {"empty": self.empty, "full": self.full, "warnings": list(self.warnings)}
         return asdict(self) | {"size": list(self.size), "bounds": self.bounds and list(self.bounds)} | more
 
     @property
     def _strays(self) -> float:
-        """The share of the repainted pixels that is in specks."""
+        """The share of the repainted pixels that lies in specks."""
         return (self.speck_pixels or 0) / (self.share * self.size[0] * self.size[1])
 
 
 def report(mask: ArrayLike, cover: Cover = "max") -> MaskReport:
-    """What a run with `mask` (H, W) in [0, 1] would do to it, and what looks like a mistake.
+    """Report what a run would do with a mask, and what looks like a mistake.
 
-    The latent cells are those of the run: 8 x 8 pixels of the mask padded by reflection at the right and bottom.
-    Raises: MaskError for another shape, SettingError for an unknown cover.
+    The latent cells are those of the run: 8 x 8 pixels of the mask, padded by reflection at the right and bottom.
+
+    Args:
+        mask: (H, W) in [0, 1].
+        cover: mask downsampling of the run.
+
+    Returns:
+        The report.
+
+    Raises:
+        MaskError: `mask` has another shape.
+        SettingError: `cover` is unknown.
     """
     soft = np.asarray(mask, dtype=np.float32)
     if soft.ndim != 2 or not soft.size:
@@ -155,26 +165,26 @@ def report(mask: ArrayLike, cover: Cover = "max") -> MaskReport:
 
 
 def _covered(padded: Tensor, cover: Cover, crop: tuple[slice, slice]) -> Hole:
-    """The pixels (H, W) of all latent cells that are repainted."""
+    """Return the pixels (H, W) of all latent cells that are repainted."""
     cells = to_latent(padded, cover)
     pixels = F.interpolate(cells, scale_factor=CELL)[0, 0]
     return pixels[crop].numpy() > 0
 
 
 def _opened(padded: Tensor, crop: tuple[slice, slice]) -> Hole:
-    """The pixels (H, W) that some square of CELL x CELL repainted pixels holds: the mask's morphological opening."""
+    """Return the morphological opening (H, W): the pixels inside some CELL x CELL square of repainted pixels."""
     corners = -_largest(-padded)
     around = CELL - 1
     return _largest(F.pad(corners, (around, around, around, around)))[0, 0][crop].numpy() > 0
 
 
 def _largest(values: Tensor) -> Tensor:
-    """The largest of each CELL x CELL window, by rows and then by columns, which is much faster than at once."""
+    """Return the largest value of each CELL x CELL window; rows first is much faster than both axes at once."""
     return F.max_pool2d(F.max_pool2d(values, (CELL, 1), stride=1), (1, CELL), stride=1)
 
 
 def _counted(hole: Hole) -> tuple[int, int, int] | tuple[None, None, None]:
-    """Regions, specks and the pixels in specks; None without scipy."""
+    """Count the regions, the specks and the pixels in specks; None for each without scipy."""
     try:
         ndimage = require_extra("scipy.ndimage", extra="mask", what="the regions of a mask")
     except SettingError:

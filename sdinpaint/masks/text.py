@@ -1,4 +1,4 @@
-"""A mask as text: a PNG in base64, which the manifest of an image keeps."""
+"""A mask as text: a PNG in base64, which the manifest of an image stores."""
 
 from __future__ import annotations
 
@@ -17,12 +17,19 @@ __all__ = ["mask_from_text", "mask_to_text"]
 
 Soft = NDArray[np.float32]
 _DEPTHS: dict[int, type[np.generic]] = {1: np.bool_, 255: np.uint8, 65535: np.uint16}
-"""The values of white in a PNG that a mask may be kept as."""
+"""Level of white in the PNG -> type of its pixels."""
 _MAX_PNG = 24_000
 
 
 def mask_to_text(mask: Soft) -> str | None:
-    """float32 (H, W) in [0, 1] as a PNG in base64; None where it would not come back bit for bit, or is large."""
+    """Encode a mask as a PNG in base64.
+
+    Args:
+        mask: float32 (H, W) in [0, 1].
+
+    Returns:
+        The text; None where decoding would not give the same bits, or where the PNG exceeds 24,000 bytes.
+    """
     for white, dtype in _DEPTHS.items():
         levels = np.rint(mask * np.float32(white)).astype(dtype)
         if _as_mask(levels, white).tobytes() == mask.tobytes():
@@ -33,7 +40,19 @@ def mask_to_text(mask: Soft) -> str | None:
 
 
 def mask_from_text(text: str, argument: str = "mask") -> Soft:
-    """Read the mask that `mask_to_text` wrote, as it was: the PNG is lossless. Raises: MaskError, ImageError."""
+    """Decode a mask that `mask_to_text` encoded; it comes back bit for bit.
+
+    Args:
+        text: a grey PNG in base64.
+        argument: name that an error gives to the text.
+
+    Returns:
+        The mask as float32 (H, W) in [0, 1].
+
+    Raises:
+        MaskError: `text` is not a grey PNG in base64.
+        ImageError: the PNG is damaged or too large.
+    """
     expected, hint = "a grey PNG in base64", "give the mask file that was used"
     try:
         image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])

@@ -1,4 +1,4 @@
-"""Scores of pictures: how like a reference they are, and how well what was repainted sits in its surroundings."""
+"""Scores of images: similarity to a reference, and how well repainted pixels match their surroundings."""
 
 from __future__ import annotations
 

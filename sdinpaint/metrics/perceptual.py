@@ -1,4 +1,4 @@
-"""LPIPS and FID by torchmetrics, whose networks are fetched at their first use."""
+"""LPIPS and FID by torchmetrics, which downloads their networks at the first use."""
 
 from __future__ import annotations
 
@@ -20,9 +20,19 @@ Bytes = NDArray[np.uint8]
 
 
 def lpips(reference: Bytes, picture: Bytes) -> float:
-    """Learned perceptual distance of pictures (H, W, 3) by AlexNet: 0 if identical, about 1 at most.
+    """Compute LPIPS, the learned perceptual distance, by AlexNet; it is 0 for identical images, and about 1 at most.
 
-    Raises: ImageError for pictures of two sizes, SettingError where torchvision or its weights are missing.
+    Args:
+        reference: uint8 (H, W, 3).
+        picture: uint8 (H, W, 3).
+
+    Returns:
+        The distance.
+
+    Raises:
+        ImageError: the images differ in size.
+        SettingError: the extra `eval` is not installed, or the weights cannot be downloaded.
+
     Source: https://arxiv.org/abs/1801.03924.
     """
     check_pictures(reference, picture)
@@ -35,16 +45,28 @@ def lpips(reference: Bytes, picture: Bytes) -> float:
 
 
 def fid(references: Sequence[Bytes], pictures: Sequence[Bytes], features: int | nn.Module = 2048) -> float:
-    """Frechet distance of two sets of pictures, in the features of Inception: 0 for the same set.
+    """Compute FID, the Frechet distance of two sets of images in the features of Inception; it is 0 for the same set.
 
-    `features` may be a module uint8 (B, 3, H, W) -> (B, F) instead. Sets of fewer than some thousands of pictures
-    compare with others of their size alone.
-    Raises: SettingError for a set of fewer than two, or where torch-fidelity or its weights are missing.
+    Sets of fewer than some thousands of images compare only with sets of the same size.
+
+    Args:
+        references: images, uint8 (H, W, 3) each.
+        pictures: images, uint8 (H, W, 3) each.
+        features: the layer of Inception by its number of features, or a module uint8 (B, 3, H, W) -> (B, F).
+
+    Returns:
+        The distance.
+
+    Raises:
+        ImageError: an image has another type or shape.
+        SettingError: a set has fewer than two images, the extra `eval` is not installed, or the weights cannot be
+            downloaded.
+
     Source: https://arxiv.org/abs/1706.08500.
     """
     for name, given in (("references", references), ("pictures", pictures)):
         if len(given) < 2:
-            raise SettingError("SETTING_COUNTS", name, f"{len(given)}", expected="at least two pictures")
+            raise SettingError("SETTING_COUNTS", name, f"{len(given)}", expected="at least two images")
         for picture in given:
             check_pictures(picture)
     if isinstance(features, int):
@@ -61,12 +83,12 @@ def fid(references: Sequence[Bytes], pictures: Sequence[Bytes], features: int | 
 
 @contextmanager
 def _network(what: str) -> Iterator[None]:
-    """Loading of weights, which may need the network. Raises: SettingError."""
+    """Raise SettingError where loading the weights of a metric fails."""
     try:
         yield
     except OSError as error:
-        hint = "connect once, or put the weights into torch's cache (torch.hub.get_dir())"
-        raise SettingError("SETTING_WEIGHTS", what, f"its weights cannot be fetched ({error})", hint=hint) from error
+        hint = "connect to the network once, or put the weights into torch's cache (torch.hub.get_dir())"
+        raise SettingError("SETTING_WEIGHTS", what, f"its weights cannot be downloaded ({error})", hint=hint) from error
 
 
 def _batch(picture: Bytes) -> Tensor:

@@ -1,6 +1,6 @@
-"""How well what was repainted sits in its surroundings, whatever it shows: no reference is needed.
+"""Scores that need no reference: how well repainted pixels match their surroundings, whatever they show.
 
-A hole that is empty or full has no edge, and one that is empty no pixels: what cannot be measured is None.
+A score is None where it cannot be measured: an empty or full hole has no edge, and an empty one has no pixels.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Hole = NDArray[np.bool_]
 NOTICEABLE = 2.3
 """The just noticeable difference of two colours in CIELAB."""
 ROWS = 256
-"""Of a picture that are looked at at a time: what rings take is some fifty times the picture."""
+"""Rows of an image that are measured at a time: intermediate values take about fifty times the image's memory."""
 BESIDE = (0, 1, 3, 4)
-"""The steps two before, one before, one after and two after a step, which itself is at 2."""
+"""Indices of the two steps before and the two after a step, which itself is at 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What `scores` measured; the functions of the same names say how."""
+    """The scores of a repainted image; each is defined in the function of the same name."""
 
     ring_delta_e: float | None
     seam: float | None
@@ -50,12 +50,25 @@ class Scores:
         return ", ".join(f"{name} {value}" for name, value in values.items())
 
     def to_json(self) -> dict[str, float | None]:
-        """Every score by name."""
+        """Return the scores by name."""
         return asdict(self)
 
 
 def scores(original: Bytes, picture: Bytes, hole: Hole) -> Scores:
-    """All scores of a picture (H, W, 3) whose hole (H, W) was repainted. Raises: ImageError, MaskError."""
+    """Compute all scores of a repainted image.
+
+    Args:
+        original: the image before, uint8 (H, W, 3).
+        picture: the image after, uint8 (H, W, 3).
+        hole: bool (H, W), True = repainted.
+
+    Returns:
+        The scores.
+
+    Raises:
+        ImageError: the images are not uint8 (H, W, 3) of one size.
+        MaskError: the hole is not bool (H, W) of that size.
+    """
     return Scores(
         ring_delta_e=ring_delta_e(picture, hole),
         seam=seam(picture, hole),
@@ -65,12 +78,25 @@ def scores(original: Bytes, picture: Bytes, hole: Hole) -> Scores:
 
 
 def ring_delta_e(picture: Bytes, hole: Hole, width: int = 4) -> float | None:
-    """The colour shift across the hole's edge: 0 where there is none, d where all that was repainted is off by d.
+    """Measure the colour shift across the hole's edge; a shift of all repainted pixels by d scores d.
 
-    The rings are the pixels up to `width` rows and columns from the other side of the edge, inside and outside. About
-    each pixel that has a neighbour (left, right, above or below) on the other side, the Gaussian-weighted mean colours
-    (sigma = width, cut at 2 * width) of both rings are compared; the score is the mean of their distances in CIELAB.
-    Inside and outside count alike. A smooth slope across the edge counts by its change over about `width` pixels.
+    The boundary bands are the pixels up to `width` rows and columns from the other side of the edge, inside and
+    outside. About each pixel that has a neighbour (left, right, above or below) on the other side, the
+    Gaussian-weighted mean colours (sigma = width, cut at 2 * width) of both bands are compared. The score is the mean
+    of their distances in CIELAB. A smooth slope across the edge counts by its change over about `width` pixels.
+
+    Args:
+        picture: the image, uint8 (H, W, 3).
+        hole: bool (H, W), True = repainted.
+        width: width of the bands in pixels.
+
+    Returns:
+        The mean distance; None for an empty or full hole.
+
+    Raises:
+        ImageError: the image is not uint8 (H, W, 3).
+        MaskError: the hole is not bool (H, W) of the size of the image.
+        SettingError: `width` is not a whole number from 1 on.
     """
     _check(picture, hole)
     check_whole("width", width, 1, of="ring_delta_e")
@@ -79,7 +105,7 @@ def ring_delta_e(picture: Bytes, hole: Hole, width: int = 4) -> float | None:
         return None
     shifts = []
     for top in range(0, len(edge), ROWS):
-        # the rings reach so far from a pixel of the edge, and what is in them by the other side so much further
+        # windows reach 2 * width from the edge, and pixels up to width further decide what is in a band
         first, end = max(top - 3 * width, 0), top + ROWS + 3 * width
         counted = edge[first:end].copy()
         counted[: top - first] = counted[top - first + ROWS :] = False
@@ -89,12 +115,23 @@ def ring_delta_e(picture: Bytes, hole: Hole, width: int = 4) -> float | None:
 
 
 def seam(picture: Bytes, hole: Hole) -> float | None:
-    """How much larger the steps of colour across the hole's edge are than those beside it, in CIELAB.
+    """Measure how much larger the colour steps across the hole's edge are than the steps beside it, in CIELAB.
 
     A step is the distance of two neighbouring pixels. From each step across the edge, along a row or a column, the mean
-    of the two steps before and the two after it in that row or column is taken away, as far as they lie in the picture
-    and do not cross the edge themselves; the score is the mean of the differences. 0 for any even slope, about 0 for
-    texture that goes on across the edge, below 0 where the edge is smoother than its surroundings.
+    of the two steps before and the two after it is subtracted, as far as they lie in the image and do not cross the
+    edge themselves. The score is the mean of the differences: 0 for any even slope, about 0 for texture that continues
+    across the edge, and below 0 where the edge is smoother than its surroundings.
+
+    Args:
+        picture: the image, uint8 (H, W, 3).
+        hole: bool (H, W), True = repainted.
+
+    Returns:
+        The mean difference; None where no step across the edge has a step beside it.
+
+    Raises:
+        ImageError: the image is not uint8 (H, W, 3).
+        MaskError: the hole is not bool (H, W) of the size of the image.
     """
     _check(picture, hole)
     edge = _edge(hole)
@@ -107,7 +144,20 @@ def seam(picture: Bytes, hole: Hole) -> float | None:
 
 
 def changed(original: Bytes, picture: Bytes, hole: Hole) -> float | None:
-    """The share of the hole's pixels whose colour changed noticeably: by more than 2.3 in CIELAB."""
+    """Measure the share of the hole's pixels whose colour changed noticeably, by more than 2.3 in CIELAB.
+
+    Args:
+        original: the image before, uint8 (H, W, 3).
+        picture: the image after, uint8 (H, W, 3).
+        hole: bool (H, W), True = repainted.
+
+    Returns:
+        The share in 0..1; None for an empty hole.
+
+    Raises:
+        ImageError: the images are not uint8 (H, W, 3) of one size.
+        MaskError: the hole is not bool (H, W) of that size.
+    """
     check_pictures(original, picture)
     _check(picture, hole)
     if not hole.any():
@@ -120,7 +170,20 @@ def changed(original: Bytes, picture: Bytes, hole: Hole) -> float | None:
 
 
 def known_error(original: Bytes, picture: Bytes, hole: Hole) -> int:
-    """The largest difference outside the hole, in levels of 255; 0 says that all known pixels are the same bits."""
+    """Measure the largest difference outside the hole; 0 means that all known pixels are the same bits.
+
+    Args:
+        original: the image before, uint8 (H, W, 3).
+        picture: the image after, uint8 (H, W, 3).
+        hole: bool (H, W), True = repainted.
+
+    Returns:
+        The difference in levels, 0 to 255.
+
+    Raises:
+        ImageError: the images are not uint8 (H, W, 3) of one size.
+        MaskError: the hole is not bool (H, W) of that size.
+    """
     check_pictures(original, picture)
     _check(picture, hole)
     difference = np.abs(original.astype(np.int16) - picture)
@@ -128,12 +191,12 @@ def known_error(original: Bytes, picture: Bytes, hole: Hole) -> int:
 
 
 def _shifts(picture: Bytes, hole: Hole, edge: Hole, width: int) -> Tensor:
-    """The distance of both rings' mean colours about each of these pixels of the edge, all in one."""
+    """Return the distances of the mean colours of both bands about the pixels of the edge, as one tensor."""
     near = _near(edge, 3 * width)
     sides = torch.from_numpy(np.stack([hole[near], ~hole[near]])).float()
-    ring = sides * _grown(sides.flip(0), width)
+    bands = sides * _grown(sides.flip(0), width)
     lab = torch.from_numpy(to_lab(picture[near])).float().permute(2, 0, 1)
-    sums = torch.cat([ring[:, None] * lab, ring[:, None]], dim=1).flatten(0, 1)
+    sums = torch.cat([bands[:, None] * lab, bands[:, None]], dim=1).flatten(0, 1)
     around = F.pad(sums, (2 * width,) * 4)
     inside, outside = smoothed(around, gaussian(width, 2 * width))[:, torch.from_numpy(edge[near])].chunk(2)
     return torch.linalg.vector_norm(inside[:3] / inside[3] - outside[:3] / outside[3], dim=0)
@@ -145,13 +208,13 @@ def _check(picture: Bytes, hole: Hole) -> None:
 
 
 def _grown(sides: Tensor, width: int) -> Tensor:
-    """sides (2, H, W), each with all pixels up to `width` rows and columns away."""
+    """Grow both sides (2, H, W) by `width` rows and columns."""
     down = F.max_pool2d(sides, (2 * width + 1, 1), stride=1, padding=(width, 0))
     return F.max_pool2d(down, (1, 2 * width + 1), stride=1, padding=(0, width))
 
 
 def _edge(hole: Hole) -> Hole:
-    """The pixels (H, W) that have a neighbour on the other side."""
+    """Return the pixels (H, W) that have a neighbour on the other side."""
     edge = np.zeros_like(hole)
     across, down = hole[:, 1:] != hole[:, :-1], hole[1:] != hole[:-1]
     edge[:, 1:] |= across
@@ -162,14 +225,14 @@ def _edge(hole: Hole) -> Hole:
 
 
 def _near(edge: Hole, margin: int) -> tuple[slice, slice]:
-    """The rows and columns up to `margin` from the edge: nothing farther away counts."""
+    """Return the rows and columns up to `margin` from the edge."""
     lines = (np.flatnonzero(edge.any(axis)) for axis in (1, 0))
     rows, columns = (slice(max(at[0] - margin, 0), at[-1] + 1 + margin) for at in lines)
     return rows, columns
 
 
 def _excess(lab: Lab, hole: Hole) -> NDArray[np.float64]:
-    """Each step across the edge along the rows, less the mean of the steps beside it."""
+    """Return each step across the edge along the rows, minus the mean of the steps beside it."""
     across = hole[:, 1:] != hole[:, :-1]
     margin = ((0, 0), (2, 2))
     steps = np.pad(delta_e(lab[:, 1:], lab[:, :-1]), margin)

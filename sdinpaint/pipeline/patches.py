@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdinpaint.images.boxes import Box
 from sdinpaint.images.crops import Crop
-from sdinpaint.images.fills import fill_hole
+from sdinpaint.images.fills import Fill, fill_hole
 from sdinpaint.images.picture import pad_to_multiple, to_tensor
 from sdinpaint.pipeline.requests import Item
 
@@ -40,7 +40,7 @@ def cut_patch(
     hole: NDArray[np.bool_],
     crop: Crop,
     *,
-    fill: str = "original",
+    fill: Fill = "original",
     soft: bool = False,
 ) -> Patch:
     """Cut a patch out of an image as it is now.

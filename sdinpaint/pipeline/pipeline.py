@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from sdinpaint.errors import Remark, keeping_warnings, warn
-from sdinpaint.images.canvas import OVERLAP
+from sdinpaint.images.blending import Blend
+from sdinpaint.images.canvas import OVERLAP, Anchor, ExtendingFill
+from sdinpaint.images.fills import Fill
 from sdinpaint.images.picture import paste
 from sdinpaint.latent_diffusion import LatentDiffusion
 from sdinpaint.masks import Cover, masked_image, to_latent
@@ -18,7 +20,7 @@ from sdinpaint.pipeline.patches import cut_patch, whole
 from sdinpaint.pipeline.repaint import Canvas, Repaint
 from sdinpaint.pipeline.requests import Item, Kind, OnError, Request
 from sdinpaint.pipeline.results import WATCHING, Repainted, Result
-from sdinpaint.pipeline.settings import Settings, require_no_control
+from sdinpaint.pipeline.settings import Regions, Settings, require_no_control
 from sdinpaint.provenance.fingerprints import weights_of
 from sdinpaint.provenance.manifest import Manifest, check_again, environment
 from sdinpaint.sampling import Conditioning, Known
@@ -52,13 +54,13 @@ class Pipeline(LatentDiffusion):
         guidance_rescale: float = 0.0,
         guidance_start: float = 0.0,
         guidance_end: float = 1.0,
-        fill: str = "original",
+        fill: Fill = "original",
         soft: bool = False,
         crop: int | str | None = None,
-        regions: str = "together",
-        blend: str = "none",
+        regions: Regions = "together",
+        blend: Blend = "none",
         match_color: bool = False,
-        cover: str = "max",
+        cover: Cover = "max",
         batch_size: int | None = None,
         control_scale: float = 1.0,
         control_start: float = 0.0,
@@ -196,9 +198,9 @@ class Pipeline(LatentDiffusion):
         bottom: int = 0,
         *,
         size: tuple[int, int] | None = None,
-        anchor: str = "center",
+        anchor: Anchor = "center",
         overlap: int = OVERLAP,
-        fill: str = "edge",
+        fill: ExtendingFill = "edge",
         **options: Any,
     ) -> Result:
         """Extend `image` at its sides, or to a size, as `prompt` says; its other pixels stay bit for bit.

@@ -10,11 +10,11 @@ from typing import Any, Literal, Self, get_args
 
 from sdinpaint.checks import check_choice, check_number, check_switch, check_whole
 from sdinpaint.errors import SettingError
-from sdinpaint.images.blending import BLENDS
-from sdinpaint.images.canvas import ANCHORS, EXTENDING_FILLS, OVERLAP
+from sdinpaint.images.blending import BLENDS, Blend
+from sdinpaint.images.canvas import ANCHORS, EXTENDING_FILLS, OVERLAP, Anchor, ExtendingFill
 from sdinpaint.images.crops import AUTO
 from sdinpaint.images.files import MAX_PIXELS
-from sdinpaint.images.fills import FILLS
+from sdinpaint.images.fills import FILLS, Fill
 from sdinpaint.masks import Cover
 from sdinpaint.sampling import Guidance, find_sampler, resolve, schedules
 from sdinpaint.sampling.masked import ROUNDING
@@ -90,11 +90,11 @@ class MaskSettings:
     """
 
     cover: Cover = "max"
-    fill: str = "original"
+    fill: Fill = "original"
     soft: bool = False
     crop: int | str | None = None
     regions: Regions = "together"
-    blend: str = "none"
+    blend: Blend = "none"
     match_color: bool = False
     paste_back: bool = True
 
@@ -151,9 +151,9 @@ class CanvasSettings:
     top: int = 0
     bottom: int = 0
     size: tuple[int, int] | None = None
-    anchor: str = "center"
+    anchor: Anchor = "center"
     overlap: int = OVERLAP
-    fill: str = "edge"
+    fill: ExtendingFill = "edge"
 
     def __post_init__(self) -> None:
         check_choice("anchor", self.anchor, ANCHORS)

@@ -1,1 +1,1 @@
-"""From prompts to what the UNet attends to: the tokenizer and the conditioning made with the text encoders."""
+"""Prompts to text conditioning for the UNet: the tokenizer, and the text encoders' embeddings."""

@@ -1,4 +1,4 @@
-"""Prompts to what a UNet is told: states of one text encoder, or for SDXL of two, and with them the picture's size."""
+"""Text conditioning: the hidden states of one text encoder, or of two for SDXL, with SDXL's size conditioning."""
 
 from __future__ import annotations
 
@@ -20,24 +20,31 @@ SIZES = 6
 
 @dataclass(frozen=True)
 class PictureSize:
-    """What SDXL is told of the picture, in pixels: its size, of which one it was cut, and where (top, left).
+    """SDXL's size and crop conditioning (micro-conditioning), in pixels.
 
-    Source: Podell et al. 2023, section 2.2; their training pictures were enlarged and cut, and the model was told.
+    Source: Podell et al. 2023, section 2.2: training images were scaled and cropped, and the model was given both.
     """
 
     target: tuple[int, int]
-    """Height and width."""
+    """Height and width of the image to generate."""
     original: tuple[int, int] | None = None
-    """None: as `target`."""
+    """Height and width of the image before it was scaled and cropped; None is the same as `target`."""
     crop: tuple[int, int] = (0, 0)
+    """Top and left of the crop."""
 
     def numbers(self) -> list[int]:
-        """The six numbers in the order of training."""
+        """Return the six numbers in the order of training."""
         return [*(self.original or self.target), *self.crop, *self.target]
 
 
 class TextConditioner:
-    """The text encoders of a model with their tokenizers, one each: prompts -> Conditioning."""
+    """The text encoders of a model with one tokenizer each: prompts to `Conditioning`.
+
+    Args:
+        family: the family of the model.
+        encoders: one text encoder for each of `family.texts`.
+        tokenizer: the vocabulary; each encoder gets its own padding.
+    """
 
     def __init__(self, family: Family, encoders: Sequence[nn.Module], tokenizer: Tokenizer) -> None:
         self.family = family
@@ -45,9 +52,19 @@ class TextConditioner:
         self.tokenizers = tuple(tokenizer.with_padding(text.pad_id) for text in family.texts)
 
     def __call__(self, prompts: Sequence[str | None], size: PictureSize) -> Conditioning:
-        """B prompts -> context (B, 77, D) and, for SDXL, vector (B, V): the pooled text, then the sines of six sizes.
+        """Encode prompts.
 
-        None is the empty prompt, and for SDXL zeros in the place of all that a text encoder says.
+        Args:
+            prompts: B prompts. None is the empty prompt; for SDXL it gives zeros in place of all text embeddings.
+            size: SDXL's size conditioning.
+
+        Returns:
+            The context (B, 77, D) and, for SDXL, the vector (B, V): the pooled text embedding, then the sinusoidal
+            embeddings of six sizes.
+
+        Raises:
+            SettingError: a prompt is not valid text.
+
         Source: diffusers StableDiffusionXLInpaintPipeline; Stability-AI/generative-models GeneralConditioner.
         """
         device = next(self.encoders[0].parameters()).device
@@ -65,7 +82,7 @@ class TextConditioner:
         return Conditioning(context, self._vector(pooled.where(said[:, None], 0), size))
 
     def _vector(self, pooled: Tensor, size: PictureSize) -> Tensor:
-        """pooled (B, P) -> (B, V) float32."""
+        """Join pooled (B, P) and the embedded sizes: (B, V) float32."""
         width = ((self.family.unet.vector_dim or 0) - pooled.shape[1]) // SIZES
         sines = timestep_embedding(torch.tensor(size.numbers(), dtype=torch.float32, device=pooled.device), width)
         return torch.cat([pooled.float(), sines.flatten().expand(len(pooled), -1)], dim=-1)

@@ -1,4 +1,4 @@
-"""CLIP's vocabulary found: where the caller, the checkpoint, an environment variable or other packages have it."""
+"""Search for CLIP's vocabulary: given by the caller or a variable, beside the checkpoint, in packages, on the hub."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ PACKAGE_FILES = {
 }
 OWN_WAY = "sdinpaint.load(..., tokenizer='PATH')   # a tokenizer/ folder, tokenizer.json or bpe_*.txt.gz"
 CLIP_WAYS = f"""one of these:
-    pip install --no-deps open_clip_torch   # ships the vocabulary; it is found without being imported
-    hf download {" ".join(HUB_FILE)}   # once, with network
+    pip install --no-deps open_clip_torch   # ships the vocabulary; the package is not imported
+    hf download {" ".join(HUB_FILE)}   # needs the network once
     {OWN_WAY}
-    export {VARIABLE}=PATH   # the same for every run"""
+    export {VARIABLE}=PATH   # applies to every run"""
 
 
 def find_tokenizer(
@@ -54,12 +54,24 @@ def find_tokenizer(
     *,
     pad_id: int | None = None,
 ) -> Tokenizer:
-    """Find the vocabulary of a text encoder with `embedding_rows` rows; the first place that has one decides.
+    """Find the vocabulary of a text encoder; the first place that has one decides.
 
-    Looked at: `explicit`; the variable SDINPAINT_TOKENIZER (*); `model_folder`/tokenizer; the Hugging Face cache (*);
-    installed packages that ship it, none of which is imported (*); the hub (*), unless `offline` (None: as the
-    variable HF_HUB_OFFLINE says). (*): only for CLIP's 49,408 rows; other vocabularies come with their model.
-    Raises TokenizerError when there is none (listing the ways to get one), or when a given one does not fit.
+    The places are, in this order: `explicit`; the variable SDINPAINT_TOKENIZER (*); `model_folder`/tokenizer; the
+    Hugging Face cache (*); installed packages that ship the vocabulary, which are not imported (*); and the hub (*).
+    Places with (*) are only searched for CLIP's 49,408 rows; other vocabularies come with their model.
+
+    Args:
+        explicit: a tokenizer, or the path of a vocabulary file or folder.
+        model_folder: a diffusers folder.
+        embedding_rows: rows of the text encoder's token embedding, which must be the size of the vocabulary.
+        offline: do not ask the hub; None follows the variable HF_HUB_OFFLINE.
+        pad_id: id that fills up to 77 tokens; None is the end token.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        TokenizerError: no place has a vocabulary (the error lists the ways to get one), or a given one does not fit.
     """
     if isinstance(explicit, Tokenizer):
         require_fitting(explicit.vocab, explicit.merges, embedding_rows, "tokenizer")
@@ -71,7 +83,9 @@ def find_tokenizer(
         return _fitting(Path(given), embedding_rows, pad_id)
     if embedding_rows == CLIP_ROWS:
         return _find_clip(_offline() if offline is None else offline, pad_id)
-    found = f"the text encoder has {embedding_rows} embedding rows, so its vocabulary is not CLIP's, and none is given"
+    found = (
+        f"the text encoder has {embedding_rows} embedding rows, so its vocabulary is not CLIP's, and no other is given"
+    )
     raise TokenizerError("TOKENIZER_NOT_FOUND", "tokenizer", found, expected="a tokenizer/ folder", hint=OWN_WAY)
 
 
@@ -83,7 +97,7 @@ def _find_clip(offline: bool, pad_id: int | None) -> Tokenizer:
         except TokenizerError as error:
             rejected.append(f"{error.subject} has {error.found}")
     if not offline:
-        from sdinpaint.hub import fetch  # noqa: PLC0415 - who has the vocabulary need not wait for it
+        from sdinpaint.hub import fetch  # noqa: PLC0415 - rarely needed, and slow to import
 
         try:
             return _fitting(fetch(":".join(HUB_FILE), progress=False), CLIP_ROWS, pad_id)
@@ -107,7 +121,7 @@ def _cached_files() -> Iterator[Path]:
 
 def _package_files() -> Iterator[Path]:
     for package, name in PACKAGE_FILES.items():
-        # find_spec imports nothing for a top-level name; only a package, not a stray clip.py, has locations
+        # find_spec imports nothing for a top-level name; a stray clip.py has no locations
         spec = importlib.util.find_spec(package)
         for location in (spec.submodule_search_locations or ()) if spec is not None else ():
             if Path(location, name).is_file():

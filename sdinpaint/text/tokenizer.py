@@ -1,7 +1,6 @@
-"""CLIP's byte-pair tokenizer: prompts to ids, and the places where its vocabulary is looked for.
+"""CLIP's byte-pair tokenizer: prompts to token ids.
 
-The vocabulary is not part of this package. `find_tokenizer` looks for it in a fixed order, and accepts a source
-only if its merges are, by sha256, the ones that the released text encoders were trained with.
+The vocabulary is not part of this package; `find_tokenizer` searches for it.
 """
 
 from __future__ import annotations
@@ -32,18 +31,25 @@ __all__ = ["CONTEXT_LENGTH", "Tokenizer", "train_tokenizer"]
 
 CONTEXT_LENGTH = 77
 
-# openai/CLIP clip/simple_tokenizer.py SimpleTokenizer.pat; the text is lower case by then
+# Source: openai/CLIP clip/simple_tokenizer.py SimpleTokenizer.pat; the text is lower case by then
 WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 class Tokenizer:
-    """Prompts to ids; ids from 0 to `vocab_size` - 1 name the rows of the text encoder's embedding.
+    """CLIP's tokenizer: prompts to token ids from 0 to `vocab_size` - 1, the rows of the text encoder's embedding.
 
-    Text is NFC-normalised, white space joined and letters lower-cased. As in transformers, a literal
+    Text is NFC-normalised, white space is joined and letters are lower-cased. As in transformers, a literal
     "<|startoftext|>" or "<|endoftext|>" inside a prompt is that special token.
 
-    SD2's and XL's OpenCLIP encoders are padded with id 0, which is also the byte "!". As trained, a "!" that ends a
-    word is id 256. transformers, and with it diffusers, takes every "!" for padding, id 0: `pad_is_special=True`.
+    The OpenCLIP encoders of SD2 and SDXL are padded with id 0, which is also the byte "!". In training, a "!" that ends
+    a word was id 256. transformers, and with it diffusers, reads every "!" as padding, id 0: `pad_is_special=True`.
+
+    Args:
+        vocab: ids by token.
+        merges: byte pairs to join, in order of precedence.
+        pad_id: id that fills up to 77 tokens; None is the end token.
+        pad_is_special: read the text of the padding token in a prompt as padding.
+
     Source: openai/CLIP clip/simple_tokenizer.py; mlfoundations/open_clip tokenizer.py; transformers CLIPTokenizer.
     """
 
@@ -55,7 +61,6 @@ class Tokenizer:
         pad_id: int | None = None,
         pad_is_special: bool = False,
     ) -> None:
-        """`pad_id` fills up to 77 ids; None: the end token. `pad_is_special`: its text in a prompt is one too."""
         self.vocab, self.merges = vocab, merges
         self.start_id, self.end_id = self.vocab[START], self.vocab[END]
         self.pad_id = self.end_id if pad_id is None else pad_id
@@ -63,7 +68,6 @@ class Tokenizer:
 
     @cached_property
     def _encoder(self) -> tokenizers.Tokenizer:
-        """Built for the first prompt."""
         encoder = _encoder(models.BPE(dict(self.vocab), list(self.merges), end_of_word_suffix=SUFFIX, unk_token=END))
         encoder.add_special_tokens([START, END, *([self.pad_token] if self.pad_is_special else [])])
         return encoder
@@ -74,7 +78,14 @@ class Tokenizer:
         return next(token for token, i in self.vocab.items() if i == self.pad_id)
 
     def with_padding(self, pad_id: int | None) -> Tokenizer:
-        """The same vocabulary with another padding; None: the end token."""
+        """Make a tokenizer with the same vocabulary and another padding.
+
+        Args:
+            pad_id: id that fills up to 77 tokens; None is the end token.
+
+        Returns:
+            The tokenizer.
+        """
         if self.pad_is_special:
             return Tokenizer(self.vocab, self.merges, pad_id=pad_id, pad_is_special=True)
         other = copy.copy(self)
@@ -83,28 +94,65 @@ class Tokenizer:
 
     @classmethod
     def from_merges(cls, merges: Sequence[Merge], *, pad_id: int | None = None) -> Tokenizer:
-        """The vocabulary in CLIP's layout: 256 bytes, 256 bytes that end a word, the merges, start, end."""
+        """Make a vocabulary in CLIP's layout: 256 bytes, 256 bytes that end a word, the merges, start, end.
+
+        Args:
+            merges: byte pairs to join, in order of precedence.
+            pad_id: id that fills up to 77 tokens; None is the end token.
+
+        Returns:
+            The tokenizer.
+        """
         return cls(clip_layout(merges), merges, pad_id=pad_id)
 
     @classmethod
     def from_folder(cls, folder: Path | str, *, pad_id: int | None = None) -> Tokenizer:
-        """From vocab.json and merges.txt, vocab.json alone, or tokenizer.json. Raises TokenizerError."""
+        """Read a vocabulary from vocab.json with merges.txt, from vocab.json alone, or from tokenizer.json.
+
+        Args:
+            folder: the folder of these files.
+            pad_id: id that fills up to 77 tokens; None is the end token.
+
+        Returns:
+            The tokenizer.
+
+        Raises:
+            TokenizerError: the folder has no such files, or they are damaged.
+        """
         return cls(*read_vocabulary(Path(folder)), pad_id=pad_id)
 
     @classmethod
     def from_bpe_file(cls, path: Path | str, *, pad_id: int | None = None) -> Tokenizer:
-        """From OpenAI's bpe_simple_vocab_16e6.txt.gz. Raises TokenizerError."""
+        """Read a vocabulary from OpenAI's bpe_simple_vocab_16e6.txt.gz.
+
+        Args:
+            path: the file.
+            pad_id: id that fills up to 77 tokens; None is the end token.
+
+        Returns:
+            The tokenizer.
+
+        Raises:
+            TokenizerError: the file is missing or damaged.
+        """
         return cls(*read_vocabulary(Path(path)), pad_id=pad_id)
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, which is the number of embedding rows of the text encoder they belong to."""
+        """The number of tokens, which is the number of rows of the text encoder's embedding."""
         return len(self.vocab)
 
     def __call__(self, prompts: str | Sequence[str]) -> Tensor:
-        """Prompts -> int64 ids (B, 77): start, at most 75 tokens, end, padding.
+        """Encode prompts; a prompt that is too long is cut, with a warning.
 
-        Warns where a prompt is longer. Raises SettingError for what is not valid text.
+        Args:
+            prompts: one prompt, or B prompts.
+
+        Returns:
+            int64 ids (B, 77): start, at most 75 tokens, end, padding.
+
+        Raises:
+            SettingError: a prompt is not valid text.
         """
         batch = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(batch, Sequence) or not batch:
@@ -125,7 +173,11 @@ class Tokenizer:
         return row + [self.pad_id] * (CONTEXT_LENGTH - len(row))
 
     def save(self, folder: Path | str) -> None:
-        """Write vocab.json, merges.txt and the two small files with which transformers' CLIPTokenizer loads them."""
+        """Write vocab.json, merges.txt and the two small files that transformers' CLIPTokenizer needs.
+
+        Args:
+            folder: the folder, created if missing.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names = sorted(self.vocab, key=lambda token: self.vocab[token])
@@ -142,13 +194,24 @@ class Tokenizer:
 
 
 def train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn a vocabulary in CLIP's layout from texts; smaller than `vocab_size` where they hold too few words."""
+    """Learn a vocabulary in CLIP's layout from texts.
+
+    Args:
+        corpus: the texts.
+        vocab_size: largest number of tokens; texts with few words give fewer.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        SettingError: `vocab_size` is below 514, which bytes and special tokens take.
+    """
     if vocab_size < 2 * 256 + 2:
         raise SettingError(
-            "SETTING_VOCAB_SIZE", "vocab_size", f"{vocab_size}", expected="at least 514: bytes and specials"
+            "SETTING_VOCAB_SIZE", "vocab_size", f"{vocab_size}", expected="at least 514: bytes and special tokens"
         )
     symbols = byte_symbols()
-    # Given as special tokens, the byte symbols come first and in this order, so that training is reproducible.
+    # special tokens come first and in this order, which makes training reproducible
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 2,
         min_frequency=2,

@@ -33,7 +33,7 @@ MAX_BYTES = 64 * 2**20
 
 
 def byte_symbols() -> list[str]:
-    """One printable character per byte, in CLIP's order: printable bytes as they are, the rest from U+0100 on.
+    """List one printable character per byte, in CLIP's order: printable bytes as they are, the rest from U+0100 on.
 
     Source: openai/CLIP clip/simple_tokenizer.py bytes_to_unicode.
     """
@@ -42,7 +42,14 @@ def byte_symbols() -> list[str]:
 
 
 def clip_layout(merges: Sequence[Merge]) -> dict[str, int]:
-    """Ids in CLIP's order: 256 bytes, 256 bytes that end a word, one token per merge, start, end."""
+    """Number the tokens in CLIP's order: 256 bytes, 256 bytes that end a word, one token per merge, start, end.
+
+    Args:
+        merges: byte pairs to join, in order of precedence.
+
+    Returns:
+        Ids by token.
+    """
     return {token: i for i, token in enumerate(_clip_tokens(merges))}
 
 
@@ -52,15 +59,30 @@ def _clip_tokens(merges: Sequence[Merge]) -> Iterator[str]:
 
 
 def merges_sha256(merges: Sequence[Merge]) -> str:
-    """sha256 over "left right" of each merge, in order, with newlines between."""
+    """Hash merges with SHA-256: "left right" of each, in order, with newlines between.
+
+    Args:
+        merges: byte pairs to join, in order of precedence.
+
+    Returns:
+        The hash in hexadecimal digits.
+    """
     return hashlib.sha256("\n".join(f"{left} {right}" for left, right in merges).encode()).hexdigest()
 
 
 def read_vocabulary(path: Path, rows: int | None = None) -> Vocabulary:
-    """Read a folder or file: vocab.json (merges.txt beside it if any), tokenizer.json, or OpenAI's bpe_*.txt.gz.
+    """Read a vocabulary from vocab.json (with merges.txt beside it, if any), tokenizer.json, or OpenAI's bpe_*.txt.gz.
 
-    `rows`: what `require_fitting` asks for; CLIP's own vocab.json and merges.txt are then read in half the time.
-    Raises TokenizerError naming the file and what is wrong with it.
+    Args:
+        path: the file, or the folder that holds it.
+        rows: rows of the text encoder's embedding, checked by `require_fitting`; CLIP's own vocab.json and merges.txt
+            are then read in half the time.
+
+    Returns:
+        Ids by token, and the merges.
+
+    Raises:
+        TokenizerError: the file is missing, damaged, or does not fit.
     """
     try:
         if path.is_dir():
@@ -72,7 +94,7 @@ def read_vocabulary(path: Path, rows: int | None = None) -> Vocabulary:
     except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, RecursionError) as error:
         found = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         expected = "a CLIP vocabulary: vocab.json with merges.txt, tokenizer.json, or bpe_simple_vocab_16e6.txt.gz"
-        hint = "give the path of such a file or folder, or fetch it again"
+        hint = "give the path of such a file or folder, or download it again"
         raise TokenizerError("TOKENIZER_BROKEN", path, found, expected=expected, hint=hint) from error
     if rows is not None:
         require_fitting(vocab, merges, rows, path)
@@ -80,7 +102,17 @@ def read_vocabulary(path: Path, rows: int | None = None) -> Vocabulary:
 
 
 def require_fitting(vocab: Mapping[str, int], merges: Sequence[Merge], rows: int, source: object) -> None:
-    """Check a vocabulary against the number of embedding rows; for CLIP's 49,408 rows against its sha256 too."""
+    """Check that a vocabulary has as many tokens as the embedding has rows, and for 49,408 rows that it is CLIP's.
+
+    Args:
+        vocab: ids by token.
+        merges: byte pairs to join, in order of precedence.
+        rows: rows of the text encoder's embedding.
+        source: name that an error gives to the vocabulary.
+
+    Raises:
+        TokenizerError: the vocabulary does not fit.
+    """
     hint = "give the vocabulary that belongs to this text encoder"
     if len(vocab) != rows:
         found, expected = f"a vocabulary of {len(vocab)} tokens", f"{rows} tokens, as the embedding has rows"
@@ -98,22 +130,22 @@ def _is_clip(vocab: Mapping[str, int], merges: Sequence[Merge]) -> bool:
 
 
 def _in_clip_order(vocab: Mapping[str, int], merges: Sequence[Merge]) -> bool:
-    """Without a second vocabulary beside this one, which would take time and memory."""
+    """Compare with CLIP's order without a second vocabulary, which would take time and memory."""
     return len(vocab) == CLIP_ROWS and all(map(eq, map(vocab.get, _clip_tokens(merges)), count()))
 
 
 def _clip_files(path: Path) -> Vocabulary | None:
-    """CLIP's own vocab.json and merges.txt, known by the sha256 of the text, so that no merge is looked at; or None."""
+    """Read CLIP's own vocab.json and merges.txt, if they are these by sha256, without checking each merge."""
     beside = path.with_name("merges.txt")
     if path.suffix != ".json" or not beside.is_file() or max(path.stat().st_size, beside.stat().st_size) > MAX_BYTES:
         return None
-    text = beside.read_text(encoding="utf-8").partition("\n")[2].strip("\n")  # without the version
+    text = beside.read_text(encoding="utf-8").partition("\n")[2].strip("\n")  # without the #version line
     if hashlib.sha256(text.encode()).hexdigest() != CLIP_SHA256:
         return None
     vocab = json.loads(path.read_text(encoding="utf-8"))
     own = dict(zip(vocab, vocab, strict=True))
     parts = text.replace("\n", " ").split(" ")
-    parts = list(map(own.get, parts, parts))  # the vocabulary's own strings, which take no memory
+    parts = list(map(own.get, parts, parts))  # sharing the vocabulary's strings saves memory
     merges = list(zip(parts[::2], parts[1::2], strict=True))
     return (vocab, merges) if isinstance(vocab, dict) and _in_clip_order(vocab, merges) else None
 
@@ -148,25 +180,25 @@ def _from_json(path: Path) -> Vocabulary:
 
 
 def _merges_of_lines(lines: Sequence[str | Sequence[str]]) -> list[Merge]:
-    """Merges from "left right" lines or [left, right] lists, without a #version line and blank lines."""
+    """Parse merges from "left right" lines or [left, right] lists; skip a #version line and blank lines."""
     rows = [line if isinstance(line, str) else " ".join(line) for line in lines if line]
     rows = rows[1:] if rows and rows[0].startswith("#version:") else rows
-    # At once: one by one, 48,894 lines take longer than to read a checkpoint.
+    # all at once: one by one, 48,894 lines take longer than reading a checkpoint
     spaces = list(map(str.count, rows, repeat(" ")))
     if spaces.count(1) != len(rows):
         broken = next(row for row, count in zip(rows, spaces, strict=True) if count != 1)
-        raise ValueError(f"the merge {broken[:40]!r}, which has not two parts")
+        raise ValueError(f"the merge {broken[:40]!r}, which does not have two parts")
     parts = " ".join(rows).split(" ") if rows else []
     return list(zip(parts[::2], parts[1::2], strict=True))
 
 
 def _rebuilt_merges(vocab: Mapping[str, int]) -> Iterator[Merge]:
-    """The merges behind a list of tokens: under the merges before it, each token falls into exactly two parts."""
+    """Rebuild merges from a list of tokens: under the merges before it, each token splits into exactly two parts."""
     ranks: dict[Merge, int] = {}
     for token in sorted(set(vocab) - {START, END}, key=lambda token: vocab[token]):
         parts = _parts(token, ranks)
         if len(parts) > 2:
-            raise ValueError(f"no merges.txt beside it, and token {token!r} is not made of two earlier ones")
+            raise ValueError(f"no merges.txt beside it, and token {token!r} is not made of two earlier tokens")
         if len(parts) == 2:
             merge = parts[0], parts[1]
             ranks[merge] = len(ranks)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sdinpaint.masks.generator import grid, random_hole
+from sdinpaint.masks.generator import Kind, grid, random_hole
 
 __all__ = [
     "COLORS",
@@ -462,4 +462,4 @@ def random_mask(rng: np.random.Generator, size: int = 128) -> Mask:
         The mask, (size, size), True = repaint, never empty.
     """
     kind = str(rng.choice(list(MASK_KINDS), p=list(MASK_KINDS.values())))
-    return random_hole(rng, size, kind)
+    return random_hole(rng, size, cast(Kind, kind))

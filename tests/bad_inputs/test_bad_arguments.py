@@ -205,7 +205,7 @@ def test_a_crop_that_is_larger_than_the_picture(pipe):
     with warnings.catch_warnings():
         warnings.simplefilter("error", SdInpaintWarning)  # a refusal comes before what there is to say of the others
         error = refused(SettingError, "SETTING_CROP", lambda: inpaint(pipe, square, hole, crop=65), "65 pixels")
-        assert error.expected == "0 to 64 pixels, the picture's longer side"
+        assert error.expected == "0 to 64 pixels, the image's longer side"
         for regions in REGIONS:
             several = [IMAGE, square, IMAGE], [MASK, hole, np.zeros_like(MASK)]
             refused(SettingError, "SETTING_CROP", lambda: inpaint(pipe, *several, crop=72, regions=regions))  # noqa: B023
@@ -270,8 +270,8 @@ def test_what_outpainting_cannot_do(pipe):
 
     refused(SettingError, "SETTING_SIDES", outpaint(), "left, right, top, bottom")
     refused(SettingError, "SETTING_SIDES", outpaint(size=(64, 72)))
-    refused(SettingError, "SETTING_SIZE", outpaint(size=(80, 80), left=8), "beside pixels for a side")
-    refused(SettingError, "SETTING_SIZE", outpaint(size=(60, 80)), "at least the picture's 64 rows, 72 columns")
+    refused(SettingError, "SETTING_SIZE", outpaint(size=(80, 80), left=8), "together with pixels for a side")
+    refused(SettingError, "SETTING_SIZE", outpaint(size=(60, 80)), "at least the image's 64 rows, 72 columns")
     refused(SettingError, "SETTING_ANCHOR", outpaint(left=8, anchor="middle"), *ANCHORS)
     refused(SettingError, "SETTING_FILL", outpaint(left=8, fill="blur"), *EXTENDING_FILLS)
     refused(SettingError, "SETTING_OVERLAP", outpaint(left=8, right=8, overlap=36), "36 pixels", "72 columns")

@@ -106,7 +106,9 @@ def test_it_prints_what_the_document_says(ran):
 
 
 def test_it_warns_of_what_the_document_says(ran):
-    inverted, thin = (sum(words in told for told in ran[3]) for words in ("to be kept: ~mask", "thinner than 8 pixels"))
+    inverted, thin = (
+        sum(words in told for told in ran[3]) for words in ("meant to be kept, use ~mask", "thinner than 8 pixels")
+    )
     assert (inverted, thin, len(ran[3])) == (1, 1, 2)
 
 

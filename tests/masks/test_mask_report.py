@@ -137,9 +137,9 @@ def test_no_warning_about_soft_masks():
     [
         (np.zeros((64, 64)), "max", ["nothing is repainted: it is black; "]),
         (square(16) * 0.4, "max", ["nothing is repainted: 6.2% of the pixels are grey, but none is 0.5 or more"]),
-        (1 - square(16), "max", ["94% is repainted, up to all borders; if it is to be kept: ~mask"]),
+        (1 - square(16), "max", ["94% is repainted, up to all borders; if that was meant to be kept, use ~mask"]),
         (square(4), "max", ["100% of the mask is thinner than 8 pixels; widen it: Mask.grow(4)"]),
-        (square(4), "nearest", ['100% of the mask is lost between latent cells; take cover="max"', "Mask.grow(4)"]),
+        (square(4), "nearest", ['100% of the mask is lost between latent cells; use cover="max"', "Mask.grow(4)"]),
         (square(30) + square(2, 0, 0), "max", ["1 of 2 regions are specks; remove them: Mask.drop_specks()"]),
     ],
 )
@@ -177,7 +177,7 @@ def test_text_and_json():
     told = report_on(square(4) + square(30, 30, 30), "nearest")
     text = str(told)
     assert "64 rows, 64 columns" in text
-    assert 'this run takes "nearest"' in text
+    assert 'this run uses "nearest"' in text
     assert "2, of which 1 below 64 pixels (16 pixels in all)" in text
     assert text.count("warning: ") == len(told.warnings) == 1
     values = json.loads(json.dumps(told.to_json()))
