@@ -6,7 +6,7 @@ themselves, and call layers that are not plain. Each fusion gives the result of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -266,20 +266,38 @@ def self_attention(block: Attention, x: Tensor) -> Tensor:
     return mlp(block.to_out, attention(q, k, v).flatten(2))
 
 
-def cross_attention(block: Attention, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def cross_attention(block: Attention, x: Tensor, sources: Iterable[tuple[Sequence[Tensor] | Tensor, float]]) -> Tensor:
     """Apply cross-attention with precomputed keys and values.
 
     Args:
         block: a cross-attention whose layers are plain.
         x: tokens (B, N, C); the batch may be a divisor of that of the keys.
-        keys: projected text embeddings (B, L, C).
-        values: projected text embeddings (B, L, C).
+        sources: for each source its keys and values, (B, L, C) each, and its weight.
 
     Returns:
         The output (B, N, C), with the batch of the keys.
     """
-    q, k, v = (one.unflatten(-1, (block.heads, -1)) for one in (product(block.to_q, x), keys, values))
-    return mlp(block.to_out, attention(repeated(q, len(k)), k, v).flatten(2))
+    return mlp(block.to_out, attend(product(block.to_q, x), sources, block.heads))
+
+
+def attend(q: Tensor, sources: Iterable[tuple[Sequence[Tensor] | Tensor, float]], heads: int) -> Tensor:
+    """Attend to several sources, each by a softmax of its own, and add up what they give.
+
+    Args:
+        q: queries (B, N, C); the batch may be a divisor of that of the keys.
+        sources: for each source its keys and values, (B, L, C) each, and its weight.
+        heads: number of heads.
+
+    Returns:
+        The weighted sum (B, N, C), with the batch of the keys.
+    """
+    total: Tensor | None = None
+    for (keys, values), weight in sources:
+        by_head = (one.unflatten(-1, (heads, -1)) for one in (repeated(q, len(keys)), keys, values))
+        out = attention(*by_head).flatten(2)
+        out = out if weight == 1 else weight * out
+        total = out if total is None else total + out
+    return cast(Tensor, total)
 
 
 def feed_forward(block: FeedForward, x: Tensor) -> Tensor:

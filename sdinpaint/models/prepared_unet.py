@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,24 @@ from sdinpaint.models import fused
 from sdinpaint.models.layers import is_plain, needs_gradients
 from sdinpaint.models.weights import Model, Places, Snapshot
 
-Precomputed = dict[object, Tensor]
-"""The precomputed conditioning of each block: keys and values of the text, or the projected time embedding."""
+Context = Tensor | Sequence[tuple[Tensor, float]]
+"""What cross-attention attends to: text embeddings (B, L, D), or several such sources, each with its weight."""
+
+Precomputed = dict[object, Any]
+"""The precomputed conditioning by block: the projected time embedding, or for each source its keys and values, stacked
+(2, B, L, C), and its weight."""
+
+
+def sources_of(context: Context) -> list[tuple[Tensor, float]]:
+    """List the sources that cross-attention attends to.
+
+    Args:
+        context: text embeddings (B, L, D), or sources.
+
+    Returns:
+        The sources, each with its weight; 1 for text alone.
+    """
+    return [(context, 1.0)] if isinstance(context, Tensor) else list(context)
 
 
 class Conditioned(Model):
@@ -49,7 +66,9 @@ class PreparedUNet:
     blocks: Sequence[fused.ResBlock]
     texts: Sequence[fused.Attention]
     kept: list[Tensor]
-    """Keys and values of the text, (2, B, L, C), for each of `texts`."""
+    """Keys and values (2, B, L, C) of each source, for each of `texts`."""
+    weights: Sequence[float]
+    """The weight of each source."""
     vector: Tensor | None
     places: Places
     used: Snapshot
@@ -80,8 +99,8 @@ class PreparedUNet:
 
     @property
     def key(self) -> str:
-        """The addresses at which a captured CUDA graph reads weights, as a string."""
-        return self.places.key
+        """The addresses at which a captured CUDA graph reads weights, and the weights of sources, as a string."""
+        return f"{self.places.key} {self.weights}"
 
     def is_current(self) -> bool:
         """Tell whether preparing again would give the same; on a GPU only writes that torch counts are noticed."""
@@ -120,4 +139,7 @@ class PreparedUNet:
         """
         addends = emb.split([block.out_layers[-1].out_channels for block in self.blocks], dim=-1)
         projected: Precomputed = dict(zip(self.blocks, addends, strict=True))
-        return self.unet(x, projected, dict(zip(self.texts, kept, strict=True)), None, control)
+        count = len(self.weights)
+        by_text = [kept[start : start + count] for start in range(0, len(kept), count)]
+        sources = [list(zip(one, self.weights, strict=True)) for one in by_text]
+        return self.unet(x, projected, dict(zip(self.texts, sources, strict=True)), None, control)

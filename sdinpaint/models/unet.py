@@ -28,7 +28,7 @@ from sdinpaint.models.layers import (
     to_map,
     to_tokens,
 )
-from sdinpaint.models.prepared_unet import Conditioned, Precomputed, PreparedUNet
+from sdinpaint.models.prepared_unet import Conditioned, Context, Precomputed, PreparedUNet, sources_of
 from sdinpaint.models.weights import Places, Snapshot
 
 
@@ -145,23 +145,26 @@ class CrossAttention(Attention):
         """
         return torch.stack([self.to_k(context), self.to_v(context)])
 
-    def forward(self, x: Tensor, context: Tensor | Precomputed) -> Tensor:
-        """Let every token attend to the text.
+    def forward(self, x: Tensor, context: Context | Precomputed) -> Tensor:
+        """Let every token attend to the text, or to several sources.
 
         Args:
             x: tokens (B, N, C).
-            context: text embeddings (B, L, D), or the precomputed keys and values of this block and others.
+            context: text embeddings (B, L, D), or sources, or the precomputed keys and values of this block and others.
 
         Returns:
             The output (B, N, C).
         """
         if isinstance(context, dict):
-            return fused.cross_attention(self, x, *context[self])
+            return fused.cross_attention(self, x, context[self])
         if is_plain(self):
-            keys_values = (fused.product(project, context) for project in (self.to_k, self.to_v))
-            return fused.cross_attention(self, x, *keys_values)
-        q, k, v = (self.heads_of(one) for one in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        return self.to_out(attention(repeated(q, len(k)), k, v).flatten(2))
+            products = (
+                ([fused.product(project, one) for project in (self.to_k, self.to_v)], weight)
+                for one, weight in sources_of(context)
+            )
+            return fused.cross_attention(self, x, products)
+        called = (((self.to_k(one), self.to_v(one)), weight) for one, weight in sources_of(context))
+        return self.to_out(fused.attend(self.to_q(x), called, self.heads))
 
 
 @plain
@@ -203,12 +206,12 @@ class TransformerBlock(nn.Module):
         self.norm2 = LayerNorm(width)
         self.norm3 = LayerNorm(width)
 
-    def forward(self, x: Tensor, context: Tensor | Precomputed) -> Tensor:
+    def forward(self, x: Tensor, context: Context | Precomputed) -> Tensor:
         """Apply the block.
 
         Args:
             x: tokens (B, N, C).
-            context: text embeddings (B, L, D), or precomputed keys and values.
+            context: text embeddings (B, L, D), or sources, or precomputed keys and values.
 
         Returns:
             The output (B, N, C).
@@ -234,12 +237,12 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = nn.Linear(channels, channels) if self.linear_projection else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor | Precomputed) -> Tensor:
+    def forward(self, x: Tensor, context: Context | Precomputed) -> Tensor:
         """Apply the blocks.
 
         Args:
             x: feature map (B, C, H, W).
-            context: text embeddings (B, L, D), or precomputed keys and values.
+            context: text embeddings (B, L, D), or sources, or precomputed keys and values.
 
         Returns:
             The output (B, C, H, W).
@@ -312,7 +315,7 @@ class Stage(nn.ModuleList):
         self,
         x: Tensor,
         emb: Tensor | Precomputed,
-        context: Tensor | Precomputed,
+        context: Context | Precomputed,
         size: Sequence[int] | None = None,
     ) -> Tensor:
         """Apply the layers.
@@ -320,7 +323,7 @@ class Stage(nn.ModuleList):
         Args:
             x: feature map (B, C, H, W).
             emb: time embedding (B, E), or precomputed vectors.
-            context: text embeddings (B, L, D), or precomputed keys and values.
+            context: text embeddings (B, L, D), or sources, or precomputed keys and values.
             size: height and width for an Upsample; None doubles.
 
         Returns:
@@ -451,7 +454,7 @@ class UNet(Conditioned):
         self,
         x: Tensor,
         t: Tensor | Precomputed,
-        context: Tensor | Precomputed,
+        context: Context | Precomputed,
         vector: Tensor | None = None,
         control: Sequence[Tensor] | None = None,
     ) -> Tensor:
@@ -463,7 +466,7 @@ class UNet(Conditioned):
         Args:
             x: noisy latents, with mask and masked latents for inpainting models, (B, in_channels, H, W).
             t: timesteps (B,), or precomputed vectors of the residual blocks.
-            context: text embeddings (B, L, D), or precomputed keys and values.
+            context: text embeddings (B, L, D), or sources, or precomputed keys and values.
             vector: pooled text with size and crop conditioning (B, V), for SDXL.
             control: residuals of a ControlNet, one for the output of each input block and one for the middle block.
 
@@ -486,17 +489,18 @@ class UNet(Conditioned):
             x = stage(x, emb, context, skips[-1].shape[-2:] if skips else None)
         return fused.norm_silu_conv(self.out, x)
 
-    def prepare(self, context: Tensor, vector: Tensor | None = None) -> PreparedUNet | None:
+    def prepare(self, context: Context, vector: Tensor | None = None) -> PreparedUNet | None:
         """Precompute the conditioning that is the same at every step.
 
         Args:
-            context: text embeddings (B, L, D).
+            context: text embeddings (B, L, D), or sources.
             vector: pooled text with size and crop conditioning (B, V), for SDXL.
 
         Returns:
             The UNet with precomputed conditioning; None where a layer is not plain, or gradients are needed.
         """
-        if not is_plain(self) or needs_gradients(self, context, vector):
+        sources = sources_of(context)
+        if not is_plain(self) or needs_gradients(self, vector, *(one for one, _ in sources)):
             return None
         layers = list(self.modules())
         blocks = [layer for layer in layers if isinstance(layer, ResBlock)]
@@ -504,5 +508,6 @@ class UNet(Conditioned):
         if not all(block.is_fusible() for block in blocks):
             return None
         used = Snapshot(PreparedUNet.precomputed_from(self, blocks, texts))
-        kept = [layer.keys_values(context) for layer in texts]
-        return PreparedUNet(self, blocks, texts, kept, vector, Places(self), used)
+        kept = [layer.keys_values(one) for layer in texts for one, _ in sources]
+        weights = [weight for _, weight in sources]
+        return PreparedUNet(self, blocks, texts, kept, weights, vector, Places(self), used)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,16 +23,23 @@ class Conditioning:
     Args:
         context: text embeddings (B, L, D).
         vector: pooled text and size conditioning (B, V) of SDXL, None for the other families.
+        others: further sources that cross-attention attends to, each (B, L', D) with its weight.
     """
 
     context: Tensor
     vector: Tensor | None = None
+    others: tuple[tuple[Tensor, float], ...] = ()
+
+    @property
+    def sources(self) -> list[tuple[Tensor, float]]:
+        """All that cross-attention attends to: the text with weight 1, then the others."""
+        return [(self.context, 1.0), *self.others]
 
     def __len__(self) -> int:
         return len(self.context)
 
     def __getitem__(self, items: slice) -> Conditioning:
-        return Conditioning(self.context[items], None if self.vector is None else self.vector[items])
+        return self._mapped(lambda one: one[items])
 
     def to(self, device: torch.device) -> Conditioning:
         """Return the conditioning on a device.
@@ -42,13 +50,17 @@ class Conditioning:
         Returns:
             A conditioning whose tensors are there.
         """
-        return Conditioning(self.context.to(device), None if self.vector is None else self.vector.to(device))
+        return self._mapped(lambda one: one.to(device))
 
     def __reduce__(self) -> tuple[object, ...]:
         # torch hands a tensor to another process by a file that is gone when the first one ends
         stream = io.BytesIO()
-        torch.save((self.context.detach().cpu(), None if self.vector is None else self.vector.detach().cpu()), stream)
+        torch.save(dataclasses.astuple(self._mapped(lambda one: one.detach().cpu())), stream)
         return _load, (stream.getvalue(),)
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
+        vector = None if self.vector is None else function(self.vector)
+        return Conditioning(function(self.context), vector, tuple((function(one), by) for one, by in self.others))
 
 
 def _load(stored: bytes) -> Conditioning:
@@ -68,26 +80,32 @@ def stack(conditions: Sequence[Conditioning]) -> Conditioning:
         One conditioning of their batches together.
 
     Raises:
-        SettingError: their widths or vectors do not fit together.
+        SettingError: their widths, vectors or weights do not fit together.
     """
-    _require_alike("context", [(one.context.shape[2],) for one in conditions])
+    _require_alike("context", "widths", [source.shape[2] for one in conditions for source, _ in one.sources])
+    _require_alike("context", "weights of sources", [tuple(weight for _, weight in one.others) for one in conditions])
     vectors = [one.vector for one in conditions if one.vector is not None]
     if len(vectors) not in (0, len(conditions)):
         found, expected = "given for one prompt alone", "both, or neither"
         raise SettingError("SETTING_CONDITIONS", "vector", found, expected=expected)
-    _require_alike("vector", [tuple(one.shape[1:]) for one in vectors])
-    length = math.lcm(*(one.context.shape[1] for one in conditions))
-    contexts = [
-        one.context if one.context.shape[1] == length else one.context.repeat(1, length // one.context.shape[1], 1)
-        for one in conditions
+    _require_alike("vector", "widths", [one.shape[1] for one in vectors])
+    sources = [
+        (_joined([source for source, _ in same]), same[0][1])
+        for same in zip(*(one.sources for one in conditions), strict=True)
     ]
-    return Conditioning(torch.cat(contexts), torch.cat(vectors) if vectors else None)
+    return Conditioning(sources[0][0], torch.cat(vectors) if vectors else None, tuple(sources[1:]))
 
 
-def _require_alike(what: str, sizes: Sequence[tuple[int, ...]]) -> None:
-    if len(set(sizes)) > 1:
-        found = "widths " + " and ".join(", ".join(map(str, size)) for size in dict.fromkeys(sizes))
-        raise SettingError("SETTING_CONDITIONS", what, found, expected="one width, that of the model")
+def _joined(contexts: Sequence[Tensor]) -> Tensor:
+    """Join contexts (B, L, D) of any lengths along the batch, each repeated to the least common multiple."""
+    length = math.lcm(*(one.shape[1] for one in contexts))
+    return torch.cat([one if one.shape[1] == length else one.repeat(1, length // one.shape[1], 1) for one in contexts])
+
+
+def _require_alike(what: str, kind: str, found: Sequence[object]) -> None:
+    if len(set(found)) > 1:
+        shown = f"{kind} " + " and ".join(map(str, dict.fromkeys(found)))
+        raise SettingError("SETTING_CONDITIONS", what, shown, expected=f"the same {kind} in all conditions")
 
 
 def spread(what: str, stacked: Tensor, batch: int, copies: int) -> Tensor:

@@ -15,8 +15,11 @@ from sdinpaint.errors import SettingError
 from sdinpaint.sampling.conditioning import Conditioning, spread, stack
 from sdinpaint.sampling.graphs import Graphs, Tensors, shapes
 
-UNetFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, Sequence[Tensor] | None], Tensor]
-"""unet(x (B, C, H, W), t (B,), context (B, L, D), vector (B, V) | None, control | None) -> (B, 4, H, W)."""
+UNetFunction = Callable[[Tensor, Tensor, Any, Tensor | None, Sequence[Tensor] | None], Tensor]
+"""unet(x (B, C, H, W), t (B,), context, vector (B, V) | None, control | None) -> (B, 4, H, W).
+
+context is (B, L, D), or for conditions with several sources of attention a list of them with their weights.
+"""
 
 ControlFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Sequence[Tensor] | None]
 """control(x (B, 4, H, W) as the UNet sees it, t (B,), context, vector, sigma) -> residuals; None where it is off."""
@@ -52,7 +55,9 @@ class _Called:
 
     unet: UNetFunction
     kept: Tensors
-    """Context, and vector if there is one."""
+    """The sources of attention, and vector if there is one."""
+    weights: Sequence[float]
+    """The weight of each source."""
     key: str | None = None
 
     def is_current(self) -> bool:
@@ -62,16 +67,23 @@ class _Called:
         return t
 
     def __call__(self, x: Tensor, emb: Tensor, kept: Tensors, control: Tensors | None) -> Tensor:
-        context, *vector = kept
-        batch = len(context)
+        sources, vector = kept[: len(self.weights)], kept[len(self.weights) :]
+        batch = len(sources[0])
         x = torch.cat([x] * (batch // len(x)))
+        context = _context(list(zip(sources, self.weights, strict=True)))
         return self.unet(x, emb.expand(batch), context, vector[0] if vector else None, control)
 
 
-def _prepared(unet: Any, context: Tensor, vector: Tensor | None) -> Prepared:
+def _context(sources: list[tuple[Tensor, float]]) -> Any:
+    """Return the sources as a UNet takes them: text alone as a tensor."""
+    return sources[0][0] if len(sources) == 1 else sources
+
+
+def _prepared(unet: Any, sources: list[tuple[Tensor, float]], vector: Tensor | None) -> Prepared:
     # asked of the class: a wrapper may hand out the method of what it wraps, past its own call
-    prepared: Prepared | None = unet.prepare(context, vector) if hasattr(type(unet), "prepare") else None
-    return prepared or _Called(unet, [context] if vector is None else [context, vector])
+    prepared: Prepared | None = unet.prepare(_context(sources), vector) if hasattr(type(unet), "prepare") else None
+    kept = [one for one, _ in sources] + ([] if vector is None else [vector])
+    return prepared or _Called(unet, kept, [weight for _, weight in sources])
 
 
 @dataclass(frozen=True)
@@ -126,6 +138,7 @@ class StepRunner:
             found = " and ".join(str(len(one)) for one in conditions) + " items in the negative and the positive prompt"
             raise SettingError("SETTING_CONDITIONS", "context", found, expected="as many of each")
         stacked = stack(conditions)
+        self._sources = [(one.to(dtype), weight) for one, weight in stacked.sources]
         self._formula, self._constants, self._unet, self._control = formula, constants, unet, control
         self._copies, self._dtype, self._graphs, self._using, self._formula_key = (
             len(conditions),
@@ -135,7 +148,6 @@ class StepRunner:
             key,
         )
         self._sigmas = [] if sigmas is None else sigmas.tolist()
-        self._context = stacked.context.to(dtype)
         self._vector = None if stacked.vector is None else stacked.vector.to(dtype)
         self._extra = [one.to(dtype) for one in extra]
         self._batches: dict[tuple[Any, ...], _Batch] = {}
@@ -203,15 +215,15 @@ class StepRunner:
 
     def _prepare(self, x: Tensor) -> _Batch:
         batch = self._copies * len(x)
-        context = spread("context", self._context, batch, self._copies)
+        sources = [(spread("context", one, batch, self._copies), weight) for one, weight in self._sources]
         vector = None if self._vector is None else spread("vector", self._vector, batch, self._copies)
-        prepared = _prepared(self._unet, context, vector)
+        prepared = _prepared(self._unet, sources, vector)
         # both halves see the same image: guidance is over the text alone
         extra = [spread("extra channels", one, len(x), 1) for one in self._extra]
         constant = (*extra, *prepared.kept)
         known = f"{self._copies} {self._dtype} {self._formula_key} {shapes(constant)} {prepared.key}"
         key = None if prepared.key is None else known
-        begun = self._batches[self._key(x)] = _Batch(context, vector, prepared, constant, key)
+        begun = self._batches[self._key(x)] = _Batch(sources[0][0], vector, prepared, constant, key)
         return begun
 
     def _step_constants(self, prepared: Prepared, sigmas: list[float], x: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -463,3 +463,38 @@ def test_only_what_lies_in_order_is_joined():
     assert torch.equal(joined((a, b, c)), block)
     for parts in ((a, c), (b, a), (a, b.clone()), (a, b.T.contiguous().T), (a.requires_grad_(), b)):
         assert joined(parts) is None
+
+
+def test_attention_to_several_sources_is_their_weighted_sum(unet):
+    """Each source has a softmax of its own; as hooked layers compute it, and with keys and values prepared."""
+    width, dim = unet.config.context_dim, unet.config.vector_dim
+    vector = None if dim is None else draw(20, 2, dim)
+    one, two = draw(12, 2, 5, width), draw(13, 2, 9, width)
+    attend = next(module for module in unet.modules() if isinstance(module, CrossAttention))
+    tokens = draw(14, 2, 7, attend.to_q.in_features)
+    with torch.no_grad():
+        bias = attend.to_out[0].bias
+        alone = [attend(tokens, context) - bias for context in (one, two)]
+        together = attend(tokens, [(one, 1.0), (two, 0.25)]) - bias
+        assert close(together, alone[0] + 0.25 * alone[1])
+
+        x, sources = draw(15, 2, 4, 8, 8), [(one, 1.0), (two, 0.25)]
+        extra = draw(16, 2, 1, 8, 8), draw(17, 2, 4, 8, 8)
+        fed = torch.cat([x, *extra], 1)
+        t = torch.full((2,), 300.0)
+        plain = unet(fed, t, sources, vector)
+        prepared = unet.prepare(sources, vector)
+        found = prepared(fed, prepared.embed(t[:1])[0], prepared.kept, None)
+        assert close(found, plain)
+        assert close(unet(fed, t, [(one, 1.0)], vector), unet(fed, t, one, vector))
+        hook = attend.to_k.register_forward_hook(lambda *_: None)
+        assert unet.prepare(sources, vector) is None
+        assert close(unet(fed, t, sources, vector), plain)
+        hook.remove()
+
+        text = Conditioning(one, vector, ((two, 0.25),))
+        denoised = Denoiser(unet, TRAINED, "eps", text, extra=extra)(x, 2.0)
+        hook = attend.to_k.register_forward_hook(lambda *_: None)
+        assert close(Denoiser(unet, TRAINED, "eps", text, extra=extra)(x, 2.0), denoised)
+        hook.remove()
+        assert not close(Denoiser(unet, TRAINED, "eps", Conditioning(one, vector), extra=extra)(x, 2.0), denoised)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from closeness import close
@@ -136,3 +138,14 @@ def test_the_settings_of_a_run_reach_the_denoiser(pipe, unet_batches):
     assert (result.settings["guidance_start"], result.settings["guidance_end"]) == (0.25, 0.75)
     assert result.again().image == result.image
     assert pipe.inpaint(image, mask, "a fox", **run).image != result.image
+
+
+def test_sources_go_through_stacking_slicing_and_processes():
+    both = Conditioning(draw(18, 2, 3, 4), None, ((draw(19, 2, 2, 4), 0.5),))
+    again = pickle.loads(pickle.dumps(both))
+    assert torch.equal(again.others[0][0], both.others[0][0])
+    stacked = stack([both[:1], both[1:]])
+    assert torch.equal(stacked.others[0][0], both.others[0][0])
+    assert stacked.others[0][1] == 0.5
+    with pytest.raises(SettingError, match="weights of sources"):
+        stack([both, Conditioning(both.context)])
