@@ -1,10 +1,10 @@
-"""Latent diffusion for inpainting: change the part of a picture under a mask, keep the rest."""
+"""Latent diffusion for inpainting: change the part of an image under a mask, keep the rest."""
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
+from sdinpaint.on_demand import exports
 from sdinpaint.version import __version__
 
 if TYPE_CHECKING:
@@ -12,16 +12,20 @@ if TYPE_CHECKING:
     from sdinpaint.checkpoints.inspecting import Report, inspect
     from sdinpaint.checkpoints.merging import to_inpainting, widen_input
     from sdinpaint.errors import SdInpaintError, SdInpaintWarning
+    from sdinpaint.load_options import LoadOptions
     from sdinpaint.loading import load, save_diffusers
     from sdinpaint.masks import Mask
     from sdinpaint.pipeline.pipeline import Pipeline
+    from sdinpaint.pipeline.requests import Request
     from sdinpaint.pipeline.results import Result
     from sdinpaint.replaying import replay
 
 __all__ = [
+    "LoadOptions",
     "Mask",
     "Pipeline",
     "Report",
+    "Request",
     "Result",
     "SdInpaintError",
     "SdInpaintWarning",
@@ -38,6 +42,7 @@ _HOMES = {
     "Report": "checkpoints.inspecting",
     "inspect": "checkpoints.inspecting",
     "load": "loading",
+    "LoadOptions": "load_options",
     "Mask": "masks",
     "convert": "checkpoints.converting",
     "to_inpainting": "checkpoints.merging",
@@ -45,15 +50,9 @@ _HOMES = {
     "save_diffusers": "loading",
     "Pipeline": "pipeline",
     "replay": "replaying",
+    "Request": "pipeline.requests",
     "Result": "pipeline.results",
 }
 
 
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = exports(__name__, _HOMES, __all__)

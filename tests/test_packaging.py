@@ -68,7 +68,7 @@ def test_the_wheel_brings_its_licence_and_its_command(wheel):
     archive = zipfile.ZipFile(wheel)
     (info,) = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name}
     assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
-    assert "sdinpaint = sdinpaint.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
+    assert "sdinpaint = sdinpaint.__main__:main" in archive.read(f"{info}/entry_points.txt").decode()
 
 
 def test_the_packages_import_from_the_wheel_elsewhere(wheel, tmp_path):

@@ -7,16 +7,21 @@ model made of the known pixels. The functions return uint8 (H, W, 3), of which t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
 from sdinpaint.checks import check_choice, require_extra
 from sdinpaint.errors import ImageError, NumericError
 from sdinpaint.images.fills import spread
+from sdinpaint.on_demand import OnDemand
+
+if TYPE_CHECKING:
+    import torch
+    from torch.nn import functional as F
+else:
+    torch, F = OnDemand("torch"), OnDemand("torch.nn.functional")
 
 __all__ = ["BLENDS", "Blend", "compose", "feather", "match_color", "poisson"]
 

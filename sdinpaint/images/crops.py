@@ -11,10 +11,8 @@ from numbers import Integral
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch.nn import functional as F
 
 from sdinpaint.checks import require_extra
 from sdinpaint.errors import ImageError, MaskError, SettingError
@@ -207,8 +205,10 @@ def pooled(values: NDArray[Any], size: Size) -> Soft:
     Returns:
         The map as float32 (h, w).
     """
-    pixels = torch.from_numpy(values.astype(np.float32))
-    largest: Soft = F.adaptive_max_pool2d(pixels[None], size)[0].numpy()
+    largest = values.astype(np.float32)
+    for axis, (old, new) in enumerate(zip(values.shape[:2], size, strict=True)):
+        spans = ((old * i // new, -(-old * (i + 1) // new)) for i in range(new))
+        largest = np.stack([np.take(largest, range(*span), axis).max(axis) for span in spans], axis)
     return largest
 
 

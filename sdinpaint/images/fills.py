@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional as F
 
 from sdinpaint.checks import check_choice, require_extra
+from sdinpaint.on_demand import OnDemand
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.nn import functional as F
+else:
+    torch, F = OnDemand("torch"), OnDemand("torch.nn.functional")
 
 __all__ = ["FILLS", "NEUTRAL", "Fill", "fill_hole", "spread"]
 

@@ -5,16 +5,22 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
-from torch import Tensor
 
 from sdinpaint.errors import ImageError, NumericError, warn
 from sdinpaint.images.boxes import Box
 from sdinpaint.images.files import DEEP_MODES, MAX_PIXELS, decode, open_image
+from sdinpaint.on_demand import OnDemand, is_tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = OnDemand("torch")
 
 __all__ = ["Picture", "pad_to_multiple", "paste", "read_picture", "to_tensor", "to_uint8"]
 
@@ -49,7 +55,7 @@ class Picture:
         return ((self.rgb * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
-Source = Path | str | Image.Image | Bytes | Tensor | Picture
+Source: TypeAlias = "Path | str | Image.Image | Bytes | Tensor | Picture"
 
 
 def read_picture(source: Source, argument: str = "image") -> Picture:
@@ -76,7 +82,7 @@ def read_picture(source: Source, argument: str = "image") -> Picture:
         picture = _from_pil(decode(source, argument), argument)
     elif isinstance(source, np.ndarray):
         picture = Picture(rgb=_from_array(source, argument))
-    elif isinstance(source, Tensor):
+    elif is_tensor(source):
         picture = Picture(rgb=_from_tensor(source, argument))
     else:
         expected = "a path, a PIL image, a uint8 array (H, W, 3) or a float tensor (3, H, W) in [-1, 1]"
@@ -143,16 +149,24 @@ def pad_to_multiple(image: Tensor, multiple: int = 8) -> tuple[Tensor, Crop]:
     height, width = image.shape[-2:]
     rows, columns = height + -height % multiple, width + -width % multiple
     crop = slice(0, height), slice(0, width)
-    across = _mirrored(width, columns).to(image.device)
-    down = _mirrored(height, rows).to(image.device)
+    across = torch.from_numpy(mirrored(width, columns)).to(image.device)
+    down = torch.from_numpy(mirrored(height, rows)).to(image.device)
     return image.index_select(-2, down).index_select(-1, across), crop
 
 
-def _mirrored(size: int, length: int) -> Tensor:
-    """Return the indices 0 .. size - 1 and back, repeated to `length`: reflection that works from a single pixel on."""
+def mirrored(size: int, length: int) -> NDArray[np.int64]:
+    """Count 0 .. size - 1 and back again: indices of padding by reflection, which work from a single pixel on.
+
+    Args:
+        size: rows or columns of the image.
+        length: rows or columns of the padded image.
+
+    Returns:
+        The row or column of the image that each one of the padded image shows (length,).
+    """
     period = max(2 * size - 2, 1)
-    i = torch.arange(length, dtype=torch.int64, device="cpu") % period
-    return torch.minimum(i, period - i) if size > 1 else i
+    i = np.arange(length, dtype=np.int64) % period
+    return np.minimum(i, period - i) if size > 1 else i
 
 
 def paste(original: Picture, generated: Bytes, mask: NDArray[np.bool_]) -> Image.Image:

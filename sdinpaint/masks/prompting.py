@@ -11,21 +11,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sdinpaint.checks import check_number, quietly, require_extra
 from sdinpaint.errors import MaskError, NumericError, SettingError
 from sdinpaint.hub import is_hub_id
 from sdinpaint.masks.reading import Hole
 from sdinpaint.masks.segmenting import Point, Rgb, require_box_inside, require_points_inside
+from sdinpaint.on_demand import OnDemand
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from torch.nn import functional as F
+else:
+    torch, F = OnDemand("torch"), OnDemand("torch.nn.functional")
 
 __all__ = ["Segmenter", "clipseg", "load_segmenter", "sam"]
 
@@ -202,7 +207,7 @@ def load_segmenter(source: Path | str) -> Segmenter:
 def _segmenter(model: Segmenter | nn.Module | Path | str, classes: Mapping[str, str]) -> Segmenter:
     if isinstance(model, Path | str):
         return _load(model, classes)
-    segmenter = Segmenter(model) if isinstance(model, nn.Module) else model
+    segmenter = Segmenter(model) if isinstance(model, torch.nn.Module) else model
     kind = segmenter.kind if isinstance(segmenter, Segmenter) else type(model).__name__
     if kind not in classes:
         raise _refusal("model", f"of type {kind}", classes)

@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
-from torch.nn import functional as F
 
 from sdinpaint.errors import MaskError, warn
 from sdinpaint.images.files import DEEP_MODES, decode, open_image
+from sdinpaint.images.picture import mirrored
+from sdinpaint.on_demand import OnDemand, is_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import functional as F
+else:
+    F = OnDemand("torch.nn.functional")
 
 __all__ = ["CELL", "Cover", "Hole", "Soft", "Source", "binarize", "is_empty", "looks_inverted", "masked_image"]
-__all__ += ["read_mask", "read_own_size", "to_latent"]
+__all__ += ["latent_cells", "read_mask", "read_own_size", "to_latent"]
 
 
 @runtime_checkable
@@ -31,7 +37,7 @@ class HasArray(Protocol):
 
 Hole = NDArray[np.bool_]
 Soft = NDArray[np.float32]
-Source = Path | str | Image.Image | HasArray | Tensor
+Source: TypeAlias = "Path | str | Image.Image | HasArray | Tensor"
 Cover = Literal["max", "nearest"]
 """Mask downsampling: each latent cell takes its first pixel ("nearest") or its highest ("max")."""
 
@@ -86,7 +92,7 @@ def read_own_size(source: Source, argument: str) -> Soft:
         return _without_noise(_from_pil(open_image(source, argument), argument))
     if isinstance(source, Image.Image):
         return _without_noise(_from_pil(decode(source, argument), argument))
-    if isinstance(source, Tensor):
+    if is_tensor(source):
         values = source.detach().cpu()
         return _from_array((values.float() if values.is_floating_point() else values).numpy(), argument)
     if isinstance(source, HasArray):
@@ -152,6 +158,24 @@ def to_latent(mask: Tensor, cover: Cover = "nearest", cell: int = CELL) -> Tenso
     if cover == "max":
         return F.max_pool2d(mask, cell)
     return F.interpolate(mask, size=(mask.shape[-2] // cell, mask.shape[-1] // cell))
+
+
+def latent_cells(mask: NDArray[Any], cover: Cover = "nearest", cell: int = CELL) -> NDArray[Any]:
+    """Downsample a mask as `to_latent` does, padded by reflection to whole cells.
+
+    Args:
+        mask: (H, W).
+        cover: the value of a cell: "nearest" takes its first pixel, "max" its highest.
+        cell: height and width of a cell in pixels.
+
+    Returns:
+        The cells, (ceil(H / cell), ceil(W / cell)).
+    """
+    rows, columns = (-(-side // cell) * cell for side in mask.shape)
+    padded = mask[np.ix_(mirrored(mask.shape[0], rows), mirrored(mask.shape[1], columns))]
+    blocks = padded.reshape(rows // cell, cell, columns // cell, cell)
+    cells: NDArray[Any] = blocks.max(axis=(1, 3)) if cover == "max" else blocks[:, 0, :, 0]
+    return cells
 
 
 def masked_image(image: Tensor, mask: Tensor) -> Tensor:

@@ -6,16 +6,14 @@ import math
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from sdinpaint.checks import check_number, check_whole, require_extra
 from sdinpaint.errors import SettingError
 from sdinpaint.images.boxes import Box
-from sdinpaint.images.picture import pad_to_multiple
 from sdinpaint.masks.checks import require_size
-from sdinpaint.masks.reading import Hole, Soft, binarize, to_latent
+from sdinpaint.masks.reading import Hole, Soft, binarize, latent_cells
 from sdinpaint.masks.report import Cover
 
 __all__ = ["bounding_box", "drop_specks", "feather", "fill_holes", "grow", "on_lattice", "regions", "resize", "smooth"]
@@ -176,9 +174,8 @@ def on_lattice(mask: Soft, cover: Cover = "max", cell: int = 8) -> Soft:
     if cover not in ("nearest", "max"):
         raise SettingError("SETTING_COVER", "Mask.on_lattice: cover", f"{cover!r}", expected="'nearest' or 'max'")
     side = check_whole("cell", cell, 1, 1024, of="Mask.on_lattice")
-    padded, crop = pad_to_multiple(torch.from_numpy(mask.copy())[None, None], side)
-    cells = to_latent(padded, cover, side)[0, 0].numpy()
-    return cells.repeat(side, axis=0).repeat(side, axis=1)[crop]
+    cells = latent_cells(mask, cover, side)
+    return cells.repeat(side, axis=0).repeat(side, axis=1)[: mask.shape[0], : mask.shape[1]]
 
 
 def resize(mask: Soft, size: tuple[int, int]) -> Soft:

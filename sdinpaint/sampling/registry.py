@@ -7,13 +7,15 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from sdinpaint.checks import check_choice
 from sdinpaint.errors import SettingError
 from sdinpaint.families import ScheduleConfig
 from sdinpaint.sampling import samplers, schedules
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

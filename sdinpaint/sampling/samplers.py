@@ -10,18 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from sdinpaint.errors import NumericError, SettingError
+from sdinpaint.on_demand import OnDemand
 
-Denoise = Callable[[Tensor, float], Tensor]
-Noise = Callable[[Tensor], Tensor]
-OnStep = Callable[[int, Tensor, Tensor], object]
-Advance = Callable[[Tensor, Tensor, float, float], Tensor]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = OnDemand("torch")
+
+Denoise: TypeAlias = "Callable[[Tensor, float], Tensor]"
+Noise: TypeAlias = "Callable[[Tensor], Tensor]"
+OnStep: TypeAlias = "Callable[[int, Tensor, Tensor], object]"
+Advance: TypeAlias = "Callable[[Tensor, Tensor, float, float], Tensor]"
 
 
 class SamplerFunction(Protocol):
@@ -147,9 +152,9 @@ def _run(denoise: Denoise, x: Tensor, sigmas: Tensor, advance: Advance, on_step:
 
 def _stepped(changed: object, x: Tensor) -> Tensor:
     """Return the latents that `on_step` gave back, or x where it gave none."""
-    if not isinstance(changed, Tensor | np.ndarray):
+    if not isinstance(changed, torch.Tensor | np.ndarray):
         return x
-    if not isinstance(changed, Tensor) or changed.shape != x.shape:
+    if not isinstance(changed, torch.Tensor) or changed.shape != x.shape:
         found = f"a {type(changed).__name__} of shape {tuple(changed.shape)}"
         expected = f"None, or a tensor of the latents' shape {tuple(x.shape)}"
         raise SettingError("SETTING_ON_STEP", "on_step", found, expected=expected)

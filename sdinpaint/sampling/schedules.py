@@ -7,16 +7,17 @@ A spacing is a function (train_sigmas, steps) -> sigmas (steps + 1,), strictly f
 from __future__ import annotations
 
 import math
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from sdinpaint.errors import SettingError
 from sdinpaint.families import ScheduleConfig
+from sdinpaint.on_demand import OnDemand
 
-CPU_FLOAT64: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
-"""Named in every call, so that torch's default dtype and device have no part in it."""
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = OnDemand("torch")
 
 
 def train_sigmas(schedule: ScheduleConfig) -> Tensor:
@@ -25,7 +26,9 @@ def train_sigmas(schedule: ScheduleConfig) -> Tensor:
     Source: Ho et al. 2020, eq. 4; betas linear in their square roots as in CompVis/latent-diffusion
     ldm/modules/diffusionmodules/util.py make_beta_schedule("linear").
     """
-    roots = torch.linspace(schedule.beta_start**0.5, schedule.beta_end**0.5, schedule.train_steps, **CPU_FLOAT64)
+    roots = torch.linspace(
+        schedule.beta_start**0.5, schedule.beta_end**0.5, schedule.train_steps, dtype=torch.float64, device="cpu"
+    )
     alphas_cumprod = torch.cumprod(1 - roots**2, dim=0)
     return ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
 
@@ -62,7 +65,7 @@ def trailing(train_sigmas: Tensor, steps: int, *, end: float = 0.0) -> Tensor:
     """Multiples of train_steps / steps counted down from the last t (Lin et al. 2023, table 2)."""
     count = _train_count(train_sigmas, steps)
     stride = (count - count / steps) - count  # as numpy.arange computes it: its rounding decides ties
-    t = (count + torch.arange(steps, **CPU_FLOAT64) * stride).round().long() - 1
+    t = (count + torch.arange(steps, dtype=torch.float64, device="cpu") * stride).round().long() - 1
     return _ending(train_sigmas[t], end)
 
 
@@ -70,7 +73,7 @@ def karras(train_sigmas: Tensor, steps: int, *, rho: float = 7.0, end: float = 0
     """Evenly spaced sigma ** (1 / rho) over the whole trained range (Karras et al. 2022, eq. 5)."""
     _train_count(train_sigmas, steps)
     highest, lowest = train_sigmas[-1], train_sigmas[0]
-    ramp = torch.linspace(0, 1, steps, **CPU_FLOAT64)
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
     sigmas = torch.lerp(highest ** (1 / rho), lowest ** (1 / rho), ramp) ** rho
     sigmas[-1] = lowest  # the power does not return exactly where it came from
     sigmas[0] = highest

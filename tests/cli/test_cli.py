@@ -19,13 +19,12 @@ from builders import random_pipeline, small
 from click.testing import CliRunner
 from closeness import same_picture
 from PIL import Image
-from places import ROOT
 
 import sdinpaint
 from sdinpaint import Mask, cli
 from sdinpaint.cli import painting
 from sdinpaint.errors import SdInpaintWarning
-from sdinpaint.images.files import read_settings
+from sdinpaint.images.files import read_settings, save_png
 from sdinpaint.load_options import LoadOptions
 from sdinpaint.loading import save_diffusers
 from sdinpaint.pipeline.settings import BLENDS, COVERS, FILLS, REGIONS, Settings, names_of
@@ -187,8 +186,26 @@ def test_options_are_those_of_the_library():
         assert options[name] == defaults[name].default
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["inpaint", "--help"], ["--version"]])
-def test_help_does_not_wait_for_torch(arguments):
+WITHOUT_TORCH = [
+    "--help",
+    "inpaint --help",
+    "--version",
+    "samplers",
+    "samplers --json",
+    "mask --help",
+    "mask box photo.png --at 10,10,40,40 --out made.png",
+    "mask edit mask.png --grow 4 --feather 2 --on-lattice --out made.png",
+    "mask flood photo.png --at 30,30 --out made.png",
+    "mask report mask.png",
+    "mask preview photo.png mask.png --out made.png",
+    "inspect out.png",
+]
+
+
+@pytest.mark.parametrize("line", WITHOUT_TORCH)
+def test_what_needs_no_model_does_not_wait_for_torch(line):
+    save_png(Image.open("photo.png"), Path("out.png"), {"prompt": "a red fox"})
+    arguments = line.split()
     program = f"""
 import sys
 sys.modules["torch"] = None
@@ -196,9 +213,9 @@ from sdinpaint.cli import main
 main({arguments!r}, prog_name="sdinpaint")
 """
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "sdinpaint" in done.stdout
+    assert done.stdout or Path("made.png").exists()
 
 
 # notes

@@ -188,10 +188,10 @@ def test_text_and_json():
     assert report_on(np.zeros((8, 8))).to_json()["bounds"] is None
 
 
-def test_without_scipy_all_but_the_regions_is_told(monkeypatch):
+def test_without_opencv_all_but_the_regions_is_told(monkeypatch):
     mask = square(30) + square(2, 0, 0)
     told = report_on(mask).to_json()
-    monkeypatch.setitem(sys.modules, "scipy.ndimage", None)
+    monkeypatch.setitem(sys.modules, "cv2", None)
     without = report_on(mask)
     assert (without.regions, without.specks, without.speck_pixels) == (None, None, None)
     assert "pip install 'sdinpaint[mask]'" in str(without)
