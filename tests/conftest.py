@@ -21,6 +21,8 @@ from sdinpaint.families import SD15_INPAINT
 from sdinpaint.sampling import graphs
 from sdinpaint.text.tokenizer import train_tokenizer
 
+pytest_plugins = ["costs", "patching"]
+
 CORPUS = [
     f"a {colour} {shape} on the {side}" for colour in ("red", "blue") for shape in ("fox", "cube") for side in "ab"
 ]
@@ -99,16 +101,15 @@ def unet_batches(pipe):
 
 
 @pytest.fixture
-def replays(monkeypatch):
+def replays(substitute):
     """Graphs as on a GPU -> the class that counts what was recorded."""
-    monkeypatch.setattr(Replay, "made", 0)
-    monkeypatch.setattr(graphs, "Recording", Replay)
-    monkeypatch.setattr(graphs, "_recordable", lambda tensors: True)
+    Replay.made = 0
+    substitute(graphs, Recording=Replay, _recordable=lambda tensors: True)
     return Replay
 
 
 @pytest.fixture
-def own_cache(monkeypatch, tmp_path):
+def own_cache(monkeypatch, tmp_path, environment, substitute):
     """An empty cache of the hub, nobody logged in, and no way off this machine."""
     abroad, resolve = [], socket.getaddrinfo
 
@@ -119,20 +120,17 @@ def own_cache(monkeypatch, tmp_path):
         return resolve(host, *args, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve_here)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
+    environment(NO_PROXY="127.0.0.1,localhost", HF_TOKEN=None, HUGGING_FACE_HUB_TOKEN=None, HF_HUB_OFFLINE=None)
     # huggingface_hub read these from the environment when it was imported
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    paths = {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_TOKEN_PATH": str(tmp_path / "token")}
+    substitute(constants, **paths, HF_HUB_DISABLE_TELEMETRY=True)
     yield tmp_path / "cache"
     assert abroad == []
 
 
 @pytest.fixture
-def hub(own_cache, monkeypatch):
+def hub(own_cache, environment):
     """A hub on this machine, without any model yet."""
     with serve() as running:
-        monkeypatch.setenv("HF_ENDPOINT", running.url)
+        environment(HF_ENDPOINT=running.url)
         yield running

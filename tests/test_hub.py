@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -256,12 +255,12 @@ def test_revisions(hub, files):
     assert "'v2'" in error.found
 
 
-def test_bars_only_on_a_terminal_and_only_if_wanted(hub, files, capfd, monkeypatch):
+def test_bars_only_on_a_terminal_and_only_if_wanted(hub, files, capfd, stderr):
     hub.add("owner/small", files)
     fetch("owner/small", COMPONENTS, progress=True)
     assert "".join(capfd.readouterr()) == ""
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    shown = stderr(terminal=True)
     fetch("owner/small", COMPONENTS, progress=False)
-    assert "".join(capfd.readouterr()) == ""
+    assert shown.getvalue() == "".join(capfd.readouterr()) == ""
     fetch("owner/small", COMPONENTS, progress=True)
-    assert "Fetching" in capfd.readouterr().err
+    assert "Fetching" in shown.getvalue()

@@ -40,18 +40,18 @@ def files(tiny, vocabulary, tmp_path_factory):
 
 
 @pytest.fixture
-def hasty(monkeypatch):
+def hasty(monkeypatch, substitute):
     """Transfers in small pieces, and no pause before they are tried again."""
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
+    substitute(constants, DOWNLOAD_CHUNK_SIZE=10_000)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
 @pytest.fixture
-def nowhere(monkeypatch):
+def nowhere(environment):
     """The address of a hub that is not there."""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    monkeypatch.setenv("HF_ENDPOINT", url)
+    environment(HF_ENDPOINT=url)
     return url
 
 
@@ -107,10 +107,9 @@ def test_an_abandoned_download_is_not_taken_for_whole(hub, files, own_cache):
 KILLED = "import sys; from sdinpaint.hub import fetch; fetch(sys.argv[1], ('unet', 'vae', 'text_encoder'))"
 
 
-def test_a_killed_download_is_not_taken_for_whole(hub, files, own_cache, monkeypatch):
+def test_a_killed_download_is_not_taken_for_whole(hub, files, own_cache, environment):
     hub.add(MODEL, files)
-    monkeypatch.setenv("HF_HUB_CACHE", str(own_cache))
-    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    environment(HF_HUB_CACHE=own_cache, HF_HUB_DISABLE_TELEMETRY=1)
     process = subprocess.Popen([sys.executable, "-c", KILLED, MODEL])
     hub.breaks[VAE_FILE], hub.on_break = [1_000], process.kill
     assert process.wait(60) == -signal.SIGKILL
@@ -148,31 +147,31 @@ def test_refusals_say_what_to_do(hub, files, status, error, code, says):
     assert all(text in str(refused) for text in says)
 
 
-def test_log_in_opens_a_private_model(hub, files, monkeypatch):
+def test_log_in_opens_a_private_model(hub, files, environment):
     hub.add(MODEL, files, refusal=(401, "RepoNotFound"), token="hf_secret")
-    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    environment(HF_TOKEN="hf_wrong")
     assert refusal().code == "HUB_NOT_FOUND"
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    environment(HF_TOKEN="hf_secret")
     assert fetched() == files
 
 
-def test_what_answers_is_no_hub(hub, monkeypatch):
+def test_what_answers_is_no_hub(hub, sabotage):
     def page(self):
         self._answer(200, {"Content-Type": "text/html"}, b"<html>Please sign in to this network</html>")
 
-    monkeypatch.setattr(Handler, "do_GET", page)
+    sabotage(Handler, "do_GET", page)
     assert refusal().code == "HUB_UNREACHABLE"
 
 
 # No network
 
 
-def test_without_the_hub_the_cache_is_used_with_a_warning(hub, files, nowhere, monkeypatch):
+def test_without_the_hub_the_cache_is_used_with_a_warning(hub, files, nowhere, environment):
     assert refusal().code == "HUB_UNREACHABLE"
-    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    environment(HF_ENDPOINT=hub.url)
     hub.add(MODEL, files)
     fetched()
-    monkeypatch.setenv("HF_ENDPOINT", nowhere)
+    environment(HF_ENDPOINT=nowhere)
     with pytest.warns(SdInpaintWarning, match=r"cannot be downloaded .*; the copy in the cache is used"):
         assert fetched() == files
 
@@ -186,20 +185,20 @@ def test_an_unreachable_hub_is_reported_at_once(nowhere):
     assert "refused" in error.found
 
 
-def test_a_silent_hub_is_given_up(hub, monkeypatch):
-    monkeypatch.setattr(module, "SECONDS", 0.2)
-    monkeypatch.setattr(Handler, "do_GET", lambda self: time.sleep(1))
+def test_a_silent_hub_is_given_up(hub, sabotage, substitute):
+    substitute(module, SECONDS=0.2)
+    sabotage(Handler, "do_GET", lambda self: time.sleep(1))
     error = refusal()
     assert error.code == "HUB_UNREACHABLE"
     assert "Timeout" in error.found
 
 
 @pytest.mark.parametrize("way", ["argument", "variable"])
-def test_offline_asks_nobody(hub, files, monkeypatch, way):
+def test_offline_asks_nobody(hub, files, way, environment):
     hub.add(MODEL, files)
     offline = {"local_files_only": True} if way == "argument" else {}
     if way == "variable":
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        environment(HF_HUB_OFFLINE=1)
     for source, command in ((MODEL, f"hf download {MODEL}"), (f"{MODEL}:a.ckpt", f"hf download {MODEL} a.ckpt")):
         error = refusal(source, revision="v1", **offline)
         assert error.code == "HUB_NOT_CACHED"
@@ -207,9 +206,9 @@ def test_offline_asks_nobody(hub, files, monkeypatch, way):
     assert hub.log == []
 
 
-def test_a_missing_vocabulary_is_reported_at_once(nowhere, monkeypatch):
-    monkeypatch.delenv("SDINPAINT_TOKENIZER", raising=False)
-    monkeypatch.setattr(finding, "PACKAGE_FILES", {})
+def test_a_missing_vocabulary_is_reported_at_once(nowhere, environment, substitute):
+    environment(SDINPAINT_TOKENIZER=None)
+    substitute(finding, PACKAGE_FILES={})
     started = time.monotonic()
     with pytest.raises(TokenizerError, match=r"the download from openai/.* failed: .*refused"):
         find_tokenizer()
@@ -219,12 +218,9 @@ def test_a_missing_vocabulary_is_reported_at_once(nowhere, monkeypatch):
 # The disk
 
 
-def test_no_room(hub, files, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device", "/cache/blob")
-
+def test_no_room(hub, files, failing):
     hub.add(MODEL, files)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    failing(huggingface_hub, "snapshot_download", OSError(28, "No space left on device", "/cache/blob"))
     assert refusal().code == "DISK_FULL"
 
 
@@ -239,7 +235,7 @@ def test_a_cache_that_cannot_be_written(hub, files, own_cache):
 # The command line
 
 
-def test_command_line(hub, files, nowhere, monkeypatch):
+def test_command_line(hub, files, nowhere, environment):
     def inspected(*options):
         done = CliRunner().invoke(cli.main, ["inspect", MODEL, "--json", *options])
         return done.exit_code, json.loads(done.stdout)
@@ -248,7 +244,7 @@ def test_command_line(hub, files, nowhere, monkeypatch):
     assert (code, said["error"]["code"]) == (common.ENVIRONMENT, "HUB_UNREACHABLE")
     code, said = inspected("--offline")
     assert (code, said["error"]["code"]) == (common.BAD_INPUT, "HUB_NOT_CACHED")
-    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    environment(HF_ENDPOINT=hub.url)
     hub.add(MODEL, files)
     assert inspected("--revision", "v9")[1]["error"]["code"] == "HUB_REVISION"
     code, said = inspected()

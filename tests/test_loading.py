@@ -126,19 +126,19 @@ def test_the_folder_holds_the_whole_model(saved, pipe, picture):
 # Single files: writers (path, tensors, monkeypatch)
 
 
-def safetensors(path, state, monkeypatch):
+def safetensors(path, state):
     save_file(contiguous(state), path)
 
 
-def lightning(path, state, monkeypatch):
-    save_lightning(path, state, monkeypatch)
+def lightning(path, state):
+    save_lightning(path, state)
 
 
-def lightning_legacy(path, state, monkeypatch):
-    save_lightning(path, state, monkeypatch, legacy=True)
+def lightning_legacy(path, state):
+    save_lightning(path, state, legacy=True)
 
 
-def plain_pickle(path, state, monkeypatch):
+def plain_pickle(path, state):
     torch.save(state, path)
 
 
@@ -154,8 +154,8 @@ def plain_pickle(path, state, monkeypatch):
         (plain_pickle, "model.pth"),
     ],
 )
-def test_single_files_of_any_name(tmp_path, alone, pipe, other, picture, monkeypatch, write, name):
-    write(tmp_path / name, single_file(pipe) | averages(other.unet), monkeypatch)
+def test_single_files_of_any_name(tmp_path, alone, pipe, other, picture, write, name):
+    write(tmp_path / name, single_file(pipe) | averages(other.unet))
     with warnings.catch_warnings():
         warnings.simplefilter("error", SdInpaintWarning)  # nothing in it is unknown
         loaded = load(tmp_path / name, **alone)
@@ -304,8 +304,8 @@ def test_four_channels(family, vocabulary, tmp_path):
     assert alike(paint(loaded), paint(pipe))
 
 
-def test_demo_is_a_name(saved, pipe, monkeypatch):
-    monkeypatch.setattr(opening, "DEMO", saved)
+def test_demo_is_a_name(saved, pipe, substitute):
+    substitute(opening, DEMO=saved)
     assert same_models(load("demo"), pipe)
 
 
@@ -495,14 +495,10 @@ def counts(pipe):
 
 
 @pytest.fixture
-def no_reading(monkeypatch):
+def no_reading(forbid):
     """Makes every read of a tensor's bytes fail."""
-
-    def fail(*arguments):
-        raise AssertionError("a tensor was read")
-
-    for owner, name in ((Entry, "tensor"), (SourceFile, "mapped"), (SourceFile, "loaded"), (SourceFile, "crc32")):
-        monkeypatch.setattr(owner, name, fail)
+    forbid(Entry, "tensor")
+    forbid(SourceFile, "mapped", "loaded", "crc32")
 
 
 def test_inspect_a_folder(saved, pipe, no_reading):
@@ -533,9 +529,9 @@ def test_inspect_variants_and_mixed_dtypes(folder, pipe):
 
 
 @pytest.mark.parametrize("write", [safetensors, lightning, lightning_legacy])
-def test_inspect_a_single_file_that_needs_its_configuration(tmp_path, pipe, other, monkeypatch, write):
+def test_inspect_a_single_file_that_needs_its_configuration(tmp_path, pipe, other, write):
     state = single_file(pipe) | averages(other.unet) | {"merge.recipe": torch.zeros(3)}
-    write(tmp_path / "model.ckpt", state, monkeypatch)
+    write(tmp_path / "model.ckpt", state)
     report = sdinpaint.inspect(tmp_path / "model.ckpt")
     assert (report.family, report.layout, report.in_channels) == ("sd1", "ldm", 9)
     assert report.has_ema

@@ -15,21 +15,11 @@ from painting import IMAGE, inpaint
 from torch import nn
 
 import sdinpaint
+from sdinpaint import progress
 from sdinpaint.progress import bar_class, is_notebook, progress_bar
 from sdinpaint.training.loop import Trainer
 
 SECONDS = 60
-
-
-class Stream(io.StringIO):
-    """Standard error that is a terminal, or is none."""
-
-    def __init__(self, terminal):
-        super().__init__()
-        self.terminal = terminal
-
-    def isatty(self):
-        return self.terminal
 
 
 class Shell:
@@ -39,30 +29,28 @@ class Shell:
         self.config = {application: {}}
 
 
-def stderr(monkeypatch, *, terminal):
-    stream = Stream(terminal)
-    monkeypatch.setattr(sys, "stderr", stream)
-    return stream
+@pytest.fixture
+def ipython(installed):
+    """Give ipython(shell): what IPython says that it runs in."""
+
+    def run_in(shell):
+        module = types.ModuleType("IPython")
+        module.get_ipython = lambda: shell
+        installed("IPython", module)
+
+    return run_in
 
 
-def as_in(monkeypatch, application):
-    module = types.ModuleType("IPython")
-    module.get_ipython = lambda: Shell(application)
-    monkeypatch.setitem(sys.modules, "IPython", module)
+@pytest.fixture
+def stream(request, ipython, stderr):
+    """The stderr of a terminal, of a file, or of a notebook's kernel, which is no terminal."""
+    if request.param == "notebook":
+        ipython(Shell("IPKernelApp"))
+    return stderr(terminal=request.param == "terminal")
 
 
-def notebook(monkeypatch):
-    """The stderr of a kernel, which is no terminal."""
-    as_in(monkeypatch, "IPKernelApp")
-    return stderr(monkeypatch, terminal=False)
-
-
-def terminal(monkeypatch):
-    return stderr(monkeypatch, terminal=True)
-
-
-def file(monkeypatch):
-    return stderr(monkeypatch, terminal=False)
+def shown_in(*places):
+    return pytest.mark.parametrize("stream", places, indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -92,37 +80,33 @@ every_task = pytest.mark.parametrize(("title", "task"), TASKS.values(), ids=list
 
 
 @every_task
-@pytest.mark.parametrize("place", [notebook, terminal])
-def test_bars_are_seen_where_somebody_looks(place, title, task, pipe, checkpoint, tmp_path, monkeypatch):
-    stream = place(monkeypatch)
+@shown_in("notebook", "terminal")
+def test_bars_are_seen_where_somebody_looks(stream, title, task, pipe, checkpoint, tmp_path):
     task(pipe, checkpoint, tmp_path, True)
     assert f"{title}: 100%" in stream.getvalue()
 
 
 @every_task
-@pytest.mark.parametrize("place", [notebook, terminal, file])
-def test_bars_are_silent_where_they_are_not_wanted(place, title, task, pipe, checkpoint, tmp_path, monkeypatch):
-    stream = place(monkeypatch)
-    task(pipe, checkpoint, tmp_path, place is file)
+@shown_in("notebook", "terminal", "file")
+def test_bars_are_silent_where_they_are_not_wanted(stream, title, task, pipe, checkpoint, tmp_path, request):
+    task(pipe, checkpoint, tmp_path, request.node.callspec.params["stream"] == "file")
     assert stream.getvalue() == ""
 
 
-def test_ipython_in_a_terminal_is_no_notebook(monkeypatch):
-    as_in(monkeypatch, "TerminalIPythonApp")
+def test_ipython_in_a_terminal_is_no_notebook(ipython, stderr):
+    ipython(Shell("TerminalIPythonApp"))
     assert not is_notebook()
-    stream = stderr(monkeypatch, terminal=False)
+    stream = stderr(terminal=False)
     with progress_bar(2, "work") as bar:
         bar.update()
     assert stream.getvalue() == ""
 
 
 @pytest.mark.parametrize("broken", ["no IPython shell", "no stderr", "closed stderr"])
-def test_a_missing_output_is_no_failure(broken, monkeypatch):
-    stream = stderr(monkeypatch, terminal=True)
+def test_a_missing_output_is_no_failure(broken, ipython, monkeypatch, stderr):
+    stream = stderr(terminal=True)
     if broken == "no IPython shell":
-        module = types.ModuleType("IPython")
-        module.get_ipython = lambda: None
-        monkeypatch.setitem(sys.modules, "IPython", module)
+        ipython(None)
         stream.terminal = False
     elif broken == "no stderr":
         monkeypatch.setattr(sys, "stderr", None)
@@ -135,10 +119,8 @@ def test_a_missing_output_is_no_failure(broken, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("place", [notebook, terminal])
-def test_an_error_leaves_no_half_bar(place, error, pipe, monkeypatch):
-    stream = place(monkeypatch)
-
+@shown_in("notebook", "terminal")
+def test_an_error_leaves_no_half_bar(stream, error, pipe):
     def stop(step, x, x0):
         if step == 1:
             raise error("enough")
@@ -152,8 +134,8 @@ def test_an_error_leaves_no_half_bar(place, error, pipe, monkeypatch):
     assert stream.getvalue().rstrip("\n").split("\r")[-1].startswith("inpaint: 100%")  # and in the first line
 
 
-def test_bars_within_bars(monkeypatch):
-    stream = terminal(monkeypatch)
+@shown_in("terminal")
+def test_bars_within_bars(stream):
     with progress_bar(2, "outer") as outer:
         for _ in range(2):
             with progress_bar(1, "inner", leave=False) as inner:
@@ -165,20 +147,16 @@ def test_bars_within_bars(monkeypatch):
     assert "outer: 100%" in text.rstrip("\n").split("\r")[-1]
 
 
-def test_a_silent_bar_is_none_of_tqdm_s(monkeypatch):
-    file(monkeypatch)
-
-    def refuse(*_, **__):
-        raise AssertionError("tqdm takes a lock and starts a thread")
-
-    monkeypatch.setattr("sdinpaint.progress._Bar", refuse)
+@shown_in("file")
+def test_a_silent_bar_starts_no_thread_of_tqdm(stream, forbid):
+    forbid(progress, "_Bar")
     with progress_bar(2, "work") as bar:
         bar.update()
 
 
+@shown_in("notebook")
 @pytest.mark.parametrize("show", [True, False])
-def test_bars_of_other_libraries(show, monkeypatch):
-    stream = notebook(monkeypatch)
+def test_bars_of_other_libraries(stream, show):
     with bar_class(show=show)(total=2, desc="Fetching") as bar:
         bar.update(2)
     assert ("Fetching: 100%" in stream.getvalue()) == show

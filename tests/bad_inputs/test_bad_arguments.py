@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 import zlib
 
@@ -23,11 +22,9 @@ from sdinpaint.pipeline.settings import BLENDS, COVERS, REGIONS
 
 
 @pytest.fixture
-def nothing_computed(pipe, usual, no_harm_done, monkeypatch):
+def nothing_computed(pipe, usual, no_harm_done, forbid):
     """From here to the end of the test, no model is shown anything."""
-    with monkeypatch.context() as patch:
-        patch.setattr(PatchSampling, "__init__", lambda *_, **__: pytest.fail("something was computed"))
-        yield
+    forbid(PatchSampling, "__init__")
 
 
 @pytest.mark.usefixtures("nothing_computed")
@@ -229,13 +226,17 @@ def test_joining_what_is_not_pasted_back(pipe, given):
 
 
 @pytest.mark.usefixtures("nothing_computed")
-def test_what_an_extra_is_needed_for_is_known_before_anything_is_computed(pipe, monkeypatch):
-    needing = {"scipy.sparse": {"blend": "poisson"}, "scipy.ndimage": {"regions": "each"}}
-    needing["cv2"] = {"fill": "telea", "strength": 0.5}
-    for module, options in needing.items():
-        with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, module, None)
-            refused(SettingError, "SETTING_EXTRA", lambda: inpaint(pipe, **options), "sdinpaint[mask]")  # noqa: B023
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        ("scipy.sparse", {"blend": "poisson"}),
+        ("scipy.ndimage", {"regions": "each"}),
+        ("cv2", {"fill": "telea", "strength": 0.5}),
+    ],
+)
+def test_a_missing_extra_is_refused_before_anything_is_computed(pipe, without, module, options):
+    without(module)
+    refused(SettingError, "SETTING_EXTRA", lambda: inpaint(pipe, **options), "sdinpaint[mask]")
 
 
 OUTPAINTING = [

@@ -32,6 +32,7 @@ from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sdinpaint_weights.export import export_plan
+from sdinpaint_weights.files import SourceFile
 from sdinpaint_weights.stream import write_stream
 
 import sdinpaint
@@ -239,9 +240,9 @@ def test_averaged_weights_are_taken_where_they_are_asked_for(models, tiny, tmp_p
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_pickle_becomes_a_safetensors_file(models, tmp_path, monkeypatch, legacy):
+def test_a_pickle_becomes_a_safetensors_file(models, tmp_path, legacy):
     _, folder, file = models("sd1")
-    save_lightning(tmp_path / "a.ckpt", load_file(file), monkeypatch, legacy=legacy)
+    save_lightning(tmp_path / "a.ckpt", load_file(file), legacy=legacy)
     convert(tmp_path / "a.ckpt", tmp_path / file.name, "ldm", config=folder, progress=False)
     assert_same_bits(tensors_of(tmp_path / file.name), without_constants(tensors_of(file)))
 
@@ -339,7 +340,7 @@ def test_a_controlnet_alone_there_and_back(controlnet, tmp_path):
 
 @pytest.mark.parametrize(("layout", "target"), [("ldm", "new.safetensors"), ("diffusers", "new")])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_what_ends_early_leaves_nothing(models, tmp_path, monkeypatch, layout, target, error):
+def test_what_ends_early_leaves_nothing(models, tmp_path, layout, target, error, sabotage):
     _, folder, _ = models("sd1")
     written = []
 
@@ -354,7 +355,7 @@ def test_what_ends_early_leaves_nothing(models, tmp_path, monkeypatch, layout, t
             items[-1] = replace(items[-1], produce=produce)
         write_stream(path, items, *rest)
 
-    monkeypatch.setattr(converting, "write_stream", fail_late)
+    sabotage(converting, "write_stream", fail_late)
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else CheckpointError):
         convert(folder, tmp_path / target, layout, progress=False)
     assert written
@@ -459,11 +460,10 @@ def test_a_source_is_not_its_own_target(models, tmp_path):
         assert caught.value.code == "SETTING_TARGET"
 
 
-def test_a_full_disk_is_told_before_anything_is_hashed(models, tmp_path, monkeypatch):
+def test_a_full_disk_is_told_before_anything_is_hashed(models, tmp_path, forbid, free_space):
     _, folder, _ = models("sd1")
-    usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    monkeypatch.setattr("sdinpaint_weights.files.SourceFile.sha256", lambda *_: pytest.fail("hashed"))
+    free_space(1000)
+    forbid(SourceFile, "sha256")
     with pytest.raises(CheckpointError) as caught:
         convert(folder, tmp_path / "new", progress=False)
     assert caught.value.code == "CKPT_NO_SPACE"
@@ -493,8 +493,8 @@ def test_the_command_writes_what_the_function_writes(models, tmp_path):
     assert (done.exit_code, done.output) == (0, "")
 
 
-def test_a_full_disk_is_the_machine_s_fault(models, tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+def test_a_full_disk_is_the_machine_s_fault(models, tmp_path, free_space):
+    free_space(1000)
     done = CliRunner().invoke(main, ["convert", str(models("sd1")[1]), str(tmp_path / "new")])
     assert done.exit_code == 5
     assert "1.00 kB (1000 bytes) are free" in done.output

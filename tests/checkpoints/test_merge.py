@@ -148,14 +148,14 @@ def test_every_tensor_is_custom_and_inpaint_without_base(home, tmp_path):
             assert torch.equal(tensor, custom[component][name]), name
 
 
-def test_a_difference_in_the_wrong_channels_is_seen(home, tmp_path, monkeypatch):
+def test_a_difference_in_the_wrong_channels_is_seen(home, tmp_path, sabotage):
     """Broken on purpose: the difference is added to the last channels instead of the first ones."""
     zeros_first = merging._widened
 
     def zeros_last(weight, channels):
         return zeros_first(weight, channels).flip(1)
 
-    monkeypatch.setattr(merging, "_widened", zeros_last)
+    sabotage(merging, "_widened", zeros_last)
     with pytest.raises(AssertionError):
         test_every_tensor_is_custom_and_inpaint_without_base(home, tmp_path)
 

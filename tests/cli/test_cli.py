@@ -22,7 +22,8 @@ from PIL import Image
 
 import sdinpaint
 from sdinpaint import Mask, cli
-from sdinpaint.cli import painting
+from sdinpaint.checkpoints import opening
+from sdinpaint.cli import demonstration, painting
 from sdinpaint.errors import SdInpaintWarning
 from sdinpaint.images.files import read_settings, save_png
 from sdinpaint.load_options import LoadOptions
@@ -54,21 +55,6 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(PIXELS).save("photo.png")
     Image.fromarray(HOLE).save("mask.png")
-
-
-@pytest.fixture
-def loads(monkeypatch):
-    """loads(outcome): let `load` return, raise or call that instead."""
-
-    def replace(outcome):
-        def load(*_, **__):
-            if isinstance(outcome, BaseException):
-                raise outcome
-            return outcome() if inspect.isfunction(outcome) else outcome
-
-        monkeypatch.setattr("sdinpaint.loading.load", load)
-
-    return replace
 
 
 def run(*arguments):
@@ -362,13 +348,9 @@ def test_a_device_that_is_not_there(device, model):
     assert device in done.stderr
 
 
-def test_a_full_disk_leaves_the_file_of_that_name(model, monkeypatch):
+def test_a_full_disk_leaves_the_file_of_that_name(model, failing):
     Path("out.png").write_bytes(b"an earlier picture")
-
-    def full(_):
-        raise NO_ROOM
-
-    monkeypatch.setattr(os, "fsync", full)
+    failing(os, "fsync", NO_ROOM)
     assert inpaint(model).exit_code == 5
     assert written() == {"out.png"}
     assert Path("out.png").read_bytes() == b"an earlier picture"
@@ -420,9 +402,9 @@ def test_inspect_shows_the_settings_of_a_picture(model):
     assert json.loads(done.stdout)["error"]["code"] == "IMAGE_NO_SETTINGS"
 
 
-def test_doctor_tells_what_is_there(model, monkeypatch):
-    monkeypatch.setattr("sdinpaint.checkpoints.opening.DEMO", model)
-    monkeypatch.setenv("SDINPAINT_TOKENIZER", "nowhere")
+def test_doctor_tells_what_is_there(model, environment, substitute):
+    substitute(opening, DEMO=model)
+    environment(SDINPAINT_TOKENIZER="nowhere")
     done = run("doctor")
     found = json.loads(run("doctor", "--json").stdout)
     assert done.exit_code == 0
@@ -432,9 +414,9 @@ def test_doctor_tells_what_is_there(model, monkeypatch):
     assert "nowhere" in found["CLIP vocabulary"]
 
 
-def test_demo_writes_its_sheet(model, monkeypatch):
-    monkeypatch.setattr("sdinpaint.checkpoints.opening.DEMO", model)
-    monkeypatch.setattr("sdinpaint.cli.demonstration.STEPS", 1)
+def test_demo_writes_its_sheet(model, substitute):
+    substitute(opening, DEMO=model)
+    substitute(demonstration, STEPS=1)
     done = run("demo", "--out", "new/folder")
     assert done.exit_code == 0, done.output
     assert "new/folder/sdinpaint-demo.png" in done.stdout

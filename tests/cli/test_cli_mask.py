@@ -159,7 +159,7 @@ def test_labels_at_another_size():
 
 
 @pytest.fixture
-def models(monkeypatch):
+def models(substitute):
     """What `Mask.sam` and `Mask.clipseg` were asked for; both answer with a box."""
     asked = []
 
@@ -167,8 +167,7 @@ def models(monkeypatch):
         asked.append((picture.size, given))
         return Mask.box(picture.size, BOX)
 
-    monkeypatch.setattr(Mask, "sam", answer)
-    monkeypatch.setattr(Mask, "clipseg", answer)
+    substitute(Mask, sam=answer, clipseg=answer)
     return asked
 
 
@@ -367,12 +366,8 @@ def test_what_cannot_be_read_is_wrong_usage(given, form):
 
 
 @pytest.fixture
-def nothing_is_computed(monkeypatch):
-    def compute(*_, **__):
-        raise AssertionError("a mask was computed")
-
-    for method in ("box", "grabcut", "grow"):
-        monkeypatch.setattr(Mask, method, compute)
+def nothing_is_computed(forbid):
+    forbid(Mask, "box", "grabcut", "grow")
 
 
 @pytest.mark.usefixtures("nothing_is_computed")
@@ -408,13 +403,10 @@ def test_a_mask_is_written_as_png_alone(name):
         assert not Path(name).exists()
 
 
-def test_a_full_disk_leaves_the_mask_of_that_name(monkeypatch):
+def test_a_full_disk_leaves_the_mask_of_that_name(failing):
     before = Path("other.png").read_bytes()
 
-    def full(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
+    failing(os, "fsync", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     files = set(os.listdir())
     assert run("edit", "mask.png", "--grow", 3, "-o", "other.png").exit_code == 5
     assert Path("other.png").read_bytes() == before

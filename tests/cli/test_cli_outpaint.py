@@ -110,10 +110,9 @@ COMMANDS = {"inpaint": ["--mask=mask.png", "--crop=8"], "vary": [], "outpaint": 
 
 
 @pytest.fixture
-def kept(model, monkeypatch):
+def kept(model, loads):
     """One pipeline for all commands: with the same weights in the same place, every bit is the same."""
-    pipe = sdinpaint.load(model, device="cpu", progress=False)
-    monkeypatch.setattr("sdinpaint.loading.load", lambda *_, **__: pipe)
+    loads(sdinpaint.load(model, device="cpu", progress=False))
 
 
 @pytest.mark.usefixtures("kept")

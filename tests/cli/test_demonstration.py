@@ -12,6 +12,8 @@ from sdinpaint.cli.demonstration import demonstrate, repaint, tasks
 from sdinpaint.images import sheets
 from sdinpaint.images.files import read_settings
 from sdinpaint.images.sheets import CAPTION_SIZE, GAP, MARGIN, PAPER, contact_sheet, tinted
+from sdinpaint.pipeline import pipeline
+from sdinpaint.pipeline import repaint as run
 from sdinpaint.training.scenes import render, silhouette
 
 SIZE = 64
@@ -23,8 +25,8 @@ def pipe(tiny, vocabulary):
 
 
 @pytest.fixture
-def rows(pipe, monkeypatch):
-    monkeypatch.setattr(demonstration, "STEPS", 1)
+def rows(pipe, substitute):
+    substitute(demonstration, STEPS=1)
     return repaint(pipe, tasks(SIZE))
 
 
@@ -54,11 +56,11 @@ def test_known_pixels_stay_bit_for_bit(rows):
     assert changed_known_pixels(rows) == 0
 
 
-def test_without_pasting_back_they_would_not(pipe, monkeypatch):
-    monkeypatch.setattr(demonstration, "STEPS", 1)
-    monkeypatch.setattr("sdinpaint.pipeline.repaint.compose", lambda _, generated, *__, **___: generated)
+def test_without_pasting_back_they_would_not(pipe, sabotage, substitute):
+    substitute(demonstration, STEPS=1)
+    sabotage(run, "compose", lambda _, generated, *__, **___: generated)
     assert changed_known_pixels(repaint(pipe, tasks(SIZE))) == 0, "what is joined is pasted too"
-    monkeypatch.setattr("sdinpaint.pipeline.pipeline.paste", lambda _, generated, __: Image.fromarray(generated))
+    sabotage(pipeline, "paste", lambda _, generated, __: Image.fromarray(generated))
     assert changed_known_pixels(repaint(pipe, tasks(SIZE))) > 0
 
 
@@ -126,8 +128,8 @@ def test_long_captions_are_wrapped_to_the_picture():
 # both
 
 
-def test_demonstrate_writes_its_files(pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(demonstration, "STEPS", 1)
+def test_demonstrate_writes_its_files(pipe, tmp_path, substitute):
+    substitute(demonstration, STEPS=1)
     done = demonstrate(tmp_path / "new", pipe)
     written = [done.path, done.photo, done.mask]
     assert sorted((tmp_path / "new").iterdir()) == sorted(written)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -89,9 +87,9 @@ def test_any_size_and_any_hole(height, width, share, seed, blend):
     assert np.array_equal(composed[~hole], original[~hole])
 
 
-def test_a_changed_known_pixel_would_be_seen(monkeypatch):
+def test_a_changed_known_pixel_would_be_seen(sabotage):
     """The first test fails where the join is returned without the original's pixels."""
-    monkeypatch.setattr(blending.np, "where", lambda hole, joined, original: joined)
+    sabotage(blending.np, "where", lambda hole, joined, original: joined)
     with pytest.raises(AssertionError):
         test_known_pixels_stay_bit_for_bit("none", "u1", False, HOLES["inside"])
 
@@ -244,7 +242,7 @@ def test_poisson_leaves_the_border_of_the_picture_free():
     assert np.abs(blended - expected[:, None]).max() <= 0.5
 
 
-def test_a_fixed_border_would_be_seen(monkeypatch):
+def test_a_fixed_border_would_be_seen(sabotage):
     """The tests above fail where the picture's border is held at no difference."""
 
     def fixed(values, hole):
@@ -252,7 +250,7 @@ def test_a_fixed_border_would_be_seen(monkeypatch):
         return framed[1:-1, 1:-1]
 
     solve = blending._membrane
-    monkeypatch.setattr(blending, "_membrane", fixed)
+    sabotage(blending, "_membrane", fixed)
     with pytest.raises(AssertionError):
         test_poisson_leaves_the_border_of_the_picture_free()
     with pytest.raises(AssertionError):
@@ -341,8 +339,8 @@ def test_nothing_non_finite_becomes_a_picture(bad):
         compose(random_picture(0), generated, HOLES["inside"])
 
 
-def test_only_poisson_needs_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy.sparse", None)
+def test_only_poisson_needs_the_extra(without):
+    without("scipy.sparse")
     for blend in ("none", "feather"):
         compose(random_picture(0), random_picture(1), HOLES["inside"], blend=blend, match=True)
     with pytest.raises(SettingError, match=r"sdinpaint\[mask\]") as caught:

@@ -146,8 +146,8 @@ def test_an_overlap_that_leaves_nothing_is_refused_with_both_sizes(sides, overla
     assert (mask == 0).any()
 
 
-def test_a_canvas_that_is_too_large_is_refused_before_it_is_made(monkeypatch):
-    monkeypatch.setattr(canvas.np, "pad", None)
+def test_a_canvas_that_is_too_large_is_refused_before_it_is_made(forbid):
+    forbid(canvas.np, "pad")
     right = MAX_PIXELS // 40
     refused(ImageError, "IMAGE_TOO_LARGE", lambda: extend(picture(), right=min(right, 2**20), bottom=2**19), MAX_PIXELS)
 

@@ -118,9 +118,9 @@ def test_a_mirrored_hole_has_a_box_of_the_same_size(data, hole):
     assert crop_box(hole.T, context, 512).size == size[::-1]
 
 
-def broken_boxes(monkeypatch, placed):
+def broken_boxes(sabotage, placed):
     """Whether any of some holes at borders and elsewhere shows that boxes are placed so."""
-    monkeypatch.setattr(crops, "_placed", placed)
+    sabotage(crops, "_placed", placed)
     found = set()
     for box in (Box(0, 0, 20, 20), Box(70, 70, 90, 90), Box(40, 30, 60, 50)):
         hole = np.zeros((90, 90), dtype=bool)
@@ -129,28 +129,28 @@ def broken_boxes(monkeypatch, placed):
     return found - {None}
 
 
-def test_the_laws_see_boxes_that_are_cut_not_shifted(monkeypatch):
+def test_the_laws_see_boxes_that_are_cut_not_shifted(sabotage):
     def cut(span, length, whole):
         start = (sum(span) - length) // 2
         return max(start, 0), min(start + length, whole)
 
-    assert broken_boxes(monkeypatch, cut) == {"its sides are multiples, or the picture's own"}
+    assert broken_boxes(sabotage, cut) == {"its sides are multiples, or the picture's own"}
 
 
-def test_the_laws_see_boxes_that_are_off_centre(monkeypatch):
+def test_the_laws_see_boxes_that_are_off_centre(sabotage):
     def aside(span, length, whole):
         start = min(span[0], whole - length)
         return start, start + length
 
-    assert "it holds the hole and as much of the context as there is" in broken_boxes(monkeypatch, aside)
+    assert "it holds the hole and as much of the context as there is" in broken_boxes(sabotage, aside)
 
 
-def test_the_laws_see_boxes_that_leave_the_picture(monkeypatch):
+def test_the_laws_see_boxes_that_leave_the_picture(sabotage):
     def outside(span, length, whole):
         start = (sum(span) - length) // 2
         return start, start + length
 
-    assert "it is inside the picture" in broken_boxes(monkeypatch, outside)
+    assert "it is inside the picture" in broken_boxes(sabotage, outside)
 
 
 # working size

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
-import importlib
 from dataclasses import FrozenInstanceError
 
 import numpy as np
@@ -113,15 +111,8 @@ def test_no_hole_has_no_regions():
     assert regions(np.zeros((20, 20), dtype=bool), 8) == []
 
 
-def test_regions_say_what_they_need(monkeypatch):
-    real = importlib.import_module
-
-    def without_scipy(name, *args):
-        if name.startswith("scipy"):
-            raise builtins.ModuleNotFoundError(f"No module named {name!r}", name=name)
-        return real(name, *args)
-
-    monkeypatch.setattr(importlib, "import_module", without_scipy)
+def test_regions_say_what_they_need(without):
+    without("scipy", "scipy.ndimage")
     hole = hole_at((20, 20), (2, 2, 6, 6))
     refused(SettingError, "SETTING_EXTRA", lambda: regions(hole, 8), "scipy", "sdinpaint[mask]")
     assert crop_box(hole, AUTO, 64)

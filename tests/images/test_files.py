@@ -78,11 +78,8 @@ def test_folder_in_place_of_the_file(tmp_path):
         check_output_path(tmp_path / "a.png")
 
 
-def test_folder_that_cannot_be_written(tmp_path, monkeypatch):
-    def read_only(**options):
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    monkeypatch.setattr(files.tempfile, "TemporaryFile", read_only)
+def test_folder_that_cannot_be_written(tmp_path, failing):
+    failing(files.tempfile, "TemporaryFile", OSError(errno.EROFS, "Read-only file system"))
     with pytest.raises(ImageError, match="Read-only") as caught:
         check_output_path(tmp_path / "a.png")
     assert caught.value.hint
@@ -436,20 +433,16 @@ def test_interruption_leaves_nothing(tmp_path, error):
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_failure_at_the_end_leaves_the_old_file(image, tmp_path, monkeypatch, step):
+def test_failure_at_the_end_leaves_the_old_file(image, tmp_path, step, failing):
     (tmp_path / "a.png").write_bytes(b"the old picture")
-
-    def fail(*arguments):
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, step, fail)
+    failing(os, step, OSError(errno.EIO, "Input/output error"))
     with pytest.raises(ImageError, match="Input/output"):
         save_png(image, tmp_path / "a.png", {})
     assert (tmp_path / "a.png").read_bytes() == b"the old picture"
     assert names(tmp_path) == ["a.png"]
 
 
-def test_file_is_complete_and_on_disk_before_it_takes_the_name(image, tmp_path, monkeypatch):
+def test_file_is_complete_and_on_disk_before_it_takes_the_name(image, tmp_path, substitute):
     target, seen = tmp_path / "a.png", []
     replace, fsync = os.replace, os.fsync
 
@@ -463,8 +456,7 @@ def test_file_is_complete_and_on_disk_before_it_takes_the_name(image, tmp_path, 
         assert not target.exists()
         replace(source, destination)
 
-    monkeypatch.setattr(os, "fsync", record_fsync)
-    monkeypatch.setattr(os, "replace", record_replace)
+    substitute(os, fsync=record_fsync, replace=record_replace)
     save_png(image, target, {})
     assert seen == [("fsync", target.stat().st_size), ("replace", target.stat().st_size)]
 

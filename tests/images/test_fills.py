@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import cv2
 import numpy as np
 import pytest
@@ -71,9 +69,9 @@ def test_what_is_removed_has_no_part(fill, hole):
     assert np.array_equal(fill_hole(rgb, hole, fill), fill_hole(other, hole, fill))
 
 
-def test_a_leak_would_be_seen(monkeypatch):
+def test_a_leak_would_be_seen(sabotage):
     """The test above fails for a filling that looks at the hole."""
-    monkeypatch.setattr(fills, "spread", lambda values, known: values)
+    sabotage(fills, "spread", lambda values, known: values)
     with pytest.raises(AssertionError):
         test_what_is_removed_has_no_part("blur", HOLES["inside"])
 
@@ -176,8 +174,8 @@ def test_unknown_fill_lists_the_known(fill, hint):
 
 
 @pytest.mark.parametrize(("fill", "module"), [("edge", "scipy.ndimage"), ("telea", "cv2")])
-def test_fills_that_need_the_extra_say_so(fill, module, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, None)
+def test_fills_that_need_the_extra_say_so(fill, module, without):
+    without(module)
     with pytest.raises(SettingError, match=r"sdinpaint\[mask\]") as caught:
         fill_hole(random_picture(), HOLES["inside"], fill)
     assert caught.value.code == "SETTING_EXTRA"

@@ -20,7 +20,7 @@ KERNEL = "sdinpaint_kernels.attention_kernel"
 SOURCE = Path(module.__file__).with_name("attention_kernel.py")
 BREAKS = {
     # case -> the text of the kernel, and what stands there instead
-    "float32 2x70x77x40": ("columns[None, :] < limit, scores", "columns[None, :] >= 0, scores"),
+    "float32 1x70x77x40": ("columns[None, :] < limit, scores", "columns[None, :] >= 0, scores"),
     "float32 1x64x256x64": ("v, start + columns", "v, columns"),
     "float32 2x64x64x64": ("scores * SCALE - (higher * SCALE)[:, None]", "scores - higher[:, None]"),
     "float32 2x100x144x40": ("out0 * shrink[:, None]", "out0"),
@@ -35,7 +35,7 @@ BREAKS = {
 
 SHAPES = (
     (2, 64, 64, 64),  # the whole context at once, nothing masked
-    (2, 70, 77, 40),  # the whole context in two tiles; both products in two
+    (1, 70, 77, 40),  # the whole context in two tiles; both products in two
     (1, 33, 77, 160),
     (2, 100, 144, 40),  # tiles, then a masked one
     (1, 130, 192, 80),
@@ -47,10 +47,12 @@ SHAPES = (
     (1, 20, 130, 56),
 )
 """(B, N, M, D): every path of the kernel, each with the fewest programs that show it."""
+HALF = (SHAPES[1], SHAPES[4], SHAPES[9])
+"""Those in half precision: the context at once and tile by tile, both masked, heads in two parts and padded."""
 CASES = {
     f"{str(dtype).removeprefix('torch.')} {'x'.join(map(str, shape))}": (dtype, *shape)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16)
-    for shape in SHAPES
+    for dtype, shapes in ((torch.float32, SHAPES), (torch.float16, HALF), (torch.bfloat16, HALF))
+    for shape in shapes
 }
 
 

@@ -13,19 +13,24 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 TINY = {"float32": 2**-23, "float16": 2**-11, "bfloat16": 2**-7}
 """What is allowed beside twice torch's error: one rounding of the result. The interpreter cuts bfloat16 off instead."""
-PROGRAM = "import json, sys, interpreter; interpreter.prepare(); print(json.dumps({module}.{function}()))"
+PROGRAM = """
+import importlib, json, sys, interpreter
+modules = {name: importlib.import_module(name) for name in sys.argv[1:]}
+interpreter.prepare()
+print(json.dumps({name: module.interpreted() for name, module in modules.items()}))
+"""
 
 
-def run(module: str, function: str):
-    """What the function of the test module returns, as JSON allows it, when kernels are interpreted."""
-    program = f"import {module}; " + PROGRAM.format(module=module, function=function)
+def run(*modules: str) -> dict[str, Any]:
+    """Return by test module what its function `interpreted` returns, as JSON allows it, run in the interpreter."""
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", PROGRAM, *modules],
         cwd=Path(__file__).parent,
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": _path()},
         capture_output=True,

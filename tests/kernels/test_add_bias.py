@@ -51,11 +51,6 @@ def interpreted():
     return {"seed": seed, **found}
 
 
-@pytest.fixture(scope="module")
-def found():
-    return interpreter.run("test_add_bias", "interpreted")
-
-
 @pytest.mark.parametrize("name", [*CASES, "other tiles"])
 def test_the_kernel_is_as_exact_as_torch(name, found):
     tiny = interpreter.TINY[CASES.get(name, ("float32",))[0]]
@@ -70,8 +65,8 @@ def test_a_mistake_shows(name, found):
 
 @pytest.mark.parametrize("capability", aot.CAPABILITIES)
 @pytest.mark.parametrize("channels", [320, 1280])
-def test_it_fits_and_loads_wide(channels, capability, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def test_it_fits_and_loads_wide(channels, capability, tmp_path, environment):
+    environment(TRITON_CACHE_DIR=tmp_path)
     x = aot.empty(2, channels, 64, 64).to(memory_format=torch.channels_last)
     with aot.recording("add_bias_kernel") as launches:
         own.launch(x, x, aot.empty(channels))

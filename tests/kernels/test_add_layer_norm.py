@@ -79,11 +79,6 @@ def _unchecked(arguments):
     return {"ours": interpreter.relative(ours, expected), "torch": interpreter.relative(theirs, expected)}
 
 
-@pytest.fixture(scope="module")
-def found():
-    return interpreter.run("test_add_layer_norm", "interpreted")
-
-
 def allowed(each, theirs):
     """Twice torch's error, one rounding of the result, and two of the mean (as a sum, and divided) of the whole row.
 

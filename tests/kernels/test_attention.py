@@ -141,6 +141,18 @@ def test_memory_that_does_not_start_on_16_bytes_goes_to_torch():
 
 # What goes to torch.
 
+
+@pytest.fixture
+def no_obstacle(monkeypatch):
+    """Give no_obstacle(owner, *names): functions that look for obstacles find none."""
+
+    def change(owner, *names):
+        for name in names:
+            monkeypatch.setattr(owner, name, lambda *_: None)
+
+    return change
+
+
 half = torch.float16
 REFUSED = {
     "causal": (packed(1, 2, 40, 8, 8), {"causal": True}),
@@ -161,9 +173,8 @@ def test_calls_that_the_kernel_cannot_take_are_told_apart(reason):
 
 
 @pytest.mark.parametrize("reason", [reason for reason in REFUSED if reason not in {"32 bits", "no keys"}])
-def test_calls_that_the_kernel_cannot_take_run_in_torch(reason, monkeypatch):
-    monkeypatch.setattr(backend, "_call_obstacle", lambda *_: None)
-    monkeypatch.setattr(backend, "_machine_obstacle", lambda *_: None)
+def test_calls_that_the_kernel_cannot_take_run_in_torch(reason, no_obstacle):
+    no_obstacle(backend, "_call_obstacle", "_machine_obstacle")
     tensors, settings = REFUSED[reason]
     assert torch.equal(attention(*tensors, **settings), by_torch(*tensors, **settings))
 
@@ -200,9 +211,8 @@ def test_what_was_measured_speaks_of_hopper_and_its_cudnn(capability, cudnn, mea
 
 
 @pytest.mark.parametrize(("asked", "looks"), [("auto", True), ("triton", False), ("torch", False)])
-def test_who_asks_for_an_implementation_gets_it_even_where_it_is_slower(asked, looks, monkeypatch):
-    looked = []
-    monkeypatch.setattr(module, "_why_torch", lambda q, k: looked.append(q))
+def test_who_asks_for_an_implementation_gets_it_even_where_it_is_slower(asked, looks, monkeypatch, spy):
+    looked = spy(module, "_why_torch")
     monkeypatch.setattr(backend, "choose", lambda *_, **told: backend.REQUESTED)
     attention(*packed(1, 2, 40, 8, 8), kernels=asked)
     assert bool(looked) is looks
@@ -215,9 +225,9 @@ def test_calls_that_the_kernel_can_take_have_no_obstacle():
         assert module._obstacle(q, k, k, False) is None
 
 
-def test_rows_at_a_time_are_the_same_attention(monkeypatch):
+def test_rows_at_a_time_are_the_same_attention(substitute):
     q, k, v = packed(2, 1, 512, 100, 130, torch.float64)
-    monkeypatch.setattr(module, "ROWS_BYTES", 8 * 2 * 130 * 30)  # 30 rows
+    substitute(module, ROWS_BYTES=8 * 2 * 130 * 30)  # 30 rows
     assert torch.allclose(module._by_rows(q, k, v), by_torch(q, k, v), rtol=0, atol=1e-13)
 
 
@@ -229,9 +239,9 @@ def test_the_operation_passes_torchs_own_checks():
     torch.library.opcheck(module._operation, (q, k, v))
 
 
-def test_a_compiler_keeps_the_operation(monkeypatch):
-    monkeypatch.setattr(backend, "_call_obstacle", lambda *_: None)
-    monkeypatch.setattr(module, "_obstacle", lambda *_: None)
+def test_a_compiler_keeps_the_operation(no_obstacle):
+    no_obstacle(backend, "_call_obstacle")
+    no_obstacle(module, "_obstacle")
     seen = []
 
     def keep(graph, _):

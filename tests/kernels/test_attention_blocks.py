@@ -25,10 +25,9 @@ def draw(batch, queries, keys, heads, head_dim, spread=1.0):
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
+def small(substitute):
     """So that small inputs are cut into several blocks."""
-    monkeypatch.setattr(attention_blocks, "MIN_TOKENS", 32)
-    monkeypatch.setattr(attention_blocks, "QUERIES", 24)
+    substitute(attention_blocks, MIN_TOKENS=32, QUERIES=24)
 
 
 @pytest.fixture
@@ -84,10 +83,10 @@ def test_a_key_out_of_all_proportion_goes_to_torch(blocks):
     assert torch.isfinite(torchs).all()
 
 
-def test_without_a_look_at_the_keys_it_would_overflow(blocks, monkeypatch):
+def test_without_a_look_at_the_keys_it_would_overflow(blocks, sabotage):
     q, k, v = draw(1, 64, 64, 1, 16)
     q[..., 0], k[..., 0] = 40, 100
-    monkeypatch.setattr(Tensor := torch.Tensor, "amax", lambda x, **_: Tensor.new_zeros(x, (len(x), 1)))
+    sabotage(Tensor := torch.Tensor, "amax", lambda x, **_: Tensor.new_zeros(x, (len(x), 1)))
     attention(q, k, v)
     assert blocks == [None]
 
@@ -106,18 +105,18 @@ def test_torch_does_what_would_not_gain(name, blocks):
     assert not blocks
 
 
-def test_torch_does_what_is_asked_of_it(blocks, monkeypatch):
+def test_torch_does_what_is_asked_of_it(blocks, kernel_setting):
     q, k, v = draw(1, 64, 64, 2, 40)
     attention(q, k, v, causal=True)
     attention(q.requires_grad_(), k, v).sum().backward()
     assert q.grad is not None
-    monkeypatch.setattr(backend, "SETTING", "torch")
+    kernel_setting("torch")
     attention(q.detach(), k, v)
     assert not blocks
 
 
-def test_torch_s_own_runs_where_onednn_has_no_bfloat16(monkeypatch):
+def test_torch_s_own_runs_where_onednn_has_no_bfloat16(monkeypatch, forbid):
     monkeypatch.setattr(backend, "_cpu_supports", lambda dtype: dtype == torch.float32)
-    monkeypatch.setattr(own, "by_blocks", lambda *_: pytest.fail("it ran by blocks"))
+    forbid(own, "by_blocks")
     given = draw(*SHAPES[0])
     assert torch.equal(attention(*given), attention(*given, kernels="torch"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -24,17 +25,16 @@ def tensor(device=GPU, *, requires_grad=False):
 
 
 @pytest.fixture
-def ampere(monkeypatch):
+def ampere(monkeypatch, kernel_setting):
     """As if there were a GPU of compute capability 8.0."""
-    monkeypatch.setattr(backend, "SETTING", "auto")
+    kernel_setting("auto")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
     return monkeypatch
 
 
 @pytest.fixture(autouse=True)
-def nothing_remembered(monkeypatch):
-    monkeypatch.setattr(backend, "_failures", {})
-    monkeypatch.setattr(backend, "_warned", set())
+def nothing_remembered(substitute):
+    substitute(backend, _failures={}, _warned=set())
     backend._device_obstacle.cache_clear()
     yield
     backend._device_obstacle.cache_clear()
@@ -69,9 +69,9 @@ def test_an_old_gpu_runs_torch(ampere):
 
 @pytest.mark.usefixtures("ampere")
 @pytest.mark.parametrize(("module", "words"), [(None, "import"), ("broken", "no libcuda")])
-def test_without_a_usable_triton_torch_runs(module, words, monkeypatch, tmp_path):
+def test_without_a_usable_triton_torch_runs(module, words, monkeypatch, tmp_path, without):
     if module is None:
-        monkeypatch.setitem(sys.modules, "triton", None)
+        without("triton")
     else:
         (tmp_path / "triton.py").write_text("raise RuntimeError('no libcuda')")
         monkeypatch.syspath_prepend(tmp_path)
@@ -82,22 +82,23 @@ def test_without_a_usable_triton_torch_runs(module, words, monkeypatch, tmp_path
 
 
 @pytest.mark.usefixtures("ampere")
-def test_the_variable_decides_for_a_process_and_the_argument_for_a_call(monkeypatch):
-    monkeypatch.setattr(backend, "SETTING", "torch")
+def test_the_variable_decides_for_a_process_and_the_argument_for_a_call(kernel_setting):
+    kernel_setting("torch")
     assert choose(tensor()).name == "torch"
     assert choose(tensor(), requested="auto").name == "triton"
-    monkeypatch.setattr(backend, "SETTING", "fast")
+    kernel_setting("fast")
     with pytest.raises(ValueError, match=r"SDINPAINT_KERNELS is 'fast'; expected one of auto, torch, triton"):
         choose(tensor())
 
 
 @pytest.mark.parametrize(("setting", "expected"), [("torch", "torch"), ("auto", "auto"), (None, "auto")])
-def test_the_variable_is_read(setting, expected):
-    environment = {key: value for key, value in os.environ.items() if key != "SDINPAINT_KERNELS"}
-    environment |= {"SDINPAINT_KERNELS": setting} if setting else {}
-    program = "from sdinpaint_kernels import backend; print(backend.SETTING)"
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == expected
+def test_the_variable_is_read(setting, expected, environment):
+    """A second copy of the module is what another process would import."""
+    environment(SDINPAINT_KERNELS=setting)
+    spec = importlib.util.spec_from_file_location("another_backend", backend.__file__)
+    copied = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copied)
+    assert expected == copied.SETTING
 
 
 def test_asking_for_triton_in_vain_warns_once():
@@ -114,22 +115,21 @@ def test_asking_for_triton_in_vain_warns_once():
 # a kernel that fails
 
 
-def operation(kernel, monkeypatch):
+def operation(kernel, substitute):
     """An operation of one argument, whose kernel may run on the CPU; its name."""
-    monkeypatch.setattr(backend, "INTERPRETED", True)
-    monkeypatch.setattr(backend, "_operations", [])
+    substitute(backend, INTERPRETED=True, _operations=[])
     name = f"test_{uuid.uuid4().hex}"
     return name, backend.define(f"{name}(Tensor x) -> Tensor", kernel, torch.neg, torch.empty_like)
 
 
-def test_a_kernel_that_fails_is_not_tried_again(monkeypatch):
+def test_a_kernel_that_fails_is_not_tried_again(substitute):
     calls = []
 
     def kernel(x):
         calls.append(x)
         raise RuntimeError("PassManager::run failed\nmore")
 
-    name, call = operation(kernel, monkeypatch)
+    name, call = operation(kernel, substitute)
     assert backend.choose(name, torch.ones(2)).name == "triton"
     with pytest.warns(UserWarning, match=f"{name} runs in torch from now on: .*PassManager::run failed$"):
         assert torch.equal(call(torch.ones(2)), -torch.ones(2))
@@ -140,11 +140,11 @@ def test_a_kernel_that_fails_is_not_tried_again(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), KeyError("a mistake of ours")])
-def test_want_of_memory_and_mistakes_of_ours_are_not_hidden(error, monkeypatch):
+def test_want_of_memory_and_mistakes_of_ours_are_not_hidden(error, substitute):
     def kernel(x):
         raise error
 
-    name, call = operation(kernel, monkeypatch)
+    name, call = operation(kernel, substitute)
     with pytest.raises(type(error)):
         call(torch.ones(2))
     assert name not in backend._failures
@@ -216,7 +216,7 @@ def interpreted():
 
 @pytest.fixture(scope="module")
 def found():
-    return interpreter.run("test_backend", "interpreted")
+    return interpreter.run("test_backend")["test_backend"]
 
 
 def test_the_kernels_are_well_registered(found):

@@ -34,17 +34,15 @@ def check(x, weight, bias):
 
 
 @pytest.fixture(autouse=True)
-def narrow(monkeypatch):
+def narrow(substitute):
     """So that small weights do."""
-    monkeypatch.setattr(own, "MIN_CHANNELS", 128)
+    substitute(own, MIN_CHANNELS=128)
 
 
 @pytest.fixture
-def transforms(monkeypatch):
+def transforms(spy):
     """The weights that are transformed, in turn."""
-    seen, real = [], own._transform
-    monkeypatch.setattr(own, "_transform", lambda weight: (seen.append(weight.shape), real(weight))[1])
-    return seen
+    return spy(own, "_transform")
 
 
 @pytest.mark.parametrize("dtype", TIMES)
@@ -57,8 +55,8 @@ def test_it_is_as_exact_as_torch(shape, dtype, transforms):
 
 
 @pytest.mark.parametrize("tiles", [1, 20, 70, 10**6])
-def test_it_is_the_same_for_any_number_of_tiles_at_a_time(tiles, monkeypatch):
-    monkeypatch.setattr(own, "TILES", tiles)
+def test_it_is_the_same_for_any_number_of_tiles_at_a_time(tiles, substitute):
+    substitute(own, TILES=tiles)
     check(*draw(3, 128, 128, 16, 20))
 
 
@@ -86,10 +84,10 @@ def test_torch_does_other_dtypes(dtype, transforms):
     assert not transforms
 
 
-def test_torch_does_what_is_asked_of_it(monkeypatch, transforms):
+def test_torch_does_what_is_asked_of_it(transforms, kernel_setting):
     given = draw(1, 128, 128, 16, 16)
     assert torch.equal(conv3(*given, kernels="torch"), plain(*given))
-    monkeypatch.setattr(backend, "SETTING", "torch")
+    kernel_setting("torch")
     assert torch.equal(conv3(*given), plain(*given))
     assert not transforms
 
@@ -113,9 +111,9 @@ def test_it_can_be_compiled_around():
 
 
 @pytest.mark.parametrize("row", range(4))
-def test_a_wrong_transform_is_seen(row, monkeypatch):
+def test_a_wrong_transform_is_seen(row, sabotage):
     wrong = [list(numbers) for numbers in own.G]
     wrong[row][row % 3] += 0.01
-    monkeypatch.setattr(own, "G", wrong)
+    sabotage(own, "G", wrong)
     with pytest.raises(AssertionError):
         check(*draw(1, 128, 128, 16, 16))

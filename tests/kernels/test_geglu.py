@@ -48,11 +48,6 @@ def interpreted():
     return {"seed": seed, **found}
 
 
-@pytest.fixture(scope="module")
-def found():
-    return interpreter.run("test_geglu", "interpreted")
-
-
 @pytest.mark.parametrize("name", [*CASES, "other tiles"])
 def test_the_kernel_is_as_exact_as_torch(name, found):
     tiny = interpreter.TINY[CASES.get(name, ("float32",))[0]]

@@ -55,9 +55,9 @@ def test_torch_does_other_dtypes(dtype):
     assert torch.equal(linear(*given), F.linear(*given))
 
 
-def test_torch_does_what_is_asked_of_it(monkeypatch):
+def test_torch_does_what_is_asked_of_it(forbid):
     given = draw((5, 8), 16)
-    monkeypatch.setattr(backend, "on_cpu", lambda *_: pytest.fail("asked for the machine"))
+    forbid(backend, "on_cpu")
     assert torch.equal(linear(*given, kernels="torch"), F.linear(*given))
 
 
@@ -74,18 +74,18 @@ def test_gradients_flow(learning):
 
 
 CHOSEN = {
-    "torch is asked for": lambda monkeypatch: monkeypatch.setattr(backend, "SETTING", "torch"),
-    "oneDNN is missing": lambda monkeypatch: monkeypatch.setattr(backend, "_cpu_supports", lambda dtype: False),
-    "kernels are interpreted": lambda monkeypatch: monkeypatch.setattr(backend, "INTERPRETED", True),
+    "torch is asked for": {"SETTING": "torch"},
+    "oneDNN is missing": {"_cpu_supports": lambda dtype: False},
+    "kernels are interpreted": {"INTERPRETED": True},
 }
 
 
 @pytest.mark.parametrize("name", CHOSEN)
-def test_when_the_cpu_has_no_way_of_its_own(name, monkeypatch):
+def test_when_the_cpu_has_no_way_of_its_own(name, substitute):
     given = draw((5, 8), 16)
     assert backend.on_cpu(*given)
     assert backend.cpu_report().startswith("Winograd convolutions and oneDNN's products in float32")
-    CHOSEN[name](monkeypatch)
+    substitute(backend, **CHOSEN[name])
     assert not backend.on_cpu(*given)
     assert backend.cpu_report().startswith("torch alone: ")
 

@@ -27,11 +27,9 @@ def draw():
 
 
 @pytest.fixture
-def made(monkeypatch):
-    """The shapes of weights that are prepacked, in turn."""
-    seen, real = [], prepacked.pages.release
-    monkeypatch.setattr(prepacked.pages, "release", lambda weight: (seen.append(weight.shape), real(weight))[1])
-    return seen
+def made(spy):
+    """The weights that are prepacked, in turn."""
+    return spy(prepacked.pages, "release")
 
 
 @pytest.fixture(params=OPERATIONS)
@@ -114,11 +112,11 @@ def test_changed_weights_are_the_ones_that_compute(name, operation, weight):
             assert not torch.equal(before, after)
 
 
-def test_a_check_that_always_agrees_lets_old_weights_compute(monkeypatch, operation):
+def test_a_check_that_always_agrees_lets_old_weights_compute(operation, sabotage):
     """So the test above sees what it is there for."""
     x, weight = draw()
     before = operation(x, weight)
-    monkeypatch.setattr(prepacked, "unchanged", lambda *_: [True])
+    sabotage(prepacked, "unchanged", lambda *_: [True])
     weight.data.mul_(2)
     assert torch.equal(operation(x, weight), before)
 

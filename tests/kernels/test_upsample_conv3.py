@@ -33,11 +33,9 @@ def check(x, weight, bias):
 
 
 @pytest.fixture
-def laid_out(monkeypatch):
+def laid_out(spy):
     """The weights that are laid out, in turn."""
-    seen, real = [], own._transposed_kernel
-    monkeypatch.setattr(own, "_transposed_kernel", lambda weight: (seen.append(weight.shape), real(weight))[1])
-    return seen
+    return spy(own, "_transposed_kernel")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,10 +67,10 @@ def test_torch_does_the_rest(name, laid_out):
     assert not laid_out
 
 
-def test_torch_does_what_is_asked_of_it(monkeypatch, laid_out):
+def test_torch_does_what_is_asked_of_it(laid_out, kernel_setting):
     given = draw(*IN_ONE[0])
     assert torch.equal(upsample_conv3(*given, kernels="torch"), plain(*given))
-    monkeypatch.setattr(backend, "SETTING", "torch")
+    kernel_setting("torch")
     assert torch.equal(upsample_conv3(*given), plain(*given))
     assert not laid_out
 
@@ -93,9 +91,9 @@ def test_it_can_be_compiled_around():
 
 
 @pytest.mark.parametrize("row", range(4))
-def test_a_wrong_sum_of_weights_is_seen(row, monkeypatch):
+def test_a_wrong_sum_of_weights_is_seen(row, sabotage):
     wrong = [list(numbers) for numbers in own.SUMMED]
     wrong[row][row % 3] += 0.01
-    monkeypatch.setattr(own, "SUMMED", wrong)
+    sabotage(own, "SUMMED", wrong)
     with pytest.raises(AssertionError):
         check(*draw(*IN_ONE[0]))

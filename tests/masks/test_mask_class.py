@@ -162,10 +162,10 @@ def test_open_has_the_rules_of_read_mask(tmp_path):
     assert caught[0].filename == __file__
 
 
-def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch, failing):
     path = tmp_path / "mask.png"
     Mask(HOLE).save(path)
-    monkeypatch.setattr(Image.Image, "save", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    failing(Image.Image, "save", OSError("disk full"))
     refused(ImageError, "IMAGE_NOT_WRITTEN", lambda: Mask.full(SIZE).save(path), "disk full")
     monkeypatch.undo()
     assert Mask.open(path) == Mask(HOLE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -230,9 +229,9 @@ MISSING = {
 
 
 @pytest.mark.parametrize("verb", MISSING)
-def test_missing_library_is_named_with_its_extra(verb, monkeypatch):
+def test_missing_library_is_named_with_its_extra(verb, without):
     module, call = MISSING[verb]
-    monkeypatch.setitem(sys.modules, module, None)
+    without(module)
     with pytest.raises(SettingError) as caught:
         call()
     assert (caught.value.code, caught.value.subject) == ("SETTING_EXTRA", verb)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,7 +85,7 @@ def test_points_and_boxes_are_where_they_were_given(kind, size):
 
 
 @pytest.mark.parametrize("kind", ["sam", "sam2"])
-def test_swapped_or_unscaled_points_would_be_seen(kind, monkeypatch):
+def test_swapped_or_unscaled_points_would_be_seen(kind, sabotage):
     square = np.zeros((100, 100, 3), np.uint8)
 
     def away(model):
@@ -95,7 +94,7 @@ def test_swapped_or_unscaled_points_would_be_seen(kind, monkeypatch):
     assert away(Drawing(kind)) < 1
     assert away(Drawing(kind, swap=True)) > 5
     scaled = prompting._prompts
-    monkeypatch.setattr(prompting, "_prompts", lambda segmenter, size, *rest: scaled(segmenter, (128, 128), *rest))
+    sabotage(prompting, "_prompts", lambda segmenter, size, *rest: scaled(segmenter, (128, 128), *rest))
     assert away(Drawing(kind)) > 5
 
 
@@ -138,13 +137,13 @@ def test_sam_keeps_the_shape_of_the_picture_and_sam2_fills_the_input():
 
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("where", ["masks", "scores"])
-def test_outputs_that_are_not_finite_make_no_mask(value, where, monkeypatch):
+def test_outputs_that_are_not_finite_make_no_mask(value, where, sabotage):
     def broken(self, **inputs):
         masks, scores = torch.zeros(1, 1, 3, 8, 8), torch.zeros(1, 1, 3)
         (masks if where == "masks" else scores)[0, 0, 1] = value
         return SimpleNamespace(pred_masks=masks, iou_scores=scores)
 
-    monkeypatch.setattr(Drawing, "forward", broken)
+    sabotage(Drawing, "forward", broken)
     with pytest.raises(NumericError) as caught:
         sam(RGB, Drawing("sam"), POINTS)
     assert caught.value.code == "NUMERIC_NOT_FINITE"
@@ -215,8 +214,8 @@ def test_a_model_of_another_kind_is_refused():
         ("skimage.segmentation", "mask", lambda: flood(RGB, (5, 5))),
     ],
 )
-def test_what_to_install(module, extra, call, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, None)
+def test_what_to_install(module, extra, call, without):
+    without(module)
     refused(SettingError, "SETTING_EXTRA", call, f"pip install 'sdinpaint[{extra}]'")
 
 

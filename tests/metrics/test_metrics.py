@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 
 import numpy as np
@@ -353,29 +352,26 @@ def test_refusals(pair):
 
 
 @pytest.mark.parametrize("missing", ["torchmetrics.image.lpip", "torchvision"])
-def test_lpips_names_what_is_missing(monkeypatch, pair, missing):
-    monkeypatch.setitem(sys.modules, "torchvision", torch)
-    monkeypatch.setitem(sys.modules, missing, None)
+def test_lpips_names_what_is_missing(pair, missing, installed, without):
+    installed("torchvision", torch)
+    without(missing)
     words = (missing.partition(".")[0], "pip install 'sdinpaint[eval]'")
     refused(SettingError, "SETTING_EXTRA", lambda: metrics.lpips(*pair), *words)
 
 
 @pytest.mark.parametrize("missing", ["torchmetrics.image.fid", "torch_fidelity"])
-def test_fid_names_what_is_missing(monkeypatch, pair, missing):
-    monkeypatch.setitem(sys.modules, "torch_fidelity", torch)
-    monkeypatch.setitem(sys.modules, missing, None)
+def test_fid_names_what_is_missing(pair, missing, installed, without):
+    installed("torch_fidelity", torch)
+    without(missing)
     words = (missing.partition(".")[0], "pip install 'sdinpaint[eval]'")
     refused(SettingError, "SETTING_EXTRA", lambda: metrics.fid(pair, pair), *words)
 
 
-def test_weights_that_cannot_be_fetched_are_named(monkeypatch, pair):
+def test_weights_that_cannot_be_fetched_are_named(pair, failing, installed):
     from torchmetrics.image import lpip
 
-    def offline(*_, **__):
-        raise OSError("no route to host")
-
-    monkeypatch.setitem(sys.modules, "torchvision", torch)
-    monkeypatch.setattr(lpip, "LearnedPerceptualImagePatchSimilarity", offline)
+    installed("torchvision", torch)
+    failing(lpip, "LearnedPerceptualImagePatchSimilarity", OSError("no route to host"))
     refused(SettingError, "SETTING_WEIGHTS", lambda: metrics.lpips(*pair), "lpips", "no route to host")
 
 

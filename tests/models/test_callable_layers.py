@@ -345,10 +345,10 @@ def test_a_layer_that_does_more_than_its_class_is_not_plain(unet, name):
     assert is_plain(unet.module.middle_block)
 
 
-def test_fusions_that_ask_nobody_are_seen(unet, monkeypatch):
+def test_fusions_that_ask_nobody_are_seen(unet, sabotage):
     """Broken on purpose: where everything counts as plain, hooks stay silent and adapters without effect."""
     for module in (fused, __import__("sdinpaint.models.unet", fromlist=["unet"])):
-        monkeypatch.setattr(module, "is_plain", lambda *_: True)
+        sabotage(module, "is_plain", lambda *_: True)
     calls = Counter()
     for name, layer in unet.leaves.items():
         layer.register_forward_hook(lambda *_, name=name: calls.update([name]))

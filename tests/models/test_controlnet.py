@@ -175,7 +175,7 @@ def prefixed(net):
     return {f"control_model.{name}": tensor for name, tensor in net.state_dict().items()}
 
 
-def write(kind, folder, net, plain, monkeypatch):
+def write(kind, folder, net, plain):
     match kind:
         case "v1.1 .pth":
             torch.save(prefixed(net), folder / "control.pth")
@@ -190,7 +190,7 @@ def write(kind, folder, net, plain, monkeypatch):
             )
             return folder / "control.safetensors"
         case "training checkpoint":
-            save_lightning(folder / "control.ckpt", prefixed(net), monkeypatch)
+            save_lightning(folder / "control.ckpt", prefixed(net))
             return folder / "control.ckpt"
         case "folder":
             write_folder(folder / "control", net)
@@ -207,8 +207,8 @@ KINDS = (
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_layout_loads(model, plain, net, tmp_path, monkeypatch, kind):
-    path = write(kind, tmp_path, net, plain, monkeypatch)
+def test_every_layout_loads(model, plain, net, tmp_path, kind):
+    path = write(kind, tmp_path, net, plain)
     found = load(model, controlnet=path, device="cpu", progress=False).controlnet
     assert found.config == net.config
     assert not found.training
@@ -288,8 +288,8 @@ def asked(net):
 
 @pytest.mark.parametrize("count", [1, 3, 10, 50])
 @pytest.mark.parametrize(("start", "end"), [(0, 1), (0.2, 0.6), (0.5, 0.51), (0, 0.05), (0.95, 1), (0.3, 0.3001)])
-def test_steps_by_their_sigmas(net, monkeypatch, count, start, end):
-    monkeypatch.setattr(net, "hint_features", lambda hint: hint)
+def test_steps_by_their_sigmas(net, count, start, end, substitute):
+    substitute(net, hint_features=lambda hint: hint)
     sigmas = torch.linspace(14, 0.03, count + 1, dtype=torch.float64)
     control = Control(net, torch.zeros(1), sigmas, start=start, end=end)
     for i in range(count):

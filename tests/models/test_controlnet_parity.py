@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from painting import unrounded
 from peers import fill, ours, pipeline_twin
 from PIL import Image
 from torch import nn
@@ -15,7 +16,6 @@ from torch import nn
 from sdinpaint.checkpoints.configs import HINT_WIDTHS
 from sdinpaint.checkpoints.diffusers_configs import controlnet_json
 from sdinpaint.families import SD15
-from sdinpaint.images.picture import to_uint8
 from sdinpaint.loading import load
 from sdinpaint.models import ControlNet, ControlNetConfig
 from sdinpaint.models.unet import timestep_embedding
@@ -235,13 +235,11 @@ def run_theirs(theirs, strength=1.0, guidance_scale=7.5, control_image=None, **o
 
 
 def run_ours(mine, **options):
-    """The image that `inpaint` rounds."""
-    decoded = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(patch_sampling, "to_uint8", lambda image: decoded.append(image) or to_uint8(image))
-        options = {"steps": STEPS, "seed": 7, "cover": "nearest", "progress": False, **options}  # as diffusers has it
+    """Return the image in [0, 1] before it is rounded to 8 bits."""
+    options = {"steps": STEPS, "seed": 7, "cover": "nearest", "progress": False, **options}  # as diffusers has it
+    with unrounded() as decoded:
         mine.inpaint(*picture(), PROMPT, NEGATIVE, **options)
-    return (decoded[0] / 2 + 0.5).clamp(0, 1)
+    return decoded[0]
 
 
 def run_difference(theirs, mine, **options):
@@ -271,18 +269,18 @@ def test_a_hint_of_ones_own(pipes):
 
 
 def another_hint(change):
-    return lambda patch: patch.setattr(patch_sampling, "inpaint_hint", change)
+    return lambda sabotage: sabotage(patch_sampling, "inpaint_hint", change)
 
 
 def bound(**changes):
     """Bind the ControlNet otherwise: change(its option, the sigmas) -> the option."""
 
-    def apply(patch):
+    def apply(sabotage):
         def build(net, hint, sigmas, **options):
             changed = {name: change(options[name]) for name, change in changes.items()}
             return Control(net, hint, sigmas, **{**options, **changed})
 
-        patch.setattr(patch_sampling, "Control", build)
+        sabotage(patch_sampling, "Control", build)
 
     return apply
 
@@ -304,6 +302,6 @@ BROKEN_RUNS = {
 
 @pytest.mark.parametrize("pipes", [9], indirect=True)
 @pytest.mark.parametrize("broken", list(BROKEN_RUNS))
-def test_a_broken_run_is_seen(pipes, broken, monkeypatch):
-    BROKEN_RUNS[broken](monkeypatch)
+def test_a_broken_run_is_seen(pipes, broken, sabotage):
+    BROKEN_RUNS[broken](sabotage)
     assert run_difference(*pipes, **RANGE) > 2 * RUN_TOLERANCE

@@ -106,7 +106,7 @@ def same(found, expected, exact):
 
 
 @pytest.fixture
-def events(monkeypatch):
+def events(substitute):
     """A list that takes (True, model) for each that comes, and (False, model) for each that leaves."""
     found, known = [], {}
     enter, leave = Offloading._enter, Offloading._leave
@@ -122,8 +122,7 @@ def events(monkeypatch):
         if self._uses[weights[0]] == 0:
             found.append((False, known[weights[0]]))
 
-    monkeypatch.setattr(Offloading, "_enter", entering)
-    monkeypatch.setattr(Offloading, "_leave", leaving)
+    substitute(Offloading, _enter=entering, _leave=leaving)
     return found
 
 
@@ -236,7 +235,7 @@ def test_steps_of_a_soft_mask_keep_the_autoencoder(both, events):
     assert [model for comes, model in events if comes][-3:] == [offloaded.unet, offloaded.vae, offloaded.vae]
 
 
-def test_what_fails_on_the_way_leaves_everything_at_home(both, monkeypatch):
+def test_what_fails_on_the_way_leaves_everything_at_home(both, sabotage, substitute):
     offloaded = both[1]
     before = homes(offloaded)
     with pytest.raises(ZeroDivisionError):
@@ -248,8 +247,8 @@ def test_what_fails_on_the_way_leaves_everything_at_home(both, monkeypatch):
         yield next(moved(weights, device, dtype))
         raise MemoryError
 
-    monkeypatch.setattr(offloading, "_moved", half_way)
-    monkeypatch.setattr(Offloading, "_is_ready", lambda self, weight: False)
+    sabotage(offloading, "_moved", half_way)
+    substitute(Offloading, _is_ready=lambda self, weight: False)
     with pytest.raises(MemoryError):
         RUNS["inpaint"](offloaded)
     assert homes(offloaded) == before
@@ -346,9 +345,9 @@ def test_pages_of_the_file_are_given_back(larger):
     require_given_back(larger)
 
 
-def test_without_it_they_stay(larger, monkeypatch):
+def test_without_it_they_stay(larger, sabotage):
     """Broken on purpose."""
-    monkeypatch.setattr(offloading, "release", lambda weight: False)
+    sabotage(offloading, "release", lambda weight: False)
     with pytest.raises(AssertionError):
         require_given_back(larger)
 
@@ -365,15 +364,15 @@ def test_what_was_cast_is_given_back_and_no_page_of_the_file_is_held_beside_it(l
     require_cast_given_back(larger)
 
 
-def test_what_never_leaves_is_not(larger, monkeypatch):
+def test_what_never_leaves_is_not(larger, sabotage):
     """Broken on purpose."""
-    monkeypatch.setattr(Offloading, "_leave", lambda self, weights: None)
+    sabotage(Offloading, "_leave", lambda self, weights: None)
     with pytest.raises(AssertionError):
         require_cast_given_back(larger)
 
 
-def test_nothing_is_kept_beside_weights_that_are_not_there(larger, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("sdinpaint_kernels.conv3"), "MIN_CHANNELS", 128)
+def test_nothing_is_kept_beside_weights_that_are_not_there(larger, substitute):
+    substitute(importlib.import_module("sdinpaint_kernels.conv3"), MIN_CHANNELS=128)
     pipe = load(larger, device="cpu", offload=True, progress=False)
     convs = {module.weight for module in pipe.unet.modules() if isinstance(module, nn.Conv2d)}
     held = []
@@ -451,9 +450,9 @@ def test_what_is_written_to_weights_between_uses_is_kept(model, write):
         assert same(RUNS["inpaint"](offloaded), expected, wide)
 
 
-def test_a_check_that_always_agrees_loses_what_was_written(model, monkeypatch):
+def test_a_check_that_always_agrees_loses_what_was_written(model, sabotage):
     """Broken on purpose."""
-    monkeypatch.setattr(offloading, "unchanged", lambda contents, weights: [True] * len(weights))
+    sabotage(offloading, "unchanged", lambda contents, weights: [True] * len(weights))
     offloaded = load(model, device="cpu", dtype="bfloat16", offload=True, progress=False)
     before = RUNS["inpaint"](offloaded)
     with offloaded.using(offloaded.unet):

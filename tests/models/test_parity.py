@@ -131,7 +131,7 @@ def test_text_encoder_at_full_width(released):
 def eps(kind, attribute, value):
     """Set eps on the norms of every block of a kind; `attribute` is a path such as "in_layers.0"."""
 
-    def apply(model, patch):
+    def apply(model, sabotage):
         for block in model.modules():
             if isinstance(block, kind):
                 block.get_submodule(attribute).eps = value
@@ -142,7 +142,7 @@ def eps(kind, attribute, value):
 def swap(kind, one, other):
     """Exchange two submodules of every block of a kind."""
 
-    def apply(model, patch):
+    def apply(model, sabotage):
         for block in model.modules():
             if isinstance(block, kind):
                 first, second = block.get_submodule(one), block.get_submodule(other)
@@ -155,7 +155,7 @@ def swap(kind, one, other):
 def attribute(kind, name, change):
     """Change an attribute of every module of a kind."""
 
-    def apply(model, patch):
+    def apply(model, sabotage):
         for module in model.modules():
             if isinstance(module, kind):
                 setattr(module, name, change(getattr(module, name)))
@@ -165,7 +165,7 @@ def attribute(kind, name, change):
 
 def replaced(owner, name, new):
     """Put another function in the place of one."""
-    return lambda model, patch: patch.setattr(owner, name, new)
+    return lambda model, sabotage: sabotage(owner, name, new)
 
 
 def sines_first(t, dim, embedding=unet.timestep_embedding):
@@ -182,7 +182,7 @@ def gated_by_the_other_half(self, x):
     return value * F.gelu(gate)
 
 
-def mask_last(model, patch):
+def mask_last(model, sabotage):
     first = model.input_blocks[0][0]
     first.weight.data = first.weight[:, [0, 1, 2, 3, 5, 6, 7, 8, 4]]
 
@@ -191,12 +191,12 @@ def padded_on_all_sides(self, x):
     return F.conv2d(x, self.conv.weight, self.conv.bias, stride=2, padding=1)
 
 
-def mean_and_variance_exchanged(model, patch):
+def mean_and_variance_exchanged(model, sabotage):
     outputs = model.quant_conv.weight
     model.quant_conv.weight.data = outputs.roll(len(outputs) // 2, 0)
 
 
-def without_final_norm(model, patch):
+def without_final_norm(model, sabotage):
     model.text_model.final_layer_norm = torch.nn.Identity()
 
 
@@ -242,10 +242,10 @@ BREAKS = {
 @pytest.mark.parametrize(
     ("component", "broken"), [(component, name) for component, breaks in BREAKS.items() for name in breaks]
 )
-def test_a_broken_model_is_seen(pairs, component, broken, monkeypatch):
+def test_a_broken_model_is_seen(pairs, component, broken, sabotage):
     theirs, mine = models(pairs[QUIET], component)
     mine = copy.deepcopy(mine)
-    BREAKS[component][broken](mine, monkeypatch)
+    BREAKS[component][broken](mine, sabotage)
     assert DIFFERENCE[component](theirs, mine, 0.03) > 2 * TOLERANCE[component]
 
 

@@ -132,9 +132,9 @@ def as_good(case, step):
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch):
+def as_on_a_gpu(substitute):
     """Biases of convolutions go with what is added next."""
-    monkeypatch.setattr(fused, "adds_bias_apart", lambda x: True)
+    substitute(fused, adds_bias_apart=lambda x: True)
 
 
 @pytest.mark.parametrize(("controlled", "laid_out"), [(False, False), (True, True)])
@@ -209,14 +209,12 @@ def test_halves_with_vectors_of_their_own_are_not_shared(unets):
     assert not as_good(case, case.step(Broken(unets["SDXL"], one_vector_for_both_halves)))
 
 
-def test_a_norm_without_its_addend_is_seen(unet, monkeypatch):
+def test_a_norm_without_its_addend_is_seen(unet, sabotage):
     norm_silu = fused.norm_silu
     case = Case(unet)
     plain = copy.deepcopy(case.errors(case.step(unet)))
-    monkeypatch.setattr(fused, "norm_silu", lambda norm, x, addend=None, **_: norm_silu(norm, x))
-    wrong = case.step(unet)
-    monkeypatch.undo()
-    assert case.errors(wrong)[0] > 100 * plain[0]
+    sabotage(fused, "norm_silu", lambda norm, x, addend=None, **_: norm_silu(norm, x))
+    assert case.errors(case.step(unet))[0] > 100 * plain[0]
 
 
 # What is shared, kept and computed once
@@ -270,31 +268,33 @@ def test_a_hooked_unet_sees_whole_batches_and_computes_everything_in_every_step(
     assert all(close(one, before) for one in after)
 
 
-def test_the_text_and_the_times_are_looked_at_once(unet, monkeypatch):
+def test_the_text_and_the_times_are_looked_at_once(unet, spy):
     case = Case(unet)
     sigmas = schedules.linspace(TRAINED, 5)
     once = Denoiser(unet, TRAINED, "eps", *case.texts, extra=case.extra, sigmas=sigmas, graphs=Graphs(True))
     each = Denoiser(unet, TRAINED, "eps", *case.texts, extra=case.extra, graphs=Graphs(True))
-    seen = []
-    keys_values, embed = CrossAttention.keys_values, UNet.embed
-    monkeypatch.setattr(CrossAttention, "keys_values", lambda *given: (seen.append("text"), keys_values(*given))[1])
-    monkeypatch.setattr(UNet, "embed", lambda *given: (seen.append("times"), embed(*given))[1])
+    projected, embedded = spy(CrossAttention, "keys_values"), spy(UNet, "embed")
+
+    def counts():
+        found = len(projected), len(embedded)
+        projected.clear()
+        embedded.clear()
+        return found
 
     def run(denoise):
-        seen.clear()
         return [denoise(case.x, sigma) for sigma in sigmas.tolist()[:-1]]
 
     texts = sum(isinstance(layer, CrossAttention) for layer in unet.modules())
+    counts()
     together = run(once)
-    assert (seen.count("text"), seen.count("times")) == (texts, 1)
+    assert counts() == (texts, 1)
     run(once)
-    assert seen == []
+    assert counts() == (0, 0)
     alone = run(each)
-    assert (seen.count("text"), seen.count("times")) == (texts, 5)
+    assert counts() == (texts, 5)
     assert all(close(*pair) for pair in zip(together, alone, strict=True))
-    seen.clear()
-    once(case.x, 0.9)  # one that was not foreseen
-    assert seen == ["times"]
+    once(case.x, 0.9)  # a noise level that is not one of the run's
+    assert counts() == (0, 1)
 
 
 def test_an_item_of_a_batch_is_its_single_run(unet):
@@ -353,15 +353,15 @@ def test_unequal_batches_meet(unets):
     assert repeated(x, 1) is x
 
 
-def test_the_autoencoder_computes_the_same_where_biases_are_added_apart(monkeypatch):
+def test_the_autoencoder_computes_the_same_where_biases_are_added_apart(sabotage, substitute):
     vae = fill(VAE(replace(SD15_INPAINT.vae, channels=8, norm_groups=4, num_res_blocks=1)), 5).eval()
     latents, image = draw(1, 2, 4, 3, 5), draw(2, 2, 3, 24, 40)
     with torch.no_grad():
         before = vae.decode(latents), vae.encode(image)
-        monkeypatch.setattr(fused, "adds_bias_apart", lambda x: True)
+        substitute(fused, adds_bias_apart=lambda x: True)
         after = vae.decode(latents), vae.encode(image)
         assert all(close(found, expected) for found, expected in zip(after, before, strict=True))
-        monkeypatch.setattr(fused, "bias_of", lambda conv: 0 * conv.bias)
+        sabotage(fused, "bias_of", lambda conv: 0 * conv.bias)
         assert not close(vae.decode(latents), before[0])
 
 

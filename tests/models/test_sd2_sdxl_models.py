@@ -94,25 +94,25 @@ def test_text_encoders_at_full_width(name):
 
 
 def change(**values):
-    def apply(model, patch):
+    def apply(model, sabotage):
         model.config = replace(model.config, **values)
 
     return apply
 
 
-def without_final_norm(model, patch):
+def without_final_norm(model, sabotage):
     model.text_model.final_layer_norm = nn.Identity()
 
 
-def pooled_at_the_start(model, patch):
-    patch.setattr(clip, "end_positions", lambda ids: torch.zeros(len(ids), dtype=torch.int64))
+def pooled_at_the_start(model, sabotage):
+    sabotage(clip, "end_positions", lambda ids: torch.zeros(len(ids), dtype=torch.int64))
 
 
-def pooled_at_the_last_position(model, patch):
-    patch.setattr(clip, "end_positions", lambda ids: torch.full((len(ids),), -1))
+def pooled_at_the_last_position(model, sabotage):
+    sabotage(clip, "end_positions", lambda ids: torch.full((len(ids),), -1))
 
 
-def another_gelu(model, patch):
+def another_gelu(model, sabotage):
     for layer in model.text_model.encoder.layers:
         other = clip.ACTIVATIONS["gelu" if model.config.activation == "quick_gelu" else "quick_gelu"]
         layer.mlp.activation = other
@@ -129,10 +129,10 @@ BROKEN_TEXTS = [
 
 
 @pytest.mark.parametrize(("make", "number", "broken"), BROKEN_TEXTS)
-def test_a_broken_text_encoder_is_seen(tiny, monkeypatch, make, number, broken):
+def test_a_broken_text_encoder_is_seen(tiny, make, number, broken, sabotage):
     theirs, mine = text_pair(make(tiny), number)
     config, mine = mine.config, copy.deepcopy(mine)
-    broken(mine, monkeypatch)
+    broken(mine, sabotage)
     assert text_difference(theirs, mine, config) > 2 * TEXT
 
 
@@ -176,20 +176,20 @@ def test_unets_at_full_width(family):
     assert unet_difference(theirs, mine) <= UNETS
 
 
-def heads(model, patch):
+def heads(model, sabotage):
     for module in model.modules():
         if type(module).__name__ == "CrossAttention":
             module.heads *= 2
 
 
-def deaf_to_sizes(model, patch):
+def deaf_to_sizes(model, sabotage):
     first = model.label_emb[0][0]
     first.weight.data[:, -6 * 14 :] = 0
 
 
 @pytest.mark.parametrize(("make", "broken"), [(as_sd2, heads), (as_sdxl, heads), (as_sdxl, deaf_to_sizes)])
-def test_a_broken_unet_is_seen(tiny, monkeypatch, make, broken):
+def test_a_broken_unet_is_seen(tiny, make, broken, sabotage):
     theirs, mine = unet_pair(make(tiny))
     mine = copy.deepcopy(mine)
-    broken(mine, monkeypatch)
+    broken(mine, sabotage)
     assert unet_difference(theirs, mine) > 2 * UNETS

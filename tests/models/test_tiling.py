@@ -65,18 +65,18 @@ def test_bands_make_the_same_as_the_whole(vae, half, height, width, tile, dtype)
     assert excess(vae, half, given, tile) <= (1e-12 if dtype == torch.float64 else 0)
 
 
-def with_statistics_of_their_own(monkeypatch):
-    monkeypatch.setattr(tiling, "shared_norm", lambda norm, source: norm)
+def with_statistics_of_their_own(sabotage):
+    sabotage(tiling, "shared_norm", lambda norm, source: norm)
 
 
-def with_a_row_too_few_around(monkeypatch):
+def with_a_row_too_few_around(sabotage):
     def local(layer, source, halo, *, right=tiling.local, **scale):
         return right(layer, source, halo if scale else halo - 1, **scale)
 
-    monkeypatch.setattr(tiling, "local", local)
+    sabotage(tiling, "local", local)
 
 
-def written_before_the_next_is_made(monkeypatch):
+def written_before_the_next_is_made(sabotage):
     def keep(source, into=None):
         bands = list(source.bands())
         if into is None:
@@ -85,15 +85,15 @@ def written_before_the_next_is_made(monkeypatch):
             into[:, :, top:bottom] = source.pull(top, bottom)
         return tiling.in_memory(into, source.tile)
 
-    monkeypatch.setattr(tiling, "keep", keep)
+    sabotage(tiling, "keep", keep)
 
 
 @pytest.mark.parametrize(
     "broken", [with_statistics_of_their_own, with_a_row_too_few_around, written_before_the_next_is_made]
 )
 @pytest.mark.parametrize("half", HALVES)
-def test_bands_that_are_made_otherwise_are_told_apart(vae, half, broken, monkeypatch):
-    broken(monkeypatch)
+def test_bands_that_are_made_otherwise_are_told_apart(vae, half, broken, sabotage):
+    broken(sabotage)
     assert excess(vae, half, draw(half, 16, 6), 27) > 1e-4
 
 
@@ -157,7 +157,7 @@ def test_memory_grows_by_what_is_kept_only(released_size, half, maps):
 
 
 @pytest.mark.parametrize("half", HALVES)
-def test_large_pictures_alone_are_run_in_bands(vae, half, monkeypatch):
+def test_large_pictures_alone_are_run_in_bands(vae, half, monkeypatch, substitute):
     in_bands, run_bands = [], tiling.RUNS[half]
     monkeypatch.setitem(tiling.RUNS, half, lambda *given: in_bands.append(given[2]) or run_bands(*given))
 
@@ -166,8 +166,7 @@ def test_large_pictures_alone_are_run_in_bands(vae, half, monkeypatch):
         out = getattr(Autoencoding(vae), half)(given, **tile)
         return out if half == "decode" else torch.cat(out, dim=1)
 
-    monkeypatch.setattr(guarded_vae, "WHOLE_PIXELS", 64 * 16 * 9)
-    monkeypatch.setattr(guarded_vae, "TILE", 32)
+    substitute(guarded_vae, WHOLE_PIXELS=64 * 16 * 9, TILE=32)
     fits, large = draw(half, 16, 9), draw(half, 17, 9)
     for given, tile, bands in ((fits, {}, []), (large, {}, [32]), (fits, {"tile": 16}, [16]), (large, {"tile": 0}, [])):
         found = run(given, **tile)

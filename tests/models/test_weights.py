@@ -183,11 +183,11 @@ def test_a_captured_run_is_of_the_present_weights(tiny, vocabulary, change, repl
     assert replays.made > 0
 
 
-def test_old_prepacked_weights_would_be_seen(folder, monkeypatch):
+def test_old_prepacked_weights_would_be_seen(folder, sabotage):
     """Broken on purpose."""
     pipe = load(folder, device="cpu", progress=False)
     prepacked = sys.modules["sdinpaint_kernels.prepacked"]
-    monkeypatch.setattr(prepacked, "unchanged", lambda *_: [True])
+    sabotage(prepacked, "unchanged", lambda *_: [True])
     with pytest.raises(AssertionError), torch.no_grad():
         require_present_weights(pipe, through_data)
 

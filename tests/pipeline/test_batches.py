@@ -90,14 +90,14 @@ def test_batches_of_any_length_give_the_same_pictures_to_a_level(either, options
 
 
 @pytest.mark.parametrize("options", [MODES["hard"], MODES["soft"], MODES["crop"]], ids=str)
-def test_noise_that_depends_on_the_others_is_seen(pipe, monkeypatch, options):
+def test_noise_that_depends_on_the_others_is_seen(pipe, options, sabotage):
     draw = torch.randn
 
     def from_one_generator(draws, like):
         return draw(like.shape, generator=draws.generators[0])
 
     expected = inpaint_those(pipe, [1, 1], batch_size=1, **options)
-    monkeypatch.setattr(Draws, "__call__", from_one_generator)
+    sabotage(Draws, "__call__", from_one_generator)
     assert levels(inpaint_those(pipe, [1, 1], **options)[1], expected[1]) > 20 * ONE_LEVEL
 
 

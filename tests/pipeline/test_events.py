@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -114,13 +111,8 @@ def test_loading_tells_of_its_tensors():
     assert events[-1].share == 1
 
 
-def test_bars_are_drawn_from_events(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    shown = Terminal()
-    monkeypatch.setattr(sys, "stderr", shown)
+def test_bars_are_drawn_from_events(stderr):
+    shown = stderr(terminal=True)
     with event_bars("inpaint") as draw:
         report = Reporter([draw], 6)
         for _ in range(2):

@@ -205,12 +205,13 @@ def test_nothing_is_printed(pipe, capfd, progress):
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_progress_bar_on_a_terminal(pipe, capfd, monkeypatch):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+def test_the_progress_bar_on_a_terminal(pipe, capfd, stderr):
+    shown = stderr(terminal=True)
     inpaint(pipe, progress=True)
-    assert "3/3" in capfd.readouterr().err
+    assert "3/3" in shown.getvalue()
+    shown.truncate(0)
     inpaint(pipe, progress=False)
-    assert capfd.readouterr() == ("", "")
+    assert (shown.getvalue(), *capfd.readouterr()) == ("", "", "")
 
 
 # What is given

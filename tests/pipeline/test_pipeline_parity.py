@@ -16,6 +16,7 @@ from torch import nn
 from sdinpaint import latent_diffusion
 from sdinpaint.images.picture import pad_to_multiple
 from sdinpaint.loading import load, save_diffusers
+from sdinpaint.pipeline import repaint
 from sdinpaint.sampling import Denoiser, find_sampler, schedule, schedules
 from sdinpaint.sampling.noise import Draws
 
@@ -147,12 +148,12 @@ def test_given_noise_gives_the_same_picture(pipes, noise):
 def denoiser(change):
     """Change what the denoiser is built from: change(cond, uncond, options) -> the same three."""
 
-    def apply(mine, patch):
+    def apply(mine, sabotage):
         def build(unet, train_sigmas, prediction, cond, uncond, **options):
             cond, uncond, options = change(cond, uncond, options)
             return Denoiser(unet, train_sigmas, prediction, cond, uncond, **options)
 
-        patch.setattr(latent_diffusion, "Denoiser", build)
+        sabotage(latent_diffusion, "Denoiser", build)
 
     return apply
 
@@ -165,7 +166,7 @@ def extra(change):
 def plan(**changes):
     """Another noise schedule."""
 
-    def apply(mine, patch):
+    def apply(mine, sabotage):
         mine.family = replace(mine.family, schedule=replace(mine.family.schedule, **changes))
 
     return apply
@@ -183,12 +184,12 @@ class AllChannelsScaled(nn.Module):
         return self.unet(torch.cat([x[:, :4], x[:, 4:] / scale], dim=1), t, context, vector)
 
 
-def all_channels_scaled(mine, patch):
+def all_channels_scaled(mine, sabotage):
     mine.unet = AllChannelsScaled(mine.unet, mine.train_sigmas)
 
 
-def start_without_latents(mine, patch, start=schedules.start):
-    patch.setattr(schedules, "start", lambda noise, sigmas: start(noise, sigmas, unit_variance=False))
+def start_without_latents(mine, sabotage, start=schedules.start):
+    sabotage(schedules, "start", lambda noise, sigmas: start(noise, sigmas, unit_variance=False))
 
 
 BREAKS = {
@@ -206,10 +207,10 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("broken", list(BREAKS))
-def test_a_broken_run_is_seen(pipes, noise, broken, monkeypatch):
+def test_a_broken_run_is_seen(pipes, noise, broken, sabotage):
     theirs, mine = pipes
     mine = copy.copy(mine)
-    BREAKS[broken](mine, monkeypatch)
+    BREAKS[broken](mine, sabotage)
     expected = floats_of_theirs(theirs, noise, "ddim", 7.5)
     assert (floats_of_ours(mine, noise, "ddim", 7.5) - expected).abs().max() > 2 * TOLERANCE
 
@@ -249,7 +250,7 @@ def test_pictures_of_a_four_channel_model(four_channel_pipes, run):
     assert levels(run_ours(mine, *picture(), seed=10, **run).image, expected) <= ONE_LEVEL
 
 
-def test_another_order_of_draws_is_seen(pipes, monkeypatch):
+def test_another_order_of_draws_is_seen(pipes, sabotage):
     theirs, mine = pipes
 
     class OneDrawMore(Draws):
@@ -258,7 +259,7 @@ def test_another_order_of_draws_is_seen(pipes, monkeypatch):
             self(torch.empty(1, 4, 8, 9))
 
     expected = run_theirs(theirs, *picture(), seed=9)[0]
-    monkeypatch.setattr("sdinpaint.pipeline.repaint.Draws", OneDrawMore)
+    sabotage(repaint, "Draws", OneDrawMore)
     assert levels(run_ours(mine, *picture(), seed=9).image, expected) > 3 * ONE_LEVEL
 
 

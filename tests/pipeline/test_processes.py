@@ -241,8 +241,8 @@ def test_several_pipelines_in_several_threads(tiny, vocabulary):
     assert not same_pictures(made[1:], expected[:-1])
 
 
-def test_a_spawned_process_takes_a_pipeline_and_returns_a_result(offloaded, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_a_spawned_process_takes_a_pipeline_and_returns_a_result(offloaded, environment):
+    environment(OMP_NUM_THREADS=1)
     expected = inpaint(offloaded)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         result = pool.submit(inpaint, offloaded).result(SECONDS)

@@ -13,6 +13,7 @@ from sdinpaint.images.boxes import Box
 from sdinpaint.images.crops import crop_box, working_size
 from sdinpaint.images.fills import FILLS, fill_hole
 from sdinpaint.images.picture import to_tensor
+from sdinpaint.pipeline import repaint
 from sdinpaint.pipeline.patch_sampling import PatchSampling
 
 SIZE = 120, 168
@@ -23,12 +24,9 @@ BOTH = ONE | OTHER
 
 
 @pytest.fixture
-def shown(monkeypatch):
+def shown(spy):
     """Every batch of a run, as it is shown to the models."""
-    batches = []
-    sample = PatchSampling.__call__
-    monkeypatch.setattr(PatchSampling, "__call__", lambda self: batches.append(self) or sample(self))
-    return batches
+    return spy(PatchSampling, "__call__")
 
 
 def inpaint(pipe, mask=BOTH, image=IMAGE, **options):
@@ -52,15 +50,15 @@ def test_the_model_sees_the_crop_at_its_working_size(either, shown, crop):
     box = crop_box(ONE.hole, crop, either.family.size)
     assert result.crops == [(box,)]
     height, width = working_size(box.size, either.family.size)
-    assert shown[0].patches[0].image.shape[-2:] == (height + -height % 8, width + -width % 8)
+    assert shown[0][0].patches[0].image.shape[-2:] == (height + -height % 8, width + -width % 8)
     assert untouched(result, ONE.hole)
     assert (pixels(result)[ONE.hole] != IMAGE[ONE.hole]).any(axis=1).mean() > 0.9
 
 
-def test_a_crop_of_working_size_is_the_run_of_that_part(pipe, monkeypatch):
+def test_a_crop_of_working_size_is_the_run_of_that_part(pipe, substitute):
     """No scaling, so pasting the run of the cut-out part by hand gives the same bits."""
     box = crop_box(ONE.hole, 12, pipe.family.size)
-    monkeypatch.setattr("sdinpaint.pipeline.repaint.working_size", lambda size, _: size)
+    substitute(repaint, working_size=lambda size, _: size)
     part = inpaint(pipe, ONE.hole[box.slices], IMAGE[box.slices])
     whole = inpaint(pipe, ONE, crop=12)
     assert (pixels(whole)[box.slices] == pixels(part)).all()
@@ -104,7 +102,7 @@ def test_the_first_region_is_as_its_own_run_and_the_second_sees_it(pipe, shown):
     assert (pixels(both)[OTHER.hole] == pixels(alone)[OTHER.hole]).all()
     near = Mask.box(SIZE, (64, 30, 80, 44))
     result = inpaint(pipe, ONE | near, regions="each", crop=24)
-    second = shown[-1].patches[0]
+    second = shown[-1][0].patches[0]
     first_is_done = np.where(ONE.hole[..., None], pixels(result), IMAGE)
     assert torch.equal(
         second.image[..., : second.crop.size[0], : second.crop.size[1]], to_tensor(second.crop.cut(first_is_done))
@@ -115,7 +113,7 @@ def test_a_region_that_is_still_to_come_is_hidden_too(pipe, shown):
     """What is to go must not be seen, or it is painted again."""
     near = Mask.box(SIZE, (64, 30, 80, 44))
     inpaint(pipe, ONE | near, regions="each", crop=30)
-    first, second = shown
+    (first,), (second,) = shown
     assert float(first.patches[0].amount.sum()) > float(second.patches[0].amount.sum())
 
 
@@ -140,9 +138,9 @@ def test_pictures_with_other_numbers_of_regions_in_a_batch(pipe):
 @pytest.mark.parametrize("fill", FILLS)
 def test_what_stands_in_the_hole_at_the_start(either, shown, fill):
     result = inpaint(either, ONE, strength=0.5, fill=fill, steps=4)
-    start = shown[0].patches[0].start
+    start = shown[0][0].patches[0].start
     assert torch.equal(start, to_tensor(fill_hole(IMAGE, ONE.hole, fill)))
-    latents, hole = shown[0].known.latents, shown[0].known.mask > 0
+    latents, hole = shown[0][0].known.latents, shown[0][0].known.mask > 0
     if fill == "noise":
         filled = latents[hole.expand_as(latents)]
         assert abs(float(filled.mean())) < 0.3

@@ -143,7 +143,7 @@ def test_floats(pairs, noise, floats_of_theirs, name, options):
 def text(number, **changes):
     """Another configuration of a text encoder."""
 
-    def apply(mine, patch):
+    def apply(mine, sabotage):
         encoder = mine.condition.encoders[number]
         encoder.config = replace(encoder.config, **changes)
 
@@ -153,7 +153,7 @@ def text(number, **changes):
 def padding(number, pad_id):
     """Another padding for a text encoder."""
 
-    def apply(mine, patch):
+    def apply(mine, sabotage):
         tokenizers = list(mine.condition.tokenizers)
         tokenizers[number] = tokenizers[number].with_padding(pad_id)
         mine.condition.tokenizers = tuple(tokenizers)
@@ -164,36 +164,36 @@ def padding(number, pad_id):
 def sizes(order):
     """Another order of the six numbers: original height and width, crop top and left, target height and width."""
 
-    def apply(mine, patch, numbers=conditioning.PictureSize.numbers):
-        patch.setattr(conditioning.PictureSize, "numbers", lambda size: [numbers(size)[i] for i in order])
+    def apply(mine, sabotage, numbers=conditioning.PictureSize.numbers):
+        sabotage(conditioning.PictureSize, "numbers", lambda size: [numbers(size)[i] for i in order])
 
     return apply
 
 
-def quick_gelu(mine, patch):
+def quick_gelu(mine, sabotage):
     for layer in mine.condition.encoders[-1].text_model.encoder.layers:
         layer.mlp.activation = clip.quick_gelu
 
 
-def other_prediction(mine, patch):
+def other_prediction(mine, sabotage):
     kind = {"eps": "v", "v": "eps"}[mine.family.schedule.prediction]
     mine.family = replace(mine.family, schedule=replace(mine.family.schedule, prediction=kind))
 
 
-def empty_prompt_for_none(mine, patch):
+def empty_prompt_for_none(mine, sabotage):
     mine.condition.family = replace(mine.family, zeros_for_none=False)
 
 
-def sizes_are_lost_with_the_text(mine, patch, call=conditioning.TextConditioner.__call__):
+def sizes_are_lost_with_the_text(mine, sabotage, call=conditioning.TextConditioner.__call__):
     def zeros(self, prompts, size):
         found = call(self, prompts, size)
         return found if prompts != [None] else replace(found, vector=0 * found.vector)
 
-    patch.setattr(conditioning.TextConditioner, "__call__", zeros)
+    sabotage(conditioning.TextConditioner, "__call__", zeros)
 
 
-def pooled_at_the_last_position(mine, patch):
-    patch.setattr(clip, "end_positions", lambda ids: torch.full((len(ids),), -1))
+def pooled_at_the_last_position(mine, sabotage):
+    sabotage(clip, "end_positions", lambda ids: torch.full((len(ids),), -1))
 
 
 BREAKS = [
@@ -218,11 +218,11 @@ BREAKS = [
 
 
 @pytest.mark.parametrize(("name", "what", "broken"), BREAKS, ids=[f"{name}: {what}" for name, what, _ in BREAKS])
-def test_a_broken_run_is_seen(pairs, noise, floats_of_theirs, monkeypatch, name, what, broken):
+def test_a_broken_run_is_seen(pairs, noise, floats_of_theirs, name, what, broken, sabotage):
     mine = copy.copy(pairs(name)[1])
     mine.condition = copy.deepcopy(mine.condition)
     options = {"negative_prompt": None} if name == "sdxl" else {}
-    broken(mine, monkeypatch)
+    broken(mine, sabotage)
     difference = floats_of_ours(mine, noise, **options) - floats_of_theirs(name, **options)
     assert difference.abs().max() > 2 * TOLERANCE
 

@@ -102,15 +102,11 @@ def test_a_mask_of_one_grey_is_a_strength(four_channels, name, amount):
 # What the model is shown
 
 
-def test_a_nine_channel_model_sees_binary_masks_and_the_picture_without_each(pipe, monkeypatch):
+def test_a_nine_channel_model_sees_binary_masks_and_the_picture_without_each(pipe, sabotage):
     fed = []
-    forward = type(pipe.unet).forward
-    monkeypatch.setattr(
-        type(pipe.unet), "forward", lambda self, x, *given: fed.append(x[:1]) or forward(self, x, *given)
-    )
-    posterior = torch.zeros(1)
-    monkeypatch.setattr(patch_sampling.Draws, "__call__", lambda self, like: torch.zeros_like(like) + posterior)
-    inpaint(pipe, STEEP, soft=True)
+    sabotage(patch_sampling.Draws, "__call__", lambda self, like: torch.zeros_like(like))
+    with pipe.unet.register_forward_pre_hook(lambda unet, given: fed.append(given[0][:1])):
+        inpaint(pipe, STEEP, soft=True)
     assert len(fed) == STEPS
     holes = soft_masks(torch.tensor(Mask(STEEP).array)[None, None], STEPS)
     assert len({hole.sum().item() for hole in holes}) == STEPS
@@ -121,12 +117,10 @@ def test_a_nine_channel_model_sees_binary_masks_and_the_picture_without_each(pip
         torch.testing.assert_close(masked_latents, expected, rtol=0, atol=1e-6)
 
 
-def test_conditioning_is_precomputed_once(pipe, monkeypatch, replays):
+def test_conditioning_is_precomputed_once(pipe, replays, spy, substitute):
     """The text does not change with the mask, so what follows from it is computed but once for a captured step."""
-    monkeypatch.setattr(pipe, "graphs", Graphs(True))
-    calls = []
-    forward = type(pipe.unet).prepare
-    monkeypatch.setattr(type(pipe.unet), "prepare", lambda *given: calls.append(1) or forward(*given))
+    substitute(pipe, graphs=Graphs(True))
+    calls = spy(type(pipe.unet), "prepare")
     inpaint(pipe, STEEP, soft=True)
     assert len(calls) == 1
 

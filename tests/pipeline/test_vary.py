@@ -124,8 +124,8 @@ def test_very_high_guidance_warns_whoever_asked(pipe):
     assert caught[0].filename == __file__
 
 
-def test_on_the_command_line(pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("sdinpaint.loading.load", lambda *_, **__: pipe)
+def test_on_the_command_line(pipe, tmp_path, loads):
+    loads(pipe)
     photo, out = tmp_path / "photo.png", tmp_path / "out.png"
     Image.fromarray(picture()).save(photo)
     given = ["--prompt=a red fox", "--model=any", f"--out={out}", "--steps=3", "--seed=5", "--strength=0.7"]

@@ -8,10 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from painting import unrounded
 from peers import pipeline_twin
 from PIL import Image
 
-from sdinpaint.images.picture import pad_to_multiple, to_uint8
+from sdinpaint.images.picture import pad_to_multiple
 from sdinpaint.loading import load
 from sdinpaint.pipeline import patch_sampling
 from sdinpaint.sampling import schedules
@@ -71,12 +72,10 @@ def run_theirs(theirs, image, *, seed=7, sampler="ddim", strength=0.6, **options
 
 
 def run_ours(mine, image, *, seed=7, **options):
-    """The image that `vary` rounds."""
-    decoded = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(patch_sampling, "to_uint8", lambda image: decoded.append(image) or to_uint8(image))
+    """Return the image in [0, 1] before it is rounded to 8 bits."""
+    with unrounded() as decoded:
         mine.vary(image, PROMPT, negative_prompt=NEGATIVE, steps=STEPS, seed=seed, progress=False, **options)
-    return (decoded[0] / 2 + 0.5).clamp(0, 1)
+    return decoded[0]
 
 
 def in_float64(mine):
@@ -139,7 +138,7 @@ def test_sizes_that_are_no_multiple_of_8(twins, height, width):
 # Broken on purpose
 
 
-def noise_first(mine, patch):
+def noise_first(mine, sabotage):
     draw, kept = patch_sampling.Draws.__call__, []
 
     def exchanged(self, like):
@@ -149,31 +148,31 @@ def noise_first(mine, patch):
             return draw(self, like)
         return kept.pop()
 
-    patch.setattr(patch_sampling.Draws, "__call__", exchanged)
+    sabotage(patch_sampling.Draws, "__call__", exchanged)
 
 
-def one_draw_more(mine, patch):
+def one_draw_more(mine, sabotage):
     begin = patch_sampling.PatchSampling.__init__
 
     def drawing(self, pipe, settings, patches, draws, **options):
         begin(self, pipe, settings, patches, draws, **options)
         draws(self.known.latents)
 
-    patch.setattr(patch_sampling.PatchSampling, "__init__", drawing)
+    sabotage(patch_sampling.PatchSampling, "__init__", drawing)
 
 
-def from_noise_alone(mine, patch):
-    patch.setattr(schedules, "start_from", lambda latents, noise, sigmas: schedules.start(noise, sigmas))
+def from_noise_alone(mine, sabotage):
+    sabotage(schedules, "start_from", lambda latents, noise, sigmas: schedules.start(noise, sigmas))
 
 
-def one_step_more(mine, patch):
+def one_step_more(mine, sabotage):
     chosen = schedules.for_strength
-    patch.setattr(schedules, "for_strength", lambda sigmas, strength: chosen(sigmas, strength + 1 / STEPS))
+    sabotage(schedules, "for_strength", lambda sigmas, strength: chosen(sigmas, strength + 1 / STEPS))
 
 
-def unscaled_latents(mine, patch):
+def unscaled_latents(mine, sabotage):
     start = schedules.start_from
-    patch.setattr(schedules, "start_from", lambda latents, *rest: start(latents / 0.21, *rest))
+    sabotage(schedules, "start_from", lambda latents, *rest: start(latents / 0.21, *rest))
 
 
 BREAKS = {
@@ -186,9 +185,9 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("broken", list(BREAKS))
-def test_a_broken_run_is_seen(twins, broken, monkeypatch):
+def test_a_broken_run_is_seen(twins, broken, sabotage):
     theirs, mine = twins[4]
     mine = copy.copy(mine)
     change, run = BREAKS[broken]
-    change(mine, monkeypatch)
+    change(mine, sabotage)
     assert difference(theirs, mine, **run) > 2 * TOLERANCE

@@ -154,9 +154,9 @@ def test_every_dtype_and_shape_has_a_fingerprint(dtype, shape):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
-def test_fingerprint_does_not_depend_on_threads(monkeypatch, pipe, threads):
+def test_fingerprint_does_not_depend_on_threads(pipe, threads, substitute):
     expected = fingerprint(pipe.vae)
-    monkeypatch.setattr(fingerprints, "_THREADS", threads)
+    substitute(fingerprints, _THREADS=threads)
     assert fingerprint(pipe.vae) == expected
 
 
@@ -205,29 +205,21 @@ def own(pipe):
 
 
 @pytest.fixture
-def counted(monkeypatch):
-    """How often weights were read."""
-    calls = []
-    read = fingerprints.fingerprint
-
-    def count(module):
-        calls.append(module)
-        return read(module)
-
-    monkeypatch.setattr(fingerprints, "fingerprint", count)
-    return calls
+def read(spy):
+    """The models whose weights were read."""
+    return spy(fingerprints, "fingerprint")
 
 
-def test_weights_are_read_once(counted, pipe, own):
+def test_weights_are_read_once(read, pipe, own):
     weights_of(pipe)
-    del counted[:]
+    read.clear()
     found = weights_of(own)
-    assert counted == [own.vae]
+    assert read == [(own.vae,)]
     with torch.inference_mode():
         assert weights_of(own) == found
     own.vae.decode(torch.zeros(1, own.family.vae.latent_channels, 8, 8))
     assert environment(own)["weights"] == found
-    assert counted == [own.vae]
+    assert read == [(own.vae,)]
 
 
 def change_in_place(vae):

@@ -76,11 +76,8 @@ def test_threads_wait_for_each_other(replays):
     assert wrong == []
 
 
-def test_what_cannot_be_recorded_runs_as_it_is(replays, monkeypatch):
-    def fails(*given):
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
-
-    monkeypatch.setattr(graphs, "Recording", fails)
+def test_what_cannot_be_recorded_runs_as_it_is(replays, failing):
+    failing(graphs, "Recording", RuntimeError("operation not permitted when stream is capturing\nand more"))
     found = Graphs(True)
     with pytest.warns(
         SdInpaintWarning, match=r"launched piece by piece instead: operation not permitted .* capturing$"
@@ -99,16 +96,14 @@ def test_on_a_cpu_nothing_is_recorded():
 
 
 @pytest.mark.parametrize(("value", "enabled"), [(None, True), ("1", True), ("0", False)])
-def test_the_switch(replays, monkeypatch, value, enabled):
-    monkeypatch.delenv(graphs.SWITCH, raising=False)
-    if value is not None:
-        monkeypatch.setenv(graphs.SWITCH, value)
+def test_the_switch(replays, value, enabled, environment):
+    environment(**{graphs.SWITCH: value})
     Graphs()("a", product, numbers(2.0), numbers(3.0))
     assert replays.made == int(enabled)
 
 
-def test_a_switch_that_is_neither_is_refused(monkeypatch):
-    monkeypatch.setenv(graphs.SWITCH, "off")
+def test_a_switch_that_is_neither_is_refused(environment):
+    environment(**{graphs.SWITCH: "off"})
     with pytest.raises(SettingError) as caught:
         Graphs()
     assert caught.value.code == "SETTING_GRAPH"

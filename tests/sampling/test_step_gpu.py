@@ -11,7 +11,6 @@ from dataclasses import replace
 import pytest
 import torch
 from builders import fill
-from sdinpaint_kernels import backend
 from torch import nn
 
 from sdinpaint.errors import SdInpaintWarning
@@ -122,17 +121,17 @@ def relative(found, exact):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("controlled", [False, True])
 @pytest.mark.parametrize(("batch", "size"), [(1, (16, 16)), (2, (24, 16)), (1, (15, 9))])
-def test_the_recorded_step_is_as_exact_as_plain_torch(unet, batch, size, controlled, dtype, monkeypatch):
+def test_the_recorded_step_is_as_exact_as_plain_torch(unet, batch, size, controlled, dtype, kernel_setting):
     case = Case(unet, batch=batch, size=size, controlled=controlled)
     exact = case.step(copy.deepcopy(unet).double().forward, torch.float64)
     half = copy.deepcopy(unet).to(dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of an operation that fell back, or a step that could not be recorded
-        monkeypatch.setattr(backend, "SETTING", "triton")
+        kernel_setting("triton")
         found = Graphs(True)
         recorded = [case.step(half, dtype, found) for _ in range(2)]  # each a replay of one recording
         eager = case.step(half, dtype)
-    monkeypatch.setattr(backend, "SETTING", "torch")
+    kernel_setting("torch")
     allowed = 2 * relative(case.step(half.forward, dtype), exact)
     assert relative(recorded[0], exact) <= allowed
     assert relative(eager, exact) <= allowed
@@ -274,7 +273,7 @@ def test_feature_maps_are_channels_last_throughout(unet):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_autoencoder_is_as_exact_as_plain_torch(dtype, monkeypatch):
+def test_the_autoencoder_is_as_exact_as_plain_torch(dtype, kernel_setting):
     config = replace(SD15_INPAINT.vae, channels=64)
     vae = fill(VAE(config), 5).eval().requires_grad_(False).cuda()
     given = {"decode": draw(1, 1, 4, 16, 24), "encode": draw(2, 1, 3, 128, 192).tanh()}
@@ -282,9 +281,9 @@ def test_the_autoencoder_is_as_exact_as_plain_torch(dtype, monkeypatch):
     exact = copy.deepcopy(vae).double()
     for what, x in given.items():
         expected = getattr(exact, what)(x.double())
-        monkeypatch.setattr(backend, "SETTING", "torch")
+        kernel_setting("torch")
         plain = relative(getattr(half, what)(x.to(dtype)), expected)
-        monkeypatch.setattr(backend, "SETTING", "auto")
+        kernel_setting("auto")
         assert relative(getattr(half, what)(x.to(dtype)), expected) <= 2 * plain
         assert memory_formats(half, lambda x=x, what=what: getattr(half, what)(x.to(dtype))) == {True}
 

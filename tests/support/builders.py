@@ -6,9 +6,11 @@ import json
 import math
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -112,15 +114,20 @@ def averages(unet: nn.Module) -> Tensors:
     return {f"model_ema.diffusion_model{name}": tensor for name, tensor in joined.items()} | counters
 
 
-def save_lightning(path: Path, state: Tensors, monkeypatch, *, legacy: bool = False) -> None:
-    """A training checkpoint as Lightning writes it: the weights, beside callbacks that are keyed by a class."""
+@contextmanager
+def lightning_callback() -> Iterator[type]:
+    """Give the class by which Lightning's checkpoints key a callback; within, it can be imported, as pickling needs."""
     parts = CALLBACK.split(".")
-    kind = type("ModelCheckpoint", (), {"__module__": CALLBACK})
-    around = {"epoch": 3, "global_step": 470_000, "callbacks": {kind: {"best_model_score": np.float64(0.5)}}}
-    with monkeypatch.context() as patch:
-        for end in range(1, len(parts) + 1):
-            patch.setitem(sys.modules, ".".join(parts[:end]), types.ModuleType(parts[end - 1]))
-        sys.modules[CALLBACK].ModelCheckpoint = kind
+    modules = {".".join(parts[:end]): types.ModuleType(parts[end - 1]) for end in range(1, len(parts) + 1)}
+    kind = modules[CALLBACK].ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": CALLBACK})
+    with patch.dict(sys.modules, modules):
+        yield kind
+
+
+def save_lightning(path: Path, state: Tensors, *, legacy: bool = False) -> None:
+    """A training checkpoint as Lightning writes it: the weights, beside callbacks that are keyed by a class."""
+    with lightning_callback() as kind:
+        around = {"epoch": 3, "global_step": 470_000, "callbacks": {kind: {"best_model_score": np.float64(0.5)}}}
         torch.save({**around, "state_dict": state}, path, _use_new_zipfile_serialization=not legacy)
 
 

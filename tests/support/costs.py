@@ -1,6 +1,7 @@
-"""What our code asks of torch, counted and not timed: so the same on every machine, for any number of threads.
+"""Costs of our code, counted and not timed: so they are the same on every machine, for any number of threads.
 
-`python tests/support/costs.py` records in data/costs.json what test_cost_guard.py finds.
+`python tests/support/costs.py` records in data/costs.json what test_cost_guard.py finds. As a plugin of pytest, this
+module lists the costs that fell at the end of a test run.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -24,10 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from sdinpaint.models import ControlNet, UNet, clip, layers, vae
 
 Cost = Mapping[str, int]
-"""Runs of each of MODELS, the SUMS, and calls of each operation by its name, as "aten.cat"."""
+"""Runs of each of MODELS, the SUMS, and calls of each operation by its name, such as "aten.cat"."""
 
 RECORDED = DATA / "costs.json"
-GUARD = f"{TESTS / 'test_cost_guard.py'}::test_nothing_costs_more_than_it_did"
+GUARD = f"{TESTS / 'test_cost_guard.py'}::test_work_costs_no_more_than_recorded"
 TORCH = ".".join(torch.__version__.split(".")[:2])
 MODELS: dict[type[nn.Module], str] = {
     UNet: "UNet",
@@ -37,12 +39,14 @@ MODELS: dict[type[nn.Module], str] = {
     clip.Embeddings: "text encoder",  # which begins with them
 }
 SUMS = "operations", "bytes", "flops"
-"""Of calls of operations; of memory that they put out anew; of floating point work in products and convolutions."""
+"""Calls of operations; new memory that they return; floating-point operations of products and convolutions."""
 FALL = 0.03
-"""By which share a figure may fall before it has to be recorded again."""
+"""The share by which a figure may fall before it is reported."""
+FELL = "costs that fell"
+"""The property of a test under which it reports them."""
 DRIFT = 0.05
-"""By which share a sum may grow under another torch, whose functions may be made of other operations."""
-REMEDY = "run `python tests/support/costs.py` to record it"
+"""The share by which a sum may grow under another torch, whose functions may consist of other operations."""
+REMEDY = "run `python tests/support/costs.py` to record them"
 
 
 class Meter(TorchDispatchMode):
@@ -65,13 +69,13 @@ class Meter(TorchDispatchMode):
 
 
 def memory(tensors: object) -> dict[int, int]:
-    """Where the memory of tensors, at any depth, begins, and its size in bytes."""
+    """Return the address and the size in bytes of the memory of tensors, at any depth."""
     storages = [leaf.untyped_storage() for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor)]
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 def attention_flops(q: torch.Size, k: torch.Size, *_: object, **options: object) -> int:
-    """Of the two products, for the shapes (B, heads, N, D) and (B, heads, M, D)."""
+    """Count the two products of attention, for q (B, heads, N, D) and k (B, heads, M, D)."""
     return 4 * q.numel() * k[2]
 
 
@@ -96,7 +100,7 @@ def counted(cost: Counter[str]) -> Iterator[None]:
 
 
 def measure(work: Callable[[], object]) -> Cost:
-    """What `work()` costs the second time, when all that is kept from the first is there."""
+    """Return the cost of a second call of `work()`, which finds everything that the first one cached."""
     work()
     meter, counter = Meter(), FlopCounterMode(display=False, custom_mapping=ALSO_PRODUCTS)
     with counted(meter.cost), ExitStack() as plainly, torch.inference_mode(), counter, meter:
@@ -110,27 +114,48 @@ def measure(work: Callable[[], object]) -> Cost:
     return {**meter.cost, "flops": counter.get_total_flops()}
 
 
-def complaints(recorded: Cost, found: Cost, *, same_torch: bool = True) -> list[str]:
-    """Which figures grew, and which fell so far that they have to be recorded: from what to what, the sums first.
+def rises(recorded: Cost, found: Cost, *, same_torch: bool = True) -> list[str]:
+    """Say which figures grew, and from what to what, the sums first.
 
     Under another torch than that of the record, only what our own code decides is compared: the runs of models as
     strictly as ever, the sums if they grow by more than DRIFT, and no single operation.
     """
     lines = []
-    for name in dict.fromkeys([*MODELS.values(), *SUMS, *sorted({*recorded, *found})]):
-        before, now = recorded.get(name, 0), found.get(name, 0)
-        strict = same_torch or name in MODELS.values()
-        if not strict and name not in SUMS:
-            continue
+    for name, before, now, strict in _figures(recorded, found, same_torch):
         if now > before * (1 if strict else 1 + DRIFT):
-            lines.append(f"{name} grew from {before} to {now}: spare it, or {REMEDY}")
-        elif strict and now < before * (1 - FALL):
-            lines.append(f"{name} fell from {before} to {now}, cheaper now: {REMEDY}")
+            lines.append(f"{name} grew from {before} to {now}: spend less, or {REMEDY}")
     return lines
 
 
+def falls(recorded: Cost, found: Cost, *, same_torch: bool = True) -> list[str]:
+    """Say which figures fell by more than FALL, and from what to what; under another torch, only runs of models."""
+    return [
+        f"{name} fell from {before} to {now}"
+        for name, before, now, strict in _figures(recorded, found, same_torch)
+        if strict and now < before * (1 - FALL)
+    ]
+
+
+def _figures(recorded: Cost, found: Cost, same_torch: bool) -> Iterator[tuple[str, int, int, bool]]:
+    """Yield the name of each figure, its values before and now, and whether every difference counts."""
+    for name in dict.fromkeys([*MODELS.values(), *SUMS, *sorted({*recorded, *found})]):
+        strict = same_torch or name in MODELS.values()
+        if strict or name in SUMS:
+            yield name, recorded.get(name, 0), found.get(name, 0), strict
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """List the costs that fell: pytest calls this at the end of a run."""
+    reports = (report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, ()))
+    lines = [line for report in reports for name, found in report.user_properties if name == FELL for line in found]
+    if lines:
+        terminalreporter.section(f"{FELL}: {REMEDY}")
+        for line in lines:
+            terminalreporter.write_line(line)
+
+
 class Recorder:
-    """A plugin of pytest that takes down what the guard finds, whether or not it lets it pass."""
+    """A plugin of pytest that keeps the costs that the guard finds, whether or not it lets them pass."""
 
     def __init__(self) -> None:
         self.costs: dict[str, Cost] = {}
@@ -138,11 +163,11 @@ class Recorder:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Called by pytest for each part of a test."""
         if report.when == "call":
-            self.costs.update(report.user_properties)
+            self.costs.update((name, found) for name, found in report.user_properties if name != FELL)
 
 
 def record() -> None:
-    """Write down what everything costs now."""
+    """Record the present costs."""
     recorder = Recorder()
     pytest.main([GUARD, "--quiet", "--tb=no", "--no-summary"], plugins=[recorder])
     if not recorder.costs:

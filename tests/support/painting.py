@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from unittest.mock import patch
+
 import numpy as np
 import pytest
+
+from sdinpaint.images.picture import to_uint8
+from sdinpaint.pipeline import patch_sampling
 
 SIZES = (64, 72), (83, 101), (70, 64)
 """Height and width in pixels; two of them are no multiples of 8."""
@@ -33,6 +39,19 @@ def hole(height, width):
 
 
 IMAGE, MASK = picture(*SIZES[0]), hole(*SIZES[0])
+
+
+@contextmanager
+def unrounded():
+    """Give a list of the images in [0, 1], float (1, 3, 8H, 8W), that runs within it round to 8 bits."""
+    images = []
+
+    def keep(image):
+        images.append((image / 2 + 0.5).clamp(0, 1))
+        return to_uint8(image)
+
+    with patch.object(patch_sampling, "to_uint8", keep):
+        yield images
 
 
 def inpaint(pipe, image=IMAGE, mask=MASK, prompt="a red fox", **options):

@@ -6,14 +6,24 @@ import gzip
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from places import DATA
+from sdinpaint_weights.keymap import Edit
 from sdinpaint_weights.layout import identify
 from sdinpaint_weights.native import native_state
 from sdinpaint_weights.weights import Entry, Weights
 
 INVENTORIES = DATA / "inventories"
 CONVERTED = "diffusers_from_ldm"
+openclip_mistakes = pytest.mark.parametrize(
+    ("name", "wrong", "seen"),
+    [
+        ("STACKED", {"q_proj": Edit.K_ROWS, "k_proj": Edit.Q_ROWS, "v_proj": Edit.V_ROWS}, "[qk]_proj"),
+        ("PROJECTION", ("text_projection", Edit.AS_IS), "text_projection"),
+    ],
+)
+"""Mistakes in the names of OpenCLIP: rows of q and k exchanged, and a projection that is not transposed."""
 NAMES = sorted(path.name.removesuffix(".json.gz") for path in INVENTORIES.iterdir() if CONVERTED not in path.name)
 
 SINGLE_FILES = {

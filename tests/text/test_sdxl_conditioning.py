@@ -12,7 +12,6 @@ from closeness import close
 
 from sdinpaint import latent_diffusion
 from sdinpaint.models.unet import timestep_embedding
-from sdinpaint.sampling import Denoiser
 from sdinpaint.text.conditioning import PictureSize
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (72, 80, 3), dtype=np.uint8)
@@ -81,16 +80,10 @@ def test_no_prompt_is_zeros_for_xl_and_the_empty_prompt_elsewhere(xl, sd2):
     assert not close(none.context, fox.context, 0.1)
 
 
-def test_the_size_and_the_missing_prompt_reach_the_denoiser(xl, monkeypatch):
-    told = []
-
-    def listen(unet, train_sigmas, prediction, cond, uncond, **options):
-        told.append((cond, uncond))
-        return Denoiser(unet, train_sigmas, prediction, cond, uncond, **options)
-
-    monkeypatch.setattr(latent_diffusion, "Denoiser", listen)
+def test_the_size_and_the_missing_prompt_reach_the_denoiser(xl, spy):
+    made = spy(latent_diffusion, "Denoiser")
     result = xl.inpaint(IMAGE[:68], MASK[:68], "a fox", negative_prompt=None, steps=1, seed=1, progress=False)
-    cond, uncond = told[0]
+    _, _, _, cond, uncond = made[0]
     assert not uncond.context.any()
     assert cond.context.any()
     # 68 rows are padded to 72, which is the picture that the model sees

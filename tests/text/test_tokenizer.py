@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -51,20 +52,24 @@ def small() -> Tokenizer:
 
 
 @pytest.fixture
-def nowhere(monkeypatch, tmp_path):
-    """No variable, an empty cache, no package that ships the vocabulary, and a hub that cannot be reached."""
-    calls = []
+def nowhere(tmp_path, environment, substitute):
+    """No variable, an empty cache, no package with the vocabulary, no hub; `cached` and `fetched` may be set."""
+    places = SimpleNamespace(cached=lambda *names: None, fetched=None, downloads=[])
 
-    def unreachable(source, **_):
-        calls.append(source)
-        raise CheckpointError("HUB_UNREACHABLE", source, "no network")
+    def fetch(source, **_):
+        places.downloads.append(source)
+        if places.fetched is None:
+            raise CheckpointError("HUB_UNREACHABLE", source, "no network")
+        return places.fetched
 
-    monkeypatch.delenv("SDINPAINT_TOKENIZER", raising=False)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *names: None)
-    monkeypatch.setattr(hub, "fetch", unreachable)
-    monkeypatch.setattr(finding, "PACKAGE_FILES", {})
-    return calls
+    def find_cached(*names):
+        return places.cached(*names)
+
+    environment(SDINPAINT_TOKENIZER=None, HF_HUB_OFFLINE=None)
+    substitute(huggingface_hub, try_to_load_from_cache=find_cached)
+    substitute(hub, fetch=fetch)
+    substitute(finding, PACKAGE_FILES={})
+    return places
 
 
 def spelled(text: str, merges: list[tuple[str, str]]) -> list[str]:
@@ -232,7 +237,7 @@ def test_with_padding_keeps_everything_else(small):
     assert other.vocab is small.vocab
 
 
-def test_golden_prompts_see_a_broken_normaliser(clip, monkeypatch):
+def test_golden_prompts_see_a_broken_normaliser(clip):
     """Without NFC, decomposed accents and Hangul come out as other ids."""
     broken = Tokenizer(clip.vocab, clip.merges)
     broken._encoder.normalizer = module.normalizers.Lowercase()
@@ -260,25 +265,24 @@ def test_all_forms_of_the_files_agree(clip, tmp_path):
 # where it is found
 
 
-def test_order_of_places(nowhere, monkeypatch, clip, bpe_file, tmp_path):
+def test_order_of_places(nowhere, clip, bpe_file, tmp_path, environment, substitute):
     """Each place that is added before the last one takes over."""
 
     used = []
-    monkeypatch.setattr(finding, "read_vocabulary", lambda path, rows: used.append(path) or (clip.vocab, clip.merges))
-    fetched = tmp_path / "hub.json"
-    monkeypatch.setattr(hub, "fetch", lambda source, **_: fetched)
+    substitute(finding, read_vocabulary=lambda path, rows: used.append(path) or (clip.vocab, clip.merges))
+    nowhere.fetched = tmp_path / "hub.json"
     find_tokenizer()
-    monkeypatch.setattr(finding, "PACKAGE_FILES", {"open_clip": bpe_file.name})
+    substitute(finding, PACKAGE_FILES={"open_clip": bpe_file.name})
     find_tokenizer()
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *names: str(tmp_path / "cached.json"))
+    nowhere.cached = lambda *names: str(tmp_path / "cached.json")
     find_tokenizer()
     (tmp_path / "model" / "tokenizer").mkdir(parents=True)
     find_tokenizer(model_folder=tmp_path / "model")
-    monkeypatch.setenv("SDINPAINT_TOKENIZER", str(tmp_path / "variable"))
+    environment(SDINPAINT_TOKENIZER=tmp_path / "variable")
     find_tokenizer(model_folder=tmp_path / "model")
     find_tokenizer(tmp_path / "explicit", model_folder=tmp_path / "model")
     assert used == [
-        fetched,
+        nowhere.fetched,
         bpe_file,
         tmp_path / "cached.json",
         tmp_path / "model" / "tokenizer",
@@ -287,24 +291,24 @@ def test_order_of_places(nowhere, monkeypatch, clip, bpe_file, tmp_path):
     ]
 
 
-def test_package_is_found_without_being_imported(nowhere, monkeypatch, bpe_file):
-    monkeypatch.setattr(finding, "PACKAGE_FILES", {"no_such_package": "x", "open_clip": bpe_file.name})
+def test_package_is_found_without_being_imported(nowhere, bpe_file, substitute):
+    substitute(finding, PACKAGE_FILES={"no_such_package": "x", "open_clip": bpe_file.name})
     assert find_tokenizer(offline=True).vocab_size == CLIP_ROWS
     assert "open_clip" not in sys.modules
 
 
-def test_cached_file_is_found(nowhere, monkeypatch, clip, tmp_path):
+def test_cached_file_is_found(nowhere, clip, tmp_path):
     clip.save(tmp_path)
     repository = "stabilityai/stable-diffusion-2-inpainting"
     cached = {(repository, "tokenizer/vocab.json"): str(tmp_path / "vocab.json")}
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *names: cached.get(names))
+    nowhere.cached = lambda *names: cached.get(names)
     assert find_tokenizer(offline=True, pad_id=0)("")[0, -1] == 0
 
 
 @pytest.mark.parametrize("offline", [True, None, False])
-def test_nothing_found_lists_every_way(nowhere, monkeypatch, offline):
+def test_nothing_found_lists_every_way(nowhere, offline, environment):
     if offline is None:
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        environment(HF_HUB_OFFLINE=1)
     with pytest.raises(TokenizerError) as caught:
         find_tokenizer(offline=offline)
     assert caught.value.code == "TOKENIZER_NOT_FOUND"
@@ -315,13 +319,13 @@ def test_nothing_found_lists_every_way(nowhere, monkeypatch, offline):
         "export SDINPAINT_TOKENIZER=",
     ):
         assert way in str(caught.value)
-    assert len(nowhere) == (0 if offline is not False else 1)
+    assert len(nowhere.downloads) == (0 if offline is not False else 1)
     assert ("download from openai" in str(caught.value)) == (offline is False)
 
 
-def test_foreign_vocabulary_in_a_known_place_is_passed_over_and_named(nowhere, monkeypatch, small, tmp_path):
+def test_foreign_vocabulary_in_a_known_place_is_passed_over_and_named(nowhere, small, tmp_path):
     small.save(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *names: str(tmp_path / "vocab.json"))
+    nowhere.cached = lambda *names: str(tmp_path / "vocab.json")
     with pytest.raises(TokenizerError, match=f"vocabulary of {small.vocab_size} tokens"):
         find_tokenizer(offline=True)
 
@@ -333,15 +337,15 @@ def test_small_model_takes_the_vocabulary_in_its_folder(nowhere, small, tmp_path
     assert find_tokenizer(small, embedding_rows=small.vocab_size) is small
 
 
-def test_variable_with_clips_vocabulary_does_not_disturb_a_small_model(nowhere, monkeypatch, small, bpe_file, tmp_path):
+def test_variable_with_clips_vocabulary_does_not_disturb_a_small_model(nowhere, small, bpe_file, tmp_path, environment):
     small.save(tmp_path / "tokenizer")
-    monkeypatch.setenv("SDINPAINT_TOKENIZER", str(bpe_file))
+    environment(SDINPAINT_TOKENIZER=bpe_file)
     assert find_tokenizer(model_folder=tmp_path, embedding_rows=small.vocab_size).vocab == small.vocab
     assert find_tokenizer(model_folder=tmp_path).vocab_size == CLIP_ROWS
 
 
-def test_small_model_without_one_does_not_get_clips(nowhere, monkeypatch, bpe_file):
-    monkeypatch.setattr(finding, "PACKAGE_FILES", {"open_clip": bpe_file.name})
+def test_small_model_without_one_does_not_get_clips(nowhere, bpe_file, substitute):
+    substitute(finding, PACKAGE_FILES={"open_clip": bpe_file.name})
     with pytest.raises(TokenizerError, match="800 embedding rows"):
         find_tokenizer(embedding_rows=800)
 

@@ -11,7 +11,7 @@ from closeness import close
 from torch import nn
 
 from sdinpaint.models import VAE
-from sdinpaint.training import autoencoder, inpainting
+from sdinpaint.training import autoencoder, inpainting, loop
 from sdinpaint.training.loop import Trainer, learning_rate
 from sdinpaint.training.scenes import EMPTY_CAPTIONS
 
@@ -46,8 +46,8 @@ def toy_run(folder, stops):
     return trainer
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("sdinpaint.training.loop.learning_rate", lambda step, steps, peak: peak)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, substitute):
+    substitute(loop, learning_rate=lambda step, steps, peak: peak)
     whole = toy_run(tmp_path / "whole", [40])
     parts = toy_run(tmp_path / "parts", [13, 14, 40])
     for name, value in whole.module.state_dict().items():

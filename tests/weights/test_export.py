@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from released import SINGLE_FILES, claim, inventory, native_shapes, random_tensors, shapes_of
+from released import SINGLE_FILES, claim, inventory, native_shapes, openclip_mistakes, random_tensors, shapes_of
 from safetensors import safe_open
 from sdinpaint_weights import openclip
 from sdinpaint_weights.atomic import atomic_write
@@ -16,7 +16,6 @@ from sdinpaint_weights.edits import shape_after
 from sdinpaint_weights.errors import CheckpointError
 from sdinpaint_weights.export import FILES, diffusers_state, export_plan, ldm_state, write_diffusers, write_single_file
 from sdinpaint_weights.folder import open_folder_component
-from sdinpaint_weights.keymap import QKV, Edit
 from sdinpaint_weights.layout import identify
 from sdinpaint_weights.native import load_tensors, native_state, outside_keys
 from sdinpaint_weights.reader import open_weights
@@ -179,17 +178,11 @@ def test_a_controlnet_converts_into_the_other_layout_and_back_bit_by_bit(tmp_pat
     assert (tmp_path / "c").read_bytes() == (tmp_path / "a").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("name", "broken", "seen"),
-    [
-        ("STACKED", dict(zip(("k_proj", "q_proj", "v_proj"), QKV, strict=True)), "_proj"),
-        ("PROJECTION", ("text_projection", Edit.AS_IS), "text_projection"),
-    ],
-)
-def test_swapped_rows_or_a_lost_transpose_are_seen(tmp_path, monkeypatch, name, broken, seen):
+@openclip_mistakes
+def test_swapped_rows_or_a_lost_transpose_are_seen(tmp_path, monkeypatch, name, wrong, seen):
     written = {"text_encoder_2": random_tensors(native_shapes("text_encoder_2", ""))}
     with monkeypatch.context() as patch:
-        patch.setattr(openclip, name, broken)
+        patch.setattr(openclip, name, wrong)
         write_single_file(tmp_path / "a", written, "sdxl")
     weights = open_weights(tmp_path / "a")
     with pytest.raises(AssertionError, match=seen):

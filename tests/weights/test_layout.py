@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from released import CONVERTED, NAMES, read, shapes_of
+from released import CONVERTED, NAMES, openclip_mistakes, read, shapes_of
 from sdinpaint_weights import openclip
 from sdinpaint_weights.errors import CheckpointError
 from sdinpaint_weights.keymap import (
@@ -300,14 +300,11 @@ def test_openclip_names_are_those_of_diffusers_own_converter(kind, file, prefix)
     assert set(table) - set(pairs) <= {"text_projection.weight"}
 
 
-def test_swapped_rows_or_a_lost_transpose_are_seen(monkeypatch):
+@openclip_mistakes
+def test_swapped_rows_or_a_lost_transpose_are_seen(sabotage, name, wrong, seen):
     case = "sdxl.text_encoder_2", "sdxl_base.diffusers.text_encoder_2", "conditioner.embedders.1.model."
-    with monkeypatch.context() as patch:
-        patch.setattr(openclip, "STACKED", {"q_proj": Edit.K_ROWS, "k_proj": Edit.Q_ROWS, "v_proj": Edit.V_ROWS})
-        with pytest.raises(AssertionError, match="q_proj"):
-            test_openclip_names_are_those_of_diffusers_own_converter(*case)
-    monkeypatch.setattr(openclip, "PROJECTION", ("text_projection", Edit.AS_IS))
-    with pytest.raises(AssertionError, match="text_projection"):
+    sabotage(openclip, name, wrong)
+    with pytest.raises(AssertionError, match=seen):
         test_openclip_names_are_those_of_diffusers_own_converter(*case)
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from released import NAMES, claim, inventory, native_shapes, shapes_of
+from released import NAMES, claim, inventory, native_shapes, openclip_mistakes, shapes_of
 from safetensors.torch import save_file
 from sdinpaint_weights import openclip
 from sdinpaint_weights.errors import CheckpointError
-from sdinpaint_weights.keymap import Edit
 from sdinpaint_weights.layout import identify
 from sdinpaint_weights.native import check_complete, load_tensors, native_state, outside_keys
 from sdinpaint_weights.reader import open_weights
@@ -232,19 +231,15 @@ def test_rows_are_split_and_the_projection_is_turned(tmp_path, stored, dtype):
     assert_split_and_turned({name: tensor.to(dtype or stored) for name, tensor in tensors.items()}, loaded)
 
 
-def test_swapped_rows_or_a_lost_transpose_are_seen(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(openclip, "STACKED", {"q_proj": Edit.K_ROWS, "k_proj": Edit.Q_ROWS, "v_proj": Edit.V_ROWS})
-        tensors, state = wide_text_encoder(tmp_path / "a")
-        with pytest.raises(AssertionError, match="q_proj"):
-            assert_split_and_turned(tensors, load_tensors(state))
-    monkeypatch.setattr(openclip, "PROJECTION", ("text_projection", Edit.AS_IS))
-    tensors, state = wide_text_encoder(tmp_path / "b")
-    with pytest.raises(AssertionError):
+@openclip_mistakes
+def test_swapped_rows_or_a_lost_transpose_are_seen(tmp_path, sabotage, name, wrong, seen):
+    sabotage(openclip, name, wrong)
+    tensors, state = wide_text_encoder(tmp_path / "a")
+    with pytest.raises(AssertionError, match="q_proj" if name == "STACKED" else None):
         assert_split_and_turned(tensors, load_tensors(state))
 
 
-def test_rows_are_views_of_the_file_and_are_cast_once(tmp_path, monkeypatch):
+def test_rows_are_views_of_the_file_and_are_cast_once(tmp_path, spy):
     _, state = wide_text_encoder(tmp_path / "a")
     rows = [f"text_model.encoder.layers.0.self_attn.{name}_proj.weight" for name in "qkv"]
     as_stored, cast = load_tensors(state), load_tensors(state, torch.float16)
@@ -253,13 +248,10 @@ def test_rows_are_views_of_the_file_and_are_cast_once(tmp_path, monkeypatch):
         assert [begin - begins[0] for begin in begins] == [0, 25 * size, 50 * size]
     mapped = state.weights.tensor(state.sources[rows[0]].key)
     assert as_stored[rows[0]].data_ptr() == mapped.data_ptr()
-    asked = []
-    read = type(state.weights).tensor
-    monkeypatch.setattr(
-        type(state.weights), "tensor", lambda self, key, *more: asked.append(key) or read(self, key, *more)
-    )
+    read = spy(type(state.weights), "tensor")
     load_tensors(state, torch.float16)
-    assert len(asked) == len(set(asked))
+    keys = [key for _, key, *_ in read]
+    assert len(keys) == len(set(keys)) > 0
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float8_e4m3fn, torch.float8_e5m2])

@@ -9,12 +9,12 @@ import pickle
 import struct
 import subprocess
 import sys
-import types
 from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
+from builders import lightning_callback
 from reading import pickled, read_all, refusal, save_legacy, save_zip
 from safetensors.torch import save_file
 from sdinpaint_weights.folder import open_folder_component
@@ -82,21 +82,16 @@ def test_pickles_read_every_dtype_and_view(tmp_path, save):
 
 
 @pickled
-def test_lightning_checkpoint_reads_without_lightning(tmp_path, save, monkeypatch):
-    module, _, name = CLASS.rpartition(".")
-    for part in ("pytorch_lightning", "pytorch_lightning.callbacks", module):
-        monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
-    callback = type(name, (), {"__module__": module})
-    setattr(sys.modules[module], name, callback)
+def test_lightning_checkpoint_reads_without_lightning(tmp_path, save):
     tensors = {"w": torch.randn(3, 2)}
-    checkpoint = {
-        "epoch": np.int64(3),
-        "callbacks": {callback: {"best_model_score": np.float32(0.5), "scores": np.arange(3)}},
-        "state_dict": {"state_dict": OrderedDict(tensors)},
-        "optimizer_states": [{"state": {0: torch.zeros(4)}}],
-    }
-    save(tmp_path / "a.ckpt", checkpoint)
-    monkeypatch.undo()
+    with lightning_callback() as callback:
+        checkpoint = {
+            "epoch": np.int64(3),
+            "callbacks": {callback: {"best_model_score": np.float32(0.5), "scores": np.arange(3)}},
+            "state_dict": {"state_dict": OrderedDict(tensors)},
+            "optimizer_states": [{"state": {0: torch.zeros(4)}}],
+        }
+        save(tmp_path / "a.ckpt", checkpoint)
     weights = open_weights(tmp_path / "a.ckpt")
     assert list(weights) == ["w"]
     assert same(weights["w"], tensors["w"])

@@ -273,12 +273,11 @@ def test_every_flipped_byte_of_the_data_is_found(tmp_path):
             assert "a/data/1" in error.found
 
 
-def test_pickles_are_bounded(tmp_path, monkeypatch):
+def test_pickles_are_bounded(tmp_path, substitute):
     save_zip(tmp_path / "a.ckpt", {"w": torch.arange(5.0)})
-    monkeypatch.setattr(pickle_walker, "MAX_OPCODES", 20)
+    substitute(pickle_walker, MAX_OPCODES=20)
     assert refusal(tmp_path / "a.ckpt").code == "CKPT_BAD_PICKLE"
-    monkeypatch.undo()
-    monkeypatch.setattr(pickle_file, "MAX_PICKLE", 20)
+    substitute(pickle_file, MAX_PICKLE=20)
     assert refusal(tmp_path / "a.ckpt").code == "CKPT_BAD_ARCHIVE"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 
 import pytest
 import torch
@@ -150,9 +149,8 @@ def test_a_tensor_of_another_shape_than_was_said_is_refused(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3_999_999))
+def test_a_full_disk_is_told_before_anything_is_written(tmp_path, free_space):
+    free_space(3_999_999)
     items = [Item("x", torch.float32, (1_000_000,), fail(AssertionError("nothing is to be read")))]
     with pytest.raises(CheckpointError) as caught:
         write_stream(tmp_path / "a", items, {})
