@@ -1,8 +1,8 @@
-"""diffusers and sdinpaint over the included demo checkpoint, by the same verbs: both get the very same inputs."""
+"""sdinpaint and diffusers with the included checkpoint behind one interface, for the part `defects` of the suite."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -13,40 +13,35 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-import sdinpaint
+from sdinpaint.bench.peers import diffusers_peer
+from sdinpaint.bench.peers.systems import OURS
 from sdinpaint.checkpoints.opening import DEMO
 from sdinpaint.images.boxes import Box
 from sdinpaint.images.crops import crop_box
+from sdinpaint.loading import load
 from sdinpaint.masks import binarize, read_mask
 
-__all__ = ["Diffusers", "Paint", "SdInpaint", "Side"]
+__all__ = ["INPAINTERS", "Inpainter", "Paint"]
 
 PROMPT = "a red ball"
 CONTEXT = 32
-"""Pixels around the mask that a crop takes along."""
+"""Pixels around the mask that a crop includes."""
 
 OnStep = Callable[[Tensor], object]
 Paint = Callable[..., list[Image.Image]]
 
 
 def ignore(latents: Tensor) -> None:
-    """What is done after a step where nothing else is asked for."""
+    """Do nothing after a step."""
 
 
-class Diffusers:
+class DiffusersInpainter:
     """StableDiffusionInpaintPipeline, used as its documentation shows."""
 
-    name = "diffusers"
-
     def __init__(self, steps: int) -> None:
-        import diffusers
-        import transformers
-
-        for library in (diffusers, transformers):
-            library.logging.set_verbosity_error()
-            library.logging.disable_progress_bar()
-        kind: Any = diffusers.StableDiffusionInpaintPipeline
-        self.pipe = kind.from_pretrained(DEMO, dtype=torch.float32, local_files_only=True)
+        kind = diffusers_peer.library().StableDiffusionInpaintPipeline
+        with diffusers_peer.silence():
+            self.pipe = kind.from_pretrained(DEMO, dtype=torch.float32, local_files_only=True, safety_checker=None)
         self.pipe.set_progress_bar_config(disable=True)
         self.steps = steps
 
@@ -60,7 +55,19 @@ class Diffusers:
         on_step: OnStep = ignore,
         **options: Any,
     ) -> list[Image.Image]:
-        """One picture per seed, of a generator each; on_step(latents) after every step."""
+        """Inpaint an image for each seed, with a generator each.
+
+        Args:
+            image: one or several images, or a tensor in the range of `tensor`.
+            mask: one or several masks, white is repainted.
+            seeds: one for each result.
+            steps: those of the constructor by default.
+            on_step: called with the latents after every step.
+            options: of the pipeline.
+
+        Returns:
+            An image for each seed.
+        """
 
         def after_step(pipe: Any, step: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             on_step(tensors["latents"])
@@ -75,35 +82,35 @@ class Diffusers:
         return list(self.pipe([PROMPT] * len(seeds), image, mask, **options).images)
 
     def paint_pasted(self, image: Image.Image, mask: Image.Image, **options: Any) -> list[Image.Image]:
-        """`paint`, then the processor's overlay of the picture."""
+        """Inpaint, then paste the known pixels back by the image processor."""
         painted = self.paint(image, mask, **options)
         return [self.pipe.image_processor.apply_overlay(mask, image, one) for one in painted]
 
     def paint_cropped(self, image: Image.Image, mask: Image.Image, **options: Any) -> list[Image.Image]:
-        """The masked region alone, at the model's size; the overlay is part of it."""
+        """Inpaint a crop around the mask, at the model's size."""
         return self.paint(image, mask, padding_mask_crop=CONTEXT, **options)
 
     def crop_box(self, mask: Image.Image) -> Box:
-        """What `paint_cropped` cuts out."""
+        """Return the crop of `paint_cropped`."""
         return Box(*self.pipe.mask_processor.get_crop_region(mask, mask.width, mask.height, pad=CONTEXT))
 
     def latent_mask(self, mask: Image.Image) -> NDArray[np.bool_]:
-        """What the model is told to repaint: (H, W)."""
+        """Return the latent pixels (H, W) that are repainted."""
         height, width = mask.height, mask.width
         hole = self.pipe.mask_processor.preprocess(mask, height=height, width=width)
-        latents = torch.zeros(1, 4, height // 8, width // 8)  # of the masked picture, which has no say in this
-        told, _ = self.pipe.prepare_mask_latents(
+        latents = torch.zeros(1, 4, height // 8, width // 8)  # of the masked image, which does not matter here
+        repainted, _ = self.pipe.prepare_mask_latents(
             hole, latents, 1, height, width, torch.float32, torch.device("cpu"), None, False
         )
-        return np.asarray(told[0, 0] > 0)
+        return np.asarray(repainted[0, 0] > 0)
 
     def tensor(self, image: Image.Image) -> Tensor:
-        """A picture as float32 (1, 3, H, W) in [0, 1]."""
+        """Convert an image to float32 (1, 3, H, W) in [0, 1]."""
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
 
     @contextmanager
     def idle(self) -> Iterator[None]:
-        """A UNet that returns at once, which leaves the number of steps as it is."""
+        """Replace the UNet within this block by one that returns at once, which does not change the number of steps."""
 
         def forward(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
             return (x[:, :4],)
@@ -112,14 +119,12 @@ class Diffusers:
             yield
 
 
-class SdInpaint:
-    """sdinpaint.load("demo")."""
-
-    name = "sdinpaint"
+class SdInpaintInpainter:
+    """sdinpaint with its defaults."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
-        self.pipe = sdinpaint.load("demo", device="cpu", progress=False)
+        self.pipe = load("demo", device="cpu", dtype="float32", progress=False)
 
     def paint(
         self,
@@ -131,7 +136,19 @@ class SdInpaint:
         on_step: OnStep = ignore,
         **options: Any,
     ) -> list[Image.Image]:
-        """One picture per seed; on_step(latents) after every step."""
+        """Inpaint an image for each seed.
+
+        Args:
+            image: one or several images, or a tensor in the range of `tensor`.
+            mask: one or several masks, white is repainted.
+            seeds: one for each result.
+            steps: those of the constructor by default.
+            on_step: called with the latents after every step.
+            options: of the pipeline.
+
+        Returns:
+            An image for each seed.
+        """
 
         def after_step(step: int, x: Tensor, x0: Tensor) -> None:
             on_step(x)
@@ -139,42 +156,45 @@ class SdInpaint:
         options |= {"steps": steps or self.steps, "seed": list(seeds), "on_step": after_step}
         return self.pipe.inpaint(image, mask, [PROMPT] * len(seeds), progress=False, **options).images
 
-    def paint_pasted(self, image: Image.Image, mask: Image.Image, **options: Any) -> list[Image.Image]:
-        """`paint`, which always puts its work back into the picture."""
-        return self.paint(image, mask, **options)
+    paint_pasted = paint
+    """Inpaint; known pixels are always pasted back."""
 
     def paint_cropped(self, image: Image.Image, mask: Image.Image, **options: Any) -> list[Image.Image]:
-        """The masked region alone, at the model's size."""
+        """Inpaint a crop around the mask, at the model's size."""
         return self.paint(image, mask, crop=CONTEXT, **options)
 
     def crop_box(self, mask: Image.Image) -> Box:
-        """What `paint_cropped` cuts out."""
+        """Return the crop of `paint_cropped`."""
         hole = binarize(read_mask(mask, (mask.height, mask.width)))
         return crop_box(hole, CONTEXT, max(hole.shape))
 
     def latent_mask(self, mask: Image.Image) -> NDArray[np.bool_]:
-        """What the model is told to repaint: (H, W)."""
-        blank = Image.new("RGB", mask.size)
-        return np.asarray(self.pipe.encode_image(blank, mask, latents=False).mask[0, 0] > 0)
+        """Return the latent pixels (H, W) that are repainted."""
+        blank, latents = Image.new("RGB", mask.size), torch.zeros(1, 4, mask.height // 8, mask.width // 8)
+        with mock.patch.object(self.pipe, "sample_latents", return_value=latents):  # which do not matter here
+            return np.asarray(self.pipe.encode_image(blank, mask, latents=False).mask[0, 0] > 0)
 
     def tensor(self, image: Image.Image) -> Tensor:
-        """A picture as float32 (1, 3, H, W) in [-1, 1]."""
+        """Convert an image to float32 (1, 3, H, W) in [-1, 1]."""
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
 
     @contextmanager
     def idle(self) -> Iterator[None]:
-        """A UNet that returns at once, which leaves the number of steps as it is."""
+        """Replace the UNet within this block by one that returns at once, which does not change the number of steps."""
         with mock.patch.object(self.pipe, "unet", _IdleUNet()):
             yield
 
 
-Side = Diffusers | SdInpaint
+Inpainter = DiffusersInpainter | SdInpaintInpainter
+
+INPAINTERS: Mapping[str, Callable[[int], Inpainter]] = {OURS: SdInpaintInpainter, "diffusers": DiffusersInpainter}
+"""By the name of the system: opens the included checkpoint for runs of so many steps."""
 
 
 class _IdleUNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.nowhere = nn.Parameter(torch.zeros(1), requires_grad=False)  # a pipeline is where its UNet's weights are
+        self.nowhere = nn.Parameter(torch.zeros(1), requires_grad=False)  # a pipeline's device is that of its UNet
 
     def forward(self, x: Tensor, *_: Any) -> Tensor:
         return x[:, :4]
