@@ -1,4 +1,4 @@
-"""How long a run of the suite will take, by counted runs and the times in rows of earlier ones."""
+"""Estimates of the time of a run, by the number of runs and the times in rows of earlier ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sdinpaint.bench.report.rows import Row, environment, machine
 __all__ = ["Planned", "announcement", "duration", "estimated_seconds"]
 
 SECONDS = {"s": 1.0, "ms": 1e-3}
-"""By the unit of a row, the seconds of one of it; other units are no times."""
+"""Units of time, and their seconds; other units of rows are no times."""
 BASELINES = ("torch", "torch-flash", "torch-cudnn", "torch-efficient")
 """Systems that are measured whatever baselines are chosen."""
 UNKNOWN = "unknown, the first round tells"
@@ -61,7 +61,7 @@ RUNS: Mapping[str, Callable[[Row, Planned], float]] = {
     "picture": _of_picture,
     "quality": _of_scenes,
 }
-"""By part, the number of runs that a row stands for; of other parts no row holds a time of its own."""
+"""The number of runs that a row of each part stands for; rows of other parts hold no time of their own."""
 
 
 def estimated_seconds(plan: Planned, rows: Iterable[Row]) -> float | None:
@@ -103,7 +103,7 @@ def announcement(plans: Sequence[Planned], rows: Sequence[Row]) -> str:
     found = environment()
     device = plans[0].device if plans else "cpu"
     name = machine({"device": device, "environment": found})
-    threads = "" if device.startswith("cuda") else f", {found['threads']} threads"
+    threads = "" if device.startswith("cuda") else f", {_count(found['threads'], 'thread')}"
     seconds = {plan: estimated_seconds(plan, rows) for plan in plans}
     known = [taken for taken in seconds.values() if taken is not None]
     unknown = dict.fromkeys(f"{plan.part} of {plan.family}" for plan, taken in seconds.items() if taken is None)
@@ -112,6 +112,10 @@ def announcement(plans: Sequence[Planned], rows: Sequence[Row]) -> str:
         said = f"about {duration(sum(known))}, by earlier rows of this machine"
         said += f"; besides {', '.join(unknown)}: {UNKNOWN}" if unknown else ""
     return f"Machine: {name}{threads}, device {device}, torch {found['torch']}\nTime: {said}"
+
+
+def _count(number: object, name: str) -> str:
+    return f"{number} {name}" + "s" * (number != 1)
 
 
 def duration(seconds: float) -> str:

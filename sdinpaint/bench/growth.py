@@ -67,7 +67,7 @@ class GrowthOptions:
 
 QUICK = GrowthOptions(start=Work(size=64, steps=1), sizes=(64, 128), pictures=(1, 2), steps=(1, 2), rounds=1)
 SMALL = GrowthOptions(start=Work(size=128, steps=10), sizes=(128, 192, 256, 384, 512, 768, 1024, 1536, 2048))
-"""For the included checkpoint, whose images have 128 pixels a side."""
+"""Options for the included checkpoint, whose images have 128 pixels a side."""
 
 
 @dataclass(frozen=True, kw_only=True)

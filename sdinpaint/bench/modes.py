@@ -26,7 +26,7 @@ QUICK = (INPAINT, 128), (OUTPAINT, 512)
 STEPS = 1
 """Sampling steps; peak memory does not depend on them."""
 FIGURES = {"peak": "peak memory", "own": "anonymous memory"}
-"""How `what` names each figure."""
+"""The name of each figure in `what`."""
 GB = 1e9
 
 

@@ -26,7 +26,7 @@ MODES: Mapping[str, Mapping[str, Any]] = {
     "offload": {"offload": True},
     "offload, tile 256": {"offload": True, "tile": 256},
 }
-"""By mode, the options of `load`."""
+"""The options of `load` for each mode."""
 KNOWN = 3 / 4
 """The share of the canvas' height and width that is known before outpainting."""
 PAUSE = 0.002
@@ -70,7 +70,7 @@ def outpaint(pipe: Pipeline, size: int, image: Picture, mask: Picture, **options
 
 
 PAINTINGS: Mapping[str, tuple[Callable[..., Result], float]] = {INPAINT: (inpaint, 1), OUTPAINT: (outpaint, KNOWN)}
-"""By name, the function, and the side of its input over that of the result."""
+"""Functions by name, and the side of their input over that of the result."""
 
 
 def paint(name: str, case: Case) -> dict[str, float]:

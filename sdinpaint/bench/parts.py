@@ -172,7 +172,7 @@ PARTS: dict[str, Callable[[Case, Sequence[Command]], Iterable[Found]]] = {
     "defects": measure_defects,
     "tuning": measure_tuning,
 }
-"""By name, a function of the case and of the commands of other programs that yields rows."""
+"""Functions by part: (case, commands of other programs) -> rows."""
 
 
 def _imports(case: Case) -> Iterator[Row]:

@@ -47,7 +47,7 @@ def measure_startup(case: Case, commands: Sequence[Command]) -> Iterator[Row]:
     values = {name: taken[1:] for name, taken in interleaved(calls, case.rounds + 1).items()}
     for line in COMMANDS:
         ratio = statistics.median(values[line]) / statistics.median(values[TORCH])
-        row = partial(measured, "startup", line, case.fields, unit="s", steps=None)
+        row = partial(measured, "startup", line, case.fields, unit="s", size=None, steps=None)
         yield row(system=OURS, values=values[line], check="exit code 0")
         yield row(system=TORCH, values=values[TORCH], check="import torch", ratio=ratio)
 

@@ -104,7 +104,7 @@ TUNABLE: Mapping[str, Tunable] = {
     "geglu": Tunable(_of_geglu),
     "add_layer_norm": Tunable(_of_add_layer_norm),
 }
-"""By operation."""
+"""Tunable kernels by operation."""
 
 
 def candidates_of(operation: str, args: Sequence[Any]) -> list[Any]:

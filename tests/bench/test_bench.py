@@ -420,6 +420,9 @@ def test_startup_is_the_ratio_of_medians_to_importing_torch(tmp_path, monkeypatc
     assert [(row["what"], row["system"]) for row in rows] == [*product(startup.COMMANDS, (OURS, "torch"))]
     assert [row["ratio"] for row in rows] == [None, 0.25, None, 0.5, None, 0.5, None, 1.5]
     assert all(row.keys() >= FIELDS and row["family"] == "none" for row in rows)
+    write_pages(Places(tmp_path, tmp_path))
+    assert (tmp_path / "startup-none-cpu.png").is_file()
+    assert "| startup | --help | none | float32 |" in (tmp_path / "bench.md").read_text()
     assert [row["dtype"] for row in rows_in(tmp_path, "startup")] == ["float32"] * len(rows)
 
 

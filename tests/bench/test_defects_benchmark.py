@@ -100,7 +100,7 @@ def test_an_item_of_a_batch_is_its_single_run(rows):
         assert share < 0.1
         assert levels <= 1
     theirs, _ = rows["batch of one picture against single runs"]
-    assert theirs[0] > 0.01
+    assert theirs[0] > 1e-3  # ten times the bound for ours
 
 
 @pytest.mark.peer

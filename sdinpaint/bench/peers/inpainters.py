@@ -31,7 +31,7 @@ OnStep = Callable[[Tensor], object]
 Paint = Callable[..., list[Image.Image]]
 
 
-def ignore(latents: Tensor) -> None:
+def _ignore(latents: Tensor) -> None:
     """Do nothing after a step."""
 
 
@@ -52,7 +52,7 @@ class DiffusersInpainter:
         *,
         seeds: Sequence[int] = (0,),
         steps: int | None = None,
-        on_step: OnStep = ignore,
+        on_step: OnStep = _ignore,
         **options: Any,
     ) -> list[Image.Image]:
         """Inpaint an image for each seed, with a generator each.
@@ -82,20 +82,52 @@ class DiffusersInpainter:
         return list(self.pipe([PROMPT] * len(seeds), image, mask, **options).images)
 
     def paint_pasted(self, image: Image.Image, mask: Image.Image, **options: Any) -> list[Image.Image]:
-        """Inpaint, then paste the known pixels back by the image processor."""
+        """Inpaint, then paste the known pixels back by the image processor.
+
+        Args:
+            image: the image.
+            mask: white is repainted.
+            options: as for `paint`.
+
+        Returns:
+            An image for each seed.
+        """
         painted = self.paint(image, mask, **options)
         return [self.pipe.image_processor.apply_overlay(mask, image, one) for one in painted]
 
     def paint_cropped(self, image: Image.Image, mask: Image.Image, **options: Any) -> list[Image.Image]:
-        """Inpaint a crop around the mask, at the model's size."""
+        """Inpaint a crop around the mask, at the model's size.
+
+        Args:
+            image: the image.
+            mask: white is repainted.
+            options: as for `paint`.
+
+        Returns:
+            An image for each seed.
+        """
         return self.paint(image, mask, padding_mask_crop=CONTEXT, **options)
 
     def crop_box(self, mask: Image.Image) -> Box:
-        """Return the crop of `paint_cropped`."""
+        """Compute the crop of `paint_cropped`.
+
+        Args:
+            mask: white is repainted.
+
+        Returns:
+            The box in pixels.
+        """
         return Box(*self.pipe.mask_processor.get_crop_region(mask, mask.width, mask.height, pad=CONTEXT))
 
     def latent_mask(self, mask: Image.Image) -> NDArray[np.bool_]:
-        """Return the latent pixels (H, W) that are repainted."""
+        """Compute the latent pixels that are repainted.
+
+        Args:
+            mask: white is repainted.
+
+        Returns:
+            True where the latents are repainted (H, W).
+        """
         height, width = mask.height, mask.width
         hole = self.pipe.mask_processor.preprocess(mask, height=height, width=width)
         latents = torch.zeros(1, 4, height // 8, width // 8)  # of the masked image, which does not matter here
@@ -105,7 +137,14 @@ class DiffusersInpainter:
         return np.asarray(repainted[0, 0] > 0)
 
     def tensor(self, image: Image.Image) -> Tensor:
-        """Convert an image to float32 (1, 3, H, W) in [0, 1]."""
+        """Convert an image to a tensor.
+
+        Args:
+            image: an RGB image.
+
+        Returns:
+            float32 (1, 3, H, W) in [0, 1].
+        """
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
 
     @contextmanager
@@ -133,7 +172,7 @@ class SdInpaintInpainter:
         *,
         seeds: Sequence[int] = (0,),
         steps: int | None = None,
-        on_step: OnStep = ignore,
+        on_step: OnStep = _ignore,
         **options: Any,
     ) -> list[Image.Image]:
         """Inpaint an image for each seed.
@@ -160,22 +199,52 @@ class SdInpaintInpainter:
     """Inpaint; known pixels are always pasted back."""
 
     def paint_cropped(self, image: Image.Image, mask: Image.Image, **options: Any) -> list[Image.Image]:
-        """Inpaint a crop around the mask, at the model's size."""
+        """Inpaint a crop around the mask, at the model's size.
+
+        Args:
+            image: the image.
+            mask: white is repainted.
+            options: as for `paint`.
+
+        Returns:
+            An image for each seed.
+        """
         return self.paint(image, mask, crop=CONTEXT, **options)
 
     def crop_box(self, mask: Image.Image) -> Box:
-        """Return the crop of `paint_cropped`."""
+        """Compute the crop of `paint_cropped`.
+
+        Args:
+            mask: white is repainted.
+
+        Returns:
+            The box in pixels.
+        """
         hole = binarize(read_mask(mask, (mask.height, mask.width)))
         return crop_box(hole, CONTEXT, max(hole.shape))
 
     def latent_mask(self, mask: Image.Image) -> NDArray[np.bool_]:
-        """Return the latent pixels (H, W) that are repainted."""
+        """Compute the latent pixels that are repainted.
+
+        Args:
+            mask: white is repainted.
+
+        Returns:
+            True where the latents are repainted (H, W).
+        """
         blank, latents = Image.new("RGB", mask.size), torch.zeros(1, 4, mask.height // 8, mask.width // 8)
         with mock.patch.object(self.pipe, "sample_latents", return_value=latents):  # which do not matter here
             return np.asarray(self.pipe.encode_image(blank, mask, latents=False).mask[0, 0] > 0)
 
     def tensor(self, image: Image.Image) -> Tensor:
-        """Convert an image to float32 (1, 3, H, W) in [-1, 1]."""
+        """Convert an image to a tensor.
+
+        Args:
+            image: an RGB image.
+
+        Returns:
+            float32 (1, 3, H, W) in [-1, 1].
+        """
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
 
     @contextmanager
@@ -188,7 +257,7 @@ class SdInpaintInpainter:
 Inpainter = DiffusersInpainter | SdInpaintInpainter
 
 INPAINTERS: Mapping[str, Callable[[int], Inpainter]] = {OURS: SdInpaintInpainter, "diffusers": DiffusersInpainter}
-"""By the name of the system: opens the included checkpoint for runs of so many steps."""
+"""Functions by system: open the included checkpoint for runs of so many steps."""
 
 
 class _IdleUNet(nn.Module):

@@ -52,8 +52,12 @@ def draw_bars(rows: Sequence[Row], target: Path) -> None:
         SettingError: matplotlib is missing.
         OSError: the file cannot be written.
     """
-    panels = grouped(rows, lambda row: f"{case_of(row)}, {row['size']} x {row['size']}")
+    panels = grouped(rows, lambda row: ", ".join(filter(None, (case_of(row), _size(row)))))
     _draw(panels, target, MEASURED)
+
+
+def _size(row: Row) -> str:
+    return "" if row["size"] is None else f"{row['size']} x {row['size']}"
 
 
 def draw_modes(rows: Sequence[Row], target: Path) -> None:
@@ -67,7 +71,7 @@ def draw_modes(rows: Sequence[Row], target: Path) -> None:
         SettingError: matplotlib is missing.
         OSError: the file cannot be written.
     """
-    panels = grouped(rows, lambda row: f"{row['size']} x {row['size']}")
+    panels = grouped(rows, _size)
     bars = replace(MEASURED, case=lambda row: f"{case_of(row)}, {dtypes(row)}")
     _draw(panels, target, bars)
 

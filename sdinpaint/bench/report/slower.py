@@ -1,4 +1,4 @@
-"""Where a baseline is faster, by the rows, and why, by a file that is written by hand."""
+"""The table of rows where a baseline is faster, with reasons from a file that is written by hand."""
 
 from __future__ import annotations
 

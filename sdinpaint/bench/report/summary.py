@@ -18,7 +18,7 @@ HEADLINES = {
     "picture": "picture",
     "startup": "--help",
 }
-"""By part, the measurement that stands for it."""
+"""The measurement that stands for each part."""
 SUMMED = {"kernels": "sum of the measured calls"}
 """Parts whose calls are added up, and what the sum is called."""
 
