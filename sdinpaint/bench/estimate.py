@@ -106,7 +106,7 @@ def announcement(plans: Sequence[Planned], rows: Sequence[Row]) -> str:
     threads = "" if device.startswith("cuda") else f", {_count(found['threads'], 'thread')}"
     seconds = {plan: estimated_seconds(plan, rows) for plan in plans}
     known = [taken for taken in seconds.values() if taken is not None]
-    unknown = dict.fromkeys(f"{plan.part} of {plan.family}" for plan, taken in seconds.items() if taken is None)
+    unknown = dict.fromkeys(f"{plan.part} ({plan.family})" for plan, taken in seconds.items() if taken is None)
     said = UNKNOWN
     if known:
         said = f"about {duration(sum(known))}, by earlier rows of this machine"

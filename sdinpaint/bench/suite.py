@@ -128,8 +128,9 @@ def run(options: Options, outcome: Outcome, *, progress: bool = True, say: Say |
         for (family, dtype, given), group in groupby(plan, key=lambda one: one[:3]):
             with _source(options, family, dtype, given) as source:
                 for *_, part in group:
-                    bar.set_postfix_str(f"{part}, {family} in {dtype}")
-                    with first_round_told(_teller(f"{part}, {family} in {dtype}", say)):
+                    label = part if family == NO_MODEL else f"{part}, {family} in {dtype}"
+                    bar.set_postfix_str(label)
+                    with first_round_told(_teller(label, say)):
                         _measure(part, _case(options, family, dtype, source, part), options, outcome, progress)
                     bar.update()
 
