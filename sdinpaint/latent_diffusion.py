@@ -108,7 +108,7 @@ class LatentDiffusion:
         return f"{type(self).__name__}({self.family.name!r}, {where})"
 
     def using(self, *models: nn.Module) -> AbstractContextManager[None]:
-        """Keep models of an offloaded pipeline on the device until the end of the block, for calls of their own or many steps.
+        """Keep models of an offloaded pipeline on the device until the end of the block.
 
         All methods of the pipeline load what they need; without offloading, everything is there already.
 
@@ -126,10 +126,10 @@ class LatentDiffusion:
         """Encode prompts to the conditioning of the UNet.
 
         Args:
-            prompts: one entry per conditioning: a prompt for a batch of 1, or a list of prompts for a batch of its length. None
-                is "", and for SDXL no prompt at all.
-            size: height and width in pixels of the image to come, or all of SDXL's size and crop conditioning; the size that
-                the model works at by default.
+            prompts: one entry per conditioning: a prompt for a batch of 1, or a list for a batch of its length.
+                None is "", and for SDXL no prompt at all.
+            size: height and width in pixels of the image to come, or all of SDXL's size and crop conditioning; the size
+                that the model works at by default.
 
         Returns:
             One Conditioning per entry, whose context is (B, 77, D).

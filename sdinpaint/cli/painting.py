@@ -341,7 +341,7 @@ def _paint(
     asked = {"kind": kind, "seed": drawn[0], "control_image": control_image, **options}
     request = Request(image, mask, prompt, negative_prompt, **asked)
     if loading.controlnet is None:
-        require_no_control(request.settings, control_image)
+        require_no_control(request.settings, control_image is not None)
     show_progress = not quiet and not as_json
     if show_progress and mask is not None and (item := request.items[0]) is not None:
         click.echo(f"mask {mask}\n{item.mask.report(request.settings.cover).table()}", err=True)

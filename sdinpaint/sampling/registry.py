@@ -146,6 +146,8 @@ def _split(sampler: object) -> tuple[str | None, str | None]:
     """Return the name in the registry and the spacing that a name says; None for what it does not say."""
     if not isinstance(sampler, str):
         return None, None
+    if sampler in SAMPLERS:
+        return sampler, None
     names = {_spelling(alias): name for name, one in SAMPLERS.items() for alias in (name, *one.aliases)}
     words = re.split(r"[\s_-]+", sampler.strip())
     spacing = _SPACING_SUFFIXES.get(words[-1].lower()) if len(words) > 1 else None

@@ -163,34 +163,31 @@ class StepRunner:
             x0 (B, 4, H, W).
         """
         with self._using():
-            return self._run(x, sigma)
+            batch = self._batches.get(self._key(x)) or self._prepare(x)
+            captured = self._graphs is not None and batch.key is not None and self._graphs.can_capture([x])
+            if not captured and not batch.prepared.is_current():
+                batch = self._prepare(x)
+            if sigma not in batch.step_constants:
+                sigmas = self._sigmas if sigma in self._sigmas else [sigma]
+                batch.step_constants.update(zip(sigmas, self._step_constants(batch.prepared, sigmas, x), strict=True))
+            varying = [x, *batch.step_constants[sigma], *self._residuals(batch, x, sigma)]
 
-    def _run(self, x: Tensor, sigma: float) -> Tensor:
-        batch = self._batches.get(self._key(x)) or self._prepare(x)
-        captured = self._graphs is not None and batch.key is not None and self._graphs.can_capture([x])
-        if not captured and not batch.prepared.is_current():
-            batch = self._prepare(x)
-        if sigma not in batch.step_constants:
-            sigmas = self._sigmas if sigma in self._sigmas else [sigma]
-            batch.step_constants.update(zip(sigmas, self._step_constants(batch.prepared, sigmas, x), strict=True))
-        varying = [x, *batch.step_constants[sigma], *self._residuals(batch, x, sigma)]
+            def step(varying: Tensors, constant: Tensors) -> Tensor:
+                x, constants, emb, *control = varying
+                extra, kept = constant[: len(self._extra)], constant[len(self._extra) :]
 
-        def step(varying: Tensors, constant: Tensors) -> Tensor:
-            x, constants, emb, *control = varying
-            extra, kept = constant[: len(self._extra)], constant[len(self._extra) :]
+                def unet(latents: Tensor) -> Tensor:
+                    return batch.prepared(latents, emb, kept, control or None)
 
-            def unet(latents: Tensor) -> Tensor:
-                return batch.prepared(latents, emb, kept, control or None)
+                return self._formula(unet, x, constants, extra)
 
-            return self._formula(unet, x, constants, extra)
-
-        if self._graphs is None or batch.key is None or not captured:
-            return step(varying, batch.constant)
-        x0 = self._graphs(batch.key, step, varying, batch.constant)
-        if batch.prepared.is_current():  # asked while the GPU is computing; a replay calls no layer
-            return x0
-        del self._batches[self._key(x)]
-        return self._run(x, sigma)
+            if self._graphs is None or batch.key is None or not captured:
+                return step(varying, batch.constant)
+            x0 = self._graphs(batch.key, step, varying, batch.constant)
+            if batch.prepared.is_current():  # asked while the GPU is computing; a replay calls no layer
+                return x0
+            del self._batches[self._key(x)]
+            return self(x, sigma)
 
     def showing(self, extra: Sequence[Tensor]) -> StepRunner:
         """Return this runner with other extra channels of the same shapes.
