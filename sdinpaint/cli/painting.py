@@ -16,7 +16,7 @@ from sdinpaint.cli.values import CROP, DTYPE_OR_AUTO, SAMPLER, SIZE
 from sdinpaint.images.files import save_png
 from sdinpaint.load_options import LoadOptions
 
-__all__ = ["LOADING", "inpaint", "model_options", "outpaint", "vary"]
+__all__ = ["LOADING", "inpaint", "machine_options", "model_options", "outpaint", "vary"]
 
 SPACINGS = ("leading", "linspace", "trailing", "karras")
 COVERS = ("max", "nearest")
@@ -170,7 +170,7 @@ hole_options = together(
 )
 """Options of which part is repainted, how it joins the rest, and the ControlNet that guides it."""
 
-model_options = together(
+machine_options = together(
     click.option(
         "--device",
         metavar="NAME",
@@ -192,6 +192,11 @@ model_options = together(
         help="Run the VAE on row strips of PIXELS squared, which takes less memory; 0 never does.  "
         "[default: strips from 1024 x 1024 pixels on]",
     ),
+)
+"""Options of where the models run, and in how much memory."""
+
+model_options = together(
+    machine_options,
     click.option("--vae", metavar="PATH", help="Another VAE for the model, a file or folder."),
     click.option(
         "--config", metavar="FOLDER", help="Folder of JSON files in the diffusers layout, which a single file may need."
