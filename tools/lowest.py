@@ -2,8 +2,8 @@
 
     python tools/lowest.py >constraints.txt
 
-`make test-lowest` installs these and runs the tests with them. It leaves out the extras whose packages the tests compare
-with, and the lowest versions of the tools that run the tests.
+`make test-lowest` installs these and runs the tests with them. It leaves out the extras whose packages the tests
+compare with, and the lowest versions of the tools that run the tests.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A plugin of pytest that skips what needs a package of the extras that `make test-lowest` does not install.
 
-    PYTHONPATH=tools python -m pytest -p without_peers
+PYTHONPATH=tools python -m pytest -p without_peers
 """
 
 from __future__ import annotations
