@@ -31,11 +31,14 @@ test-lowest: $(LOWEST)/stamp ## Run the tests with the lowest versions that pypr
 bench: $(VENV)/dev.stamp ## Measure beside diffusers and OpenVINO: about an hour of an idle machine; see BENCH
 	$(BIN)/sdinpaint bench all $(BENCH)
 
-lint: $(VENV)/dev.stamp ## Check style, types, and which package may import which
+lint: $(VENV)/dev.stamp ## Check style, types, imports, docstrings, and that the page of error codes is up to date
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/check_docstrings.py
+	$(BIN)/python tools/house.py --quiet
+	$(BIN)/python tools/error_codes.py --check
 
 format: $(VENV)/dev.stamp ## Format the code
 	$(BIN)/ruff check --fix
