@@ -108,9 +108,10 @@ class LatentDiffusion:
         return f"{type(self).__name__}({self.family.name!r}, {where})"
 
     def using(self, *models: nn.Module) -> AbstractContextManager[None]:
-        """Keep models of an offloaded pipeline on the device until the end of the block, for calls of their own or many steps.
+        """Keep models of an offloaded pipeline on the device until the end of the block.
 
-        All methods of the pipeline load what they need; without offloading, everything is there already.
+        It serves direct calls of a model, and many calls in a row: methods of the pipeline load the models that they
+        need. Without offloading, all models are on the device anyway.
 
         Args:
             models: some of the pipeline's networks.
@@ -126,10 +127,10 @@ class LatentDiffusion:
         """Encode prompts to the conditioning of the UNet.
 
         Args:
-            prompts: one entry per conditioning: a prompt for a batch of 1, or a list of prompts for a batch of its length. None
-                is "", and for SDXL no prompt at all.
-            size: height and width in pixels of the image to come, or all of SDXL's size and crop conditioning; the size that
-                the model works at by default.
+            prompts: one entry per conditioning: a prompt for a batch of 1, or a list of prompts for a batch of its
+                length. None is "", and for SDXL no prompt at all.
+            size: height and width in pixels of the image to come, or all of SDXL's size and crop conditioning; by
+                default the size that the model works at.
 
         Returns:
             One Conditioning per entry, whose context is (B, 77, D).

@@ -15,7 +15,7 @@ from sdinpaint.models.layers import is_plain, needs_gradients
 from sdinpaint.models.weights import Model, Places, Snapshot
 
 Context = Tensor | Sequence[tuple[Tensor, float]]
-"""What cross-attention attends to: text embeddings (B, L, D), or several such sources, each with its weight."""
+"""The input of cross-attention: text embeddings (B, L, D), or several such sources, each with its weight."""
 
 Precomputed = dict[object, Any]
 """The precomputed conditioning by block: the projected time embedding, or for each source its keys and values, stacked

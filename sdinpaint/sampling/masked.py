@@ -34,8 +34,8 @@ class Known:
 def blend_known(denoise: Denoise, known: Known, noise: Tensor, sigmas: Tensor) -> Denoise:
     """Let a 4-channel model inpaint: where the mask is 0, it sees the image, always under the same noise.
 
-    A sampler's own x is not touched, so end with `restore_known`. For a binary mask both together equal what diffusers does:
-    blend x after every step, with clean latents at the last.
+    A sampler's own x is not touched, so end with `restore_known`. For a binary mask both together equal what diffusers
+    does: blend x after every step, with clean latents at the last.
 
     Args:
         denoise: denoise(x, sigma) -> x0.
@@ -99,8 +99,8 @@ def blend_soft(
 ) -> Denoise:
     """Denoise where each step's mask is 1; elsewhere the image itself is the prediction.
 
-    From `start_soft` on, a cell is so the image under the noise of its sigma until its first step, whatever the sampler.
-    End with `restore_known` by the last mask.
+    From `start_soft` on, a cell is so the image under the noise of its sigma until its first step, whatever the
+    sampler. End with `restore_known` by the last mask.
 
     Args:
         denoise_at: denoise_at(step) -> denoise(x, sigma).

@@ -88,7 +88,7 @@ def _prepared(unet: Any, sources: list[tuple[Tensor, float]], vector: Tensor | N
 
 @dataclass(frozen=True)
 class _Batch:
-    """What all steps for B items have in common."""
+    """The tensors and the preparation that all steps for B items share."""
 
     context: Tensor
     vector: Tensor | None
@@ -96,7 +96,7 @@ class _Batch:
     constant: tuple[Tensor, ...]
     """The extra channels, then the conditioning cache."""
     key: str | None
-    """What else a captured graph of the step depends on."""
+    """Properties of the step that a captured graph depends on; None where it is not captured."""
     step_constants: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """By sigma: the constants of the formula, and the embedding of t."""
 

@@ -82,9 +82,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(replays, monkeypatch):
 
     monkeypatch.setattr(graphs, "Recording", fails)
     found = Graphs(True)
-    with pytest.warns(
-        SdInpaintWarning, match=r"launched piece by piece instead: operation not permitted .* capturing$"
-    ):
+    with pytest.warns(SdInpaintWarning, match=r"launched one by one: operation not permitted .* capturing$"):
         assert found("a", product, numbers(2.0), numbers(3.0)).item() == 8
     with warnings.catch_warnings():
         warnings.simplefilter("error")

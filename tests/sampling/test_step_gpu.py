@@ -215,7 +215,7 @@ def test_a_step_that_cannot_be_recorded_is_launched_piece_by_piece(unets):
     expected = case.step(half, torch.float16)
     prepare = half.prepare
     half.prepare = lambda *given: Waits(**vars(prepare(*given)))
-    with pytest.warns(SdInpaintWarning, match="piece by piece"):
+    with pytest.warns(SdInpaintWarning, match="launched one by one"):
         out = case.step(half, torch.float16, found)
     assert relative(out, expected.double()) < HALF
     assert relative(case.step(half, torch.float16, found), expected.double()) < HALF
