@@ -60,9 +60,9 @@ class LatentDiffusion:
         self.condition = TextConditioner(family, _encoders(text), tokenizer)
         self.source, self.loaded = source, loaded
         self.offloading, self.tile = offloading, tile
-        # recordings hold the addresses of weights, which are others whenever a model comes back
-        recorded = None if offloading is None else False
-        self.graphs, self.control_graphs = Graphs(recorded), Graphs(recorded)
+        # captured graphs hold the addresses of weights, which change whenever an offloaded model is loaded again
+        capture = None if offloading is None else False
+        self.graphs, self.control_graphs = Graphs(capture), Graphs(capture)
 
     @property
     def text(self) -> nn.Module:

@@ -38,7 +38,7 @@ class Graphs:
 
     def __init__(self, enabled: bool | None = None) -> None:
         self.enabled = _switched_on() if enabled is None else enabled
-        self._recordings: dict[Hashable, Recording[Any]] = {}
+        self._captured: dict[Hashable, CapturedGraph[Any]] = {}
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[Graphs], tuple[bool]]:
@@ -53,7 +53,7 @@ class Graphs:
         Returns:
             True where capture is enabled, all tensors are on a GPU, and no gradient is needed.
         """
-        return self.enabled and _recordable(tensors)
+        return self.enabled and _capturable(tensors)
 
     def __call__(self, key: str, function: Function[Out], varying: Tensors, constant: tuple[Tensor, ...]) -> Out:
         """Compute a function, by replaying its CUDA graph if it was captured for inputs of these shapes.
@@ -74,18 +74,20 @@ class Graphs:
             shaped = key, *((one.shape, one.dtype, one.device) for one in varying)
             # Captured graphs hold plain tensors, so that they serve inside of inference mode and outside.
             with self._lock, torch.inference_mode(False), torch.no_grad():
-                recording = self._recordings.pop(shaped, None) or self._record(function, varying, constant)
-                if recording is not None:
-                    self._recordings[shaped] = recording  # in the order of their last use
-                    return recording(varying, constant)
+                captured = self._captured.pop(shaped, None) or self._capture(function, varying, constant)
+                if captured is not None:
+                    self._captured[shaped] = captured  # in the order of their last use
+                    return captured(varying, constant)
         return function(varying, constant)
 
-    def _record(self, function: Function[Out], varying: Tensors, constant: tuple[Tensor, ...]) -> Recording[Out] | None:
-        memory = next((one.graph.pool() for one in self._recordings.values()), None)
-        while len(self._recordings) >= KEPT:
-            del self._recordings[next(iter(self._recordings))]
+    def _capture(
+        self, function: Function[Out], varying: Tensors, constant: tuple[Tensor, ...]
+    ) -> CapturedGraph[Out] | None:
+        memory = next((one.graph.pool() for one in self._captured.values()), None)
+        while len(self._captured) >= KEPT:
+            del self._captured[next(iter(self._captured))]
         try:
-            return Recording(function, varying, constant, memory)
+            return CapturedGraph(function, varying, constant, memory)
         except RuntimeError as error:
             self.enabled = False
             reason = str(error).partition("\n")[0]
@@ -94,7 +96,7 @@ class Graphs:
             return None
 
 
-class Recording(Generic[Out]):
+class CapturedGraph(Generic[Out]):
     """A captured CUDA graph of a function, with its own input tensors, into which those of a call are copied."""
 
     def __init__(self, function: Function[Out], varying: Tensors, constant: tuple[Tensor, ...], memory: Any) -> None:
@@ -172,7 +174,7 @@ def _switched_on() -> bool:
     return value == "1"
 
 
-def _recordable(tensors: Tensors) -> bool:
+def _capturable(tensors: Tensors) -> bool:
     needs_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     return all(tensor.is_cuda for tensor in tensors) and not needs_gradients
 
