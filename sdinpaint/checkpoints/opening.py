@@ -24,7 +24,7 @@ from sdinpaint.checkpoints.configs import (
     whole_number,
 )
 from sdinpaint.checkpoints.prediction import MARKERS, Evidence, find_prediction
-from sdinpaint.checkpoints.sources import COMPONENTS, Json, Part, open_parts, read_json
+from sdinpaint.checkpoints.sources import COMPONENTS, Component, Json, open_parts, read_json
 from sdinpaint.checks import dtype_name
 from sdinpaint.errors import CheckpointError
 from sdinpaint.families import FAMILIES, TEXT_ENCODERS, Family, Prediction
@@ -80,7 +80,7 @@ class Checkpoint:
     """A checkpoint whose files were found and identified; none of its tensors has been read."""
 
     path: Path
-    parts: Mapping[str, Part]
+    parts: Mapping[str, Component]
     family: Family
     prediction: Evidence
     """The prediction of the UNet, noise or v, with the reason."""
@@ -194,7 +194,7 @@ def _released(layout: Layout, prediction: Prediction | None) -> Family:
 
 
 def _family(
-    base: Family, parts: Mapping[str, Part], scheduler: Json, index: Json, evidence: Evidence, path: Path
+    base: Family, parts: Mapping[str, Component], scheduler: Json, index: Json, evidence: Evidence, path: Path
 ) -> Family:
     """Return `base` with the sizes of the weights and the values of the JSON files."""
     shapes = {name: part.state.shapes() for name, part in parts.items()}
@@ -216,7 +216,7 @@ def _family(
     )
 
 
-def _require(parts: Mapping[str, Part], components: Iterable[str], path: Path) -> None:
+def _require(parts: Mapping[str, Component], components: Iterable[str], path: Path) -> None:
     missing = [name for name in components if name not in parts]
     if missing:
         what = next(iter(parts.values())).layout.title if not path.is_dir() else "a folder with part of a model"
@@ -225,12 +225,12 @@ def _require(parts: Mapping[str, Part], components: Iterable[str], path: Path) -
         raise CheckpointError("CKPT_NO_COMPONENT", path, found, expected="a whole model", hint=hint)
 
 
-def _outside(part: Part) -> tuple[str, ...]:
+def _outside(part: Component) -> tuple[str, ...]:
     return tuple(key for key in outside_keys(part.state.weights, part.layout) if key not in MARKERS)
 
 
 def _notes(
-    parts: Mapping[str, Part], family: Family, evidence: Evidence, scheduler: Json, outside: Sequence[str]
+    parts: Mapping[str, Component], family: Family, evidence: Evidence, scheduler: Json, outside: Sequence[str]
 ) -> Iterator[str]:
     """Yield a sentence for each choice that a caller may not have intended."""
     if outside:
