@@ -205,9 +205,9 @@ def test_threads_on_streams_of_their_own(unets):
 class Waits(PreparedUNet):
     """Looks at a value on the GPU, which no recording can."""
 
-    def __call__(self, x, emb, kept, control):
+    def __call__(self, x, emb, conditioning_cache, control):
         assert float(x.sum()) != 0
-        return super().__call__(x, emb, kept, control)
+        return super().__call__(x, emb, conditioning_cache, control)
 
 
 def test_a_step_that_cannot_be_recorded_is_launched_piece_by_piece(unets):
