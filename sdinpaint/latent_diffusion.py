@@ -14,7 +14,7 @@ from sdinpaint.errors import SettingError
 from sdinpaint.families import Family
 from sdinpaint.load_options import LoadOptions
 from sdinpaint.models.forking import let_children_compute
-from sdinpaint.models.guarded_vae import Autoencoding
+from sdinpaint.models.guarded_vae import GuardedVAE
 from sdinpaint.models.offloading import Offloading
 from sdinpaint.sampling import Conditioning, Denoiser, Known, schedules
 from sdinpaint.sampling.graphs import Graphs
@@ -56,13 +56,13 @@ class LatentDiffusion:
         let_children_compute()
         self.family = family
         self.unet, self.vae, self.controlnet = unet, vae, controlnet
-        self._autoencoding = Autoencoding(self.vae)
+        self._guarded_vae = GuardedVAE(self.vae)
         self.condition = TextConditioner(family, _encoders(text), tokenizer)
         self.source, self.loaded = source, loaded
         self.offloading, self.tile = offloading, tile
-        # recordings hold the addresses of weights, which are others whenever a model comes back
-        recorded = None if offloading is None else False
-        self.graphs, self.control_graphs = Graphs(recorded), Graphs(recorded)
+        # captured graphs hold the addresses of weights, which change whenever an offloaded model is loaded again
+        capture = None if offloading is None else False
+        self.graphs, self.control_graphs = Graphs(capture), Graphs(capture)
 
     @property
     def text(self) -> nn.Module:
@@ -110,7 +110,8 @@ class LatentDiffusion:
     def using(self, *models: nn.Module) -> AbstractContextManager[None]:
         """Keep models of an offloaded pipeline on the device until the end of the block.
 
-        All methods of the pipeline load what they need; without offloading, everything is there already.
+        It serves direct calls of a model, and many calls in a row: methods of the pipeline load the models that they
+        need. Without offloading, all models are on the device anyway.
 
         Args:
             models: some of the pipeline's networks.
@@ -223,11 +224,11 @@ class LatentDiffusion:
             mean, std = self._through_vae().encode(image, tile=self.tile)
         return mean if draw is None else mean + std * draw(mean)
 
-    def _through_vae(self) -> Autoencoding:
+    def _through_vae(self) -> GuardedVAE:
         """Return the guarded VAE, with what is known of its overflows; `vae` may have been replaced by another one."""
-        if self._autoencoding.vae is not self.vae:
-            self._autoencoding = Autoencoding(self.vae)
-        return self._autoencoding
+        if self._guarded_vae.vae is not self.vae:
+            self._guarded_vae = GuardedVAE(self.vae)
+        return self._guarded_vae
 
 
 def _encoders(text: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:

@@ -100,10 +100,10 @@ def unet_batches(pipe):
 
 @pytest.fixture
 def replays(monkeypatch):
-    """Graphs as on a GPU -> the class that counts what was recorded."""
+    """Graphs as on a GPU -> the class that counts what was captured."""
     monkeypatch.setattr(Replay, "made", 0)
-    monkeypatch.setattr(graphs, "Recording", Replay)
-    monkeypatch.setattr(graphs, "_recordable", lambda tensors: True)
+    monkeypatch.setattr(graphs, "CapturedGraph", Replay)
+    monkeypatch.setattr(graphs, "_capturable", lambda tensors: True)
     return Replay
 
 

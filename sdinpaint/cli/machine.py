@@ -1,4 +1,4 @@
-"""Commands about this machine: whether all works, and what there is."""
+"""Commands about this machine: demo, samplers, doctor."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ ANCHORS = ("top-left", "top", "top-right", "left", "center", "right", "bottom-le
 REGIONS = ("together", "each")
 BLENDS = ("none", "feather", "poisson")
 LOADING = tuple(one.name for one in fields(LoadOptions) if one.name != "source")
-"""Options of loading; all others are those of a request."""
+"""Names of the options of loading; all others belong to the request."""
 
 run_options = together(
     click.option("--prompt", "-p", required=True, metavar="TEXT", help="What the new pixels shall show."),
@@ -108,7 +108,7 @@ run_options = together(
         help="Number of seeds that are run at a time; images differ by rounding alone.",
     ),
 )
-"""Options of what is to be made, and how it is sampled."""
+"""The options of the image to make, and of sampling."""
 
 hole_options = together(
     click.option(
@@ -168,7 +168,7 @@ hole_options = together(
         help="Conditioning image of the ControlNet.  [default: the image without the hole]",
     ),
 )
-"""Options of which part is repainted, how it joins the rest, and the ControlNet that guides it."""
+"""The options of the mask, of blending, and of the ControlNet."""
 
 machine_options = together(
     click.option(
@@ -217,7 +217,7 @@ model_options = together(
     quiet_option,
     json_option,
 )
-"""Options of which model is loaded, and how."""
+"""The options of the model and of its loading."""
 
 
 @click.command()
@@ -371,7 +371,7 @@ def _paint(
 
 
 def _targets(out: Path, count: int, inputs: Sequence[str | Path]) -> list[Path]:
-    """The files to write: `out`, or out-1, out-2, ... beside it; none of them is an input. Raises: ImageError."""
+    """Return the files to write: `out`, or out-1, out-2, ... beside it; refuse one that is an input."""
     names = [out] if count == 1 else [out.with_stem(f"{out.stem}-{index + 1}") for index in range(count)]
     for target in names:
         check_output(target, inputs)

@@ -80,11 +80,9 @@ def test_what_cannot_be_recorded_runs_as_it_is(replays, monkeypatch):
     def fails(*given):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    monkeypatch.setattr(graphs, "Recording", fails)
+    monkeypatch.setattr(graphs, "CapturedGraph", fails)
     found = Graphs(True)
-    with pytest.warns(
-        SdInpaintWarning, match=r"launched piece by piece instead: operation not permitted .* capturing$"
-    ):
+    with pytest.warns(SdInpaintWarning, match=r"launched one by one: operation not permitted .* capturing$"):
         assert found("a", product, numbers(2.0), numbers(3.0)).item() == 8
     with warnings.catch_warnings():
         warnings.simplefilter("error")
