@@ -1,20 +1,21 @@
 # `make help` lists the targets. Everything is installed into .venv; nothing else is touched.
 #
-#   make PYTHON=python3.12 demo   another interpreter (3.11 to 3.13)
+#   make PYTHON=python3.12 demo   another interpreter, 3.11 or later
 #   make BENCH="--steps 20 --rounds 5 --peers diffusers,diffusers-channels-last,openvino" bench   more, in some hours
 
 PYTHON ?= python3
 VENV ?= .venv
+LOWEST ?= .venv-lowest
 BENCH ?= --dtype float32,bfloat16 --steps 2 --rounds 2 --peers diffusers,openvino
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format train clean
+.PHONY: help demo test test-lowest bench lint format train clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/core.stamp ## Repaint some drawn scenes with the included checkpoint: writes out/sdinpaint-demo.png
 	$(BIN)/sdinpaint demo --out out
@@ -23,14 +24,21 @@ demo: $(VENV)/core.stamp ## Repaint some drawn scenes with the included checkpoi
 test: lint ## Run the linters and all tests; CPU only, no network
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
+test-lowest: $(LOWEST)/stamp ## Run the tests with the lowest versions that pyproject.toml declares, without the peers
+	OMP_NUM_THREADS=1 PYTHONPATH=tools $(LOWEST)/bin/python -m pytest -n 2 --dist worksteal -p without_peers \
+	    -m "not peer and not slow and not gpu"
+
 bench: $(VENV)/dev.stamp ## Measure beside diffusers and OpenVINO: about an hour of an idle machine; see BENCH
 	$(BIN)/sdinpaint bench all $(BENCH)
 
-lint: $(VENV)/dev.stamp ## Check style, types, and which package may import which
+lint: $(VENV)/dev.stamp ## Check style, types, imports, docstrings, and that the page of error codes is up to date
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/check_docstrings.py
+	$(BIN)/python tools/house.py --quiet
+	$(BIN)/python tools/error_codes.py --check
 
 format: $(VENV)/dev.stamp ## Format the code
 	$(BIN)/ruff check --fix
@@ -40,13 +48,13 @@ train: $(VENV)/dev.stamp ## Train the demo checkpoint again into out/training; h
 	$(BIN)/python -m sdinpaint.training --out out/training
 
 clean: ## Remove .venv, caches and builds; out/ stays
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	rm -rf $(VENV) $(LOWEST) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is older than what it depends on exactly when something must be installed again.
 $(VENV)/core.stamp: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
-	    { echo "sdinpaint needs Python 3.11 to 3.13, and '$(PYTHON)' is not one. Try: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "sdinpaint needs Python 3.11 or later, and '$(PYTHON)' is older. Try: make PYTHON=python3.12" >&2; exit 1; }
 	@echo "Installing into $(VENV), once. PyTorch is large: this takes minutes."
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install -c constraints.txt -e .
@@ -57,4 +65,12 @@ $(VENV)/dev.stamp: $(VENV)/core.stamp
 	@echo "Installing what the tests need."
 	@$(PIP) install -c constraints.txt -e '.[dev]'
 	@$(PIP) install --no-deps open_clip_torch==3.3.0
+	@touch $@
+
+$(LOWEST)/stamp: pyproject.toml tools/lowest.py
+	@echo "Installing the lowest versions into $(LOWEST), once. PyTorch is large: this takes minutes."
+	@$(PYTHON) -m venv $(LOWEST)
+	@$(LOWEST)/bin/python tools/lowest.py >$(LOWEST)/constraints.txt
+	@$(LOWEST)/bin/python -m pip --disable-pip-version-check --quiet install -c $(LOWEST)/constraints.txt \
+	    -e '.[mask,train]' pytest pytest-xdist hypothesis build hatchling
 	@touch $@

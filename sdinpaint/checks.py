@@ -109,11 +109,14 @@ def check_choice(name: str, value: Any, choices: Iterable[str], *, code: str = "
         close = difflib.get_close_matches(str(value), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else ""
         expected = "one of " + ", ".join(known)
-        raise SettingError(code or _code(name), _subject(name, of), f"{value!r}", expected=expected, hint=hint)
+        code = code or f"SETTING_{name.upper()}"
+        raise SettingError(code, _subject(name, of), f"{value!r}", expected=expected, hint=hint)
     return value
 
 
-def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, of: str = "") -> float:
+def check_number(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, code: str = "", of: str = ""
+) -> float:
     """Check that an argument is a finite number from `low` to `high`, both included.
 
     Args:
@@ -121,6 +124,7 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
         value: what was given; a bool is no number.
         low: lowest value.
         high: highest value.
+        code: code of the error; by default SETTING_ and the argument's name.
         of: name of the function whose argument it is, where the argument's name alone would not tell.
 
     Returns:
@@ -134,7 +138,8 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
     except OverflowError:
         number = math.inf
     if not math.isfinite(number) or not low <= number <= high:
-        raise SettingError(_code(name), _subject(name, of), f"{value!r}", expected=f"a {_bounds('number', low, high)}")
+        code, expected = code or f"SETTING_{name.upper()}", f"a {_bounds('number', low, high)}"
+        raise SettingError(code, _subject(name, of), f"{value!r}", expected=expected)
     return number
 
 
@@ -157,7 +162,7 @@ def check_whole(name: str, value: Any, low: int, high: float = math.inf, *, of: 
     is_number = isinstance(value, Real) and not isinstance(value, bool | np.bool_)
     if not is_number or not low <= value <= min(high, sys.maxsize) or value != int(value):
         expected = f"a {_bounds('whole number', low, high)}"
-        raise SettingError(_code(name), _subject(name, of), f"{value!r}", expected=expected)
+        raise SettingError(f"SETTING_{name.upper()}", _subject(name, of), f"{value!r}", expected=expected)
     return int(value)
 
 
@@ -175,7 +180,7 @@ def check_switch(name: str, value: Any) -> bool:
         SettingError: it names the argument.
     """
     if not isinstance(value, bool | np.bool_):
-        raise SettingError(_code(name), name, f"{value!r}", expected="True or False")
+        raise SettingError(f"SETTING_{name.upper()}", name, f"{value!r}", expected="True or False")
     return bool(value)
 
 
@@ -215,10 +220,6 @@ def as_list(value: Any) -> list[Any]:
         A new list.
     """
     return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _code(name: str) -> str:
-    return "SETTING_GUIDANCE" if name == "guidance_scale" else f"SETTING_{name.upper()}"
 
 
 def _subject(name: str, of: str) -> str:

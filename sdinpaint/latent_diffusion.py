@@ -14,7 +14,7 @@ from sdinpaint.errors import SettingError
 from sdinpaint.families import Family
 from sdinpaint.load_options import LoadOptions
 from sdinpaint.models.forking import let_children_compute
-from sdinpaint.models.guarded_vae import Autoencoding
+from sdinpaint.models.guarded_vae import GuardedVAE
 from sdinpaint.models.offloading import Offloading
 from sdinpaint.sampling import Conditioning, Denoiser, Known, schedules
 from sdinpaint.sampling.graphs import Graphs
@@ -24,7 +24,20 @@ from sdinpaint.text.tokenizer import Tokenizer
 
 
 class LatentDiffusion:
-    """The networks of one checkpoint by name, and each step of latent diffusion with them."""
+    """The networks of one checkpoint by name, and each step of latent diffusion with them.
+
+    Args:
+        family: sizes and trained constants of the networks.
+        unet: the UNet, or anything that is called like one.
+        vae: the VAE.
+        text: the text encoder; for SDXL both of them.
+        tokenizer: the tokenizer of the text encoder.
+        controlnet: a ControlNet beside the UNet.
+        source: name of the checkpoint.
+        offloading: where models stay between uses; None keeps them where they are.
+        tile: side of the VAE's tiles in pixels; 0 for none, None for tiles from 1024 x 1024 pixels on.
+        loaded: options by which the checkpoint was loaded, for manifests.
+    """
 
     def __init__(
         self,
@@ -43,13 +56,13 @@ class LatentDiffusion:
         let_children_compute()
         self.family = family
         self.unet, self.vae, self.controlnet = unet, vae, controlnet
-        self._autoencoding = Autoencoding(self.vae)
+        self._guarded_vae = GuardedVAE(self.vae)
         self.condition = TextConditioner(family, _encoders(text), tokenizer)
         self.source, self.loaded = source, loaded
         self.offloading, self.tile = offloading, tile
-        # recordings hold the addresses of weights, which are others whenever a model comes back
-        recorded = None if offloading is None else False
-        self.graphs, self.control_graphs = Graphs(recorded), Graphs(recorded)
+        # captured graphs hold the addresses of weights, which change whenever an offloaded model is loaded again
+        capture = None if offloading is None else False
+        self.graphs, self.control_graphs = Graphs(capture), Graphs(capture)
 
     @property
     def text(self) -> nn.Module:
@@ -72,12 +85,12 @@ class LatentDiffusion:
 
     @property
     def device(self) -> torch.device:
-        """Where the models compute."""
+        """The device that computes."""
         return next(self.unet.parameters()).device if self.offloading is None else self.offloading.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the UNet computes in."""
+        """The dtype of the UNet."""
         return next(self.unet.parameters()).dtype if self.offloading is None else self.offloading.dtype
 
     @property
@@ -87,7 +100,7 @@ class LatentDiffusion:
 
     @property
     def takes_mask(self) -> bool:
-        """Whether the UNet sees the mask and the masked picture (9 channels) or only noisy latents (4)."""
+        """True where the UNet takes the mask and the masked image (9 channels), in place of noisy latents alone (4)."""
         return self.family.unet.in_channels == self.family.unet.out_channels + 1 + self.family.vae.latent_channels
 
     def __repr__(self) -> str:
@@ -95,19 +108,35 @@ class LatentDiffusion:
         return f"{type(self).__name__}({self.family.name!r}, {where})"
 
     def using(self, *models: nn.Module) -> AbstractContextManager[None]:
-        """Keep models of an offloaded pipeline on the device until the end, for calls of their own or for many steps.
+        """Keep models of an offloaded pipeline on the device until the end of the block.
 
-        All methods of the pipeline bring what they need; without offloading, everything is there already.
+        It serves direct calls of a model, and many calls in a row: methods of the pipeline load the models that they
+        need. Without offloading, all models are on the device anyway.
+
+        Args:
+            models: some of the pipeline's networks.
+
+        Returns:
+            A context.
         """
         return nullcontext() if self.offloading is None else self.offloading.using(*models)
 
     def encode_prompts(
         self, prompts: Iterable[str | Sequence[str | None] | None], size: PictureSize | tuple[int, int] | None = None
     ) -> list[Conditioning]:
-        """One Conditioning per entry: context (B, 77, D), of batch 1 for a string and of its length for a list.
+        """Encode prompts to the conditioning of the UNet.
 
-        size: (height, width) in pixels of the picture to come, or all that SDXL is told of it; None: the model's own.
-        None as a prompt is "", and for SDXL no prompt at all.
+        Args:
+            prompts: one entry per conditioning: a prompt for a batch of 1, or a list for a batch of its length.
+                None is "", and for SDXL no prompt at all.
+            size: height and width in pixels of the image to come, or all of SDXL's size and crop conditioning; the size
+                that the model works at by default.
+
+        Returns:
+            One Conditioning per entry, whose context is (B, 77, D).
+
+        Raises:
+            SettingError: a prompt is no text.
         """
         if size is None:
             size = (self.family.size, self.family.size)
@@ -167,26 +196,41 @@ class LatentDiffusion:
         )
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, 4, H, W) -> image float32 (B, 3, 8H, 8W), about [-1, 1].
+        """Decode latents to an image; a VAE that overflows its dtype is run again in float32, with a warning.
 
-        An autoencoder that overflows its dtype is run again in float32, with a warning. Raises: NumericError.
+        Args:
+            latents: latents (B, 4, H, W).
+
+        Returns:
+            The image, float32 (B, 3, 8H, 8W), about [-1, 1].
+
+        Raises:
+            NumericError: the VAE overflows float32, too.
         """
         with self.using(self.vae):
             return self._through_vae().decode(latents, tile=self.tile)
 
     def sample_latents(self, image: Tensor, draw: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """image (B, 3, 8H, 8W) -> latents float32: the posterior's mean, or its sample with draw(mean) as noise."""
+        """Encode an image to latents.
+
+        Args:
+            image: image (B, 3, 8H, 8W) in [-1, 1].
+            draw: draw(mean) -> unit noise, for a sample of the posterior; None takes its mean.
+
+        Returns:
+            Latents, float32 (B, 4, H, W).
+        """
         with self.using(self.vae):
             mean, std = self._through_vae().encode(image, tile=self.tile)
         return mean if draw is None else mean + std * draw(mean)
 
-    def _through_vae(self) -> Autoencoding:
-        """The autoencoder, with what is known of its overflows; `vae` may have been replaced by another one."""
-        if self._autoencoding.vae is not self.vae:
-            self._autoencoding = Autoencoding(self.vae)
-        return self._autoencoding
+    def _through_vae(self) -> GuardedVAE:
+        """Return the guarded VAE, with what is known of its overflows; `vae` may have been replaced by another one."""
+        if self._guarded_vae.vae is not self.vae:
+            self._guarded_vae = GuardedVAE(self.vae)
+        return self._guarded_vae
 
 
 def _encoders(text: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
-    """One text encoder or several as a list."""
+    """Return one text encoder or several as a list."""
     return list(text) if isinstance(text, Sequence | nn.ModuleList) else [text]

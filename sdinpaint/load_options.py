@@ -90,11 +90,11 @@ class LoadOptions:
 
     def to_manifest(self) -> dict[str, Any]:
         """Return what a manifest keeps beside model, device and dtype, where it is not the default."""
-        recorded = {one.name: self.given[one.name] for one in fields(self) if one.metadata and one.name in self.given}
+        recorded = {one.name for one in fields(self) if one.metadata}
         return {
             name: str(value) if isinstance(value, Path) else value
-            for name, value in recorded.items()
-            if isinstance(value, str | Path | int)  # a Tokenizer is no value: its vocabulary is among the weights
+            for name, value in self.given.items()
+            if name in recorded and isinstance(value, str | Path | int)  # a Tokenizer's vocabulary is among the weights
         }
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Replay: an image is made again from the settings that are stored in it, and compared."""
+"""Replay: make an image again from the settings that are stored in it, and compare the two."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Replay:
     largest: int
     """The largest difference, in levels of 255."""
     differences: list[str]
-    """Sentences on versions, device and dtype that are not as they were then."""
+    """Sentences about the weights, versions, device and dtype that differ from the recorded ones."""
 
     @property
     def identical(self) -> bool:
-        """True where every pixel is the same."""
+        """True if every pixel is the same."""
         return self.changed == 0
 
 
@@ -54,25 +54,25 @@ def replay(
 ) -> Replay:
     """Make the image in a file again, from the settings that `Result.save` or the command line stored in it.
 
-    The same pipeline makes the same image again; one that is loaded anew may change a few pixels by one level
+    The same pipeline makes the same image again; a newly loaded one may change a few pixels by one level
     (docs/numerics.md).
 
     Args:
         path: the file.
         pipe: pipeline that made the image; without one, the recorded model is loaded with the recorded options.
-        image: the image that was repainted, where it is not at its recorded path any more.
+        image: image that was repainted, where it is not at its recorded path any more.
         mask: the mask, where it is neither stored nor at its recorded path.
-        load: options of `sdinpaint.load` in place of the recorded ones, such as {"device": "cpu"}.
+        load: options of `sdinpaint.load` that replace the recorded ones, such as {"device": "cpu"}.
         progress: show bars in a terminal or a notebook.
-        inputs: what the file does not hold: `control_image`, `noise`, or a prompt that was given as conditioning.
+        inputs: inputs that the file lacks: `control_image`, `noise`, or a prompt that was given as conditioning.
 
     Returns:
         The new result, and how it differs from the file.
 
     Raises:
         ImageError: the file holds no settings.
-        SettingError: the settings are broken, or an input is missing or another one.
-        CheckpointError: the weights are other ones; it names the components.
+        SettingError: the settings are broken, or an input is missing or not the recorded one.
+        CheckpointError: the weights are not the recorded ones; the error names the components.
     """
     settings = read_settings(path)
     manifest = manifest_of(settings)

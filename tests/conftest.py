@@ -102,9 +102,9 @@ def unet_batches(pipe):
 
 @pytest.fixture
 def replays(substitute):
-    """Graphs as on a GPU -> the class that counts what was recorded."""
+    """Graphs as on a GPU -> the class that counts what was captured."""
     Replay.made = 0
-    substitute(graphs, Recording=Replay, _recordable=lambda tensors: True)
+    substitute(graphs, CapturedGraph=Replay, _capturable=lambda tensors: True)
     return Replay
 
 

@@ -1,4 +1,4 @@
-"""The benchmark suite: what `sdinpaint bench` measures, beside the peers that are asked for.
+"""The benchmark suite behind `sdinpaint bench`.
 
-`suite` runs `parts` over `cases`; `systems` are this library and its peers; `rows` are what is kept and shown.
+`suite` runs the `parts` over `cases`; `peers` holds sdinpaint and the baselines; `report` keeps rows and makes pages.
 """

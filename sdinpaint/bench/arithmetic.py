@@ -1,4 +1,4 @@
-"""How much arithmetic and memory the networks of a checkpoint ask for, whoever runs them."""
+"""The arithmetic and memory that the networks of a checkpoint need, the same for every system."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from sdinpaint.bench.cases import Case, StepInputs
-from sdinpaint.bench.floors import flop_count
+from sdinpaint.bench.roofline import flop_count
 from sdinpaint.checkpoints.opening import open_checkpoint
 from sdinpaint.load_options import LoadOptions
 
@@ -17,9 +17,15 @@ __all__ = ["float32_bytes", "flops_of"]
 
 @torch.inference_mode()
 def flops_of(case: Case) -> dict[str, int]:
-    """By what the suite measures. A guided step is counted over its whole batch of two, though x is the same in both.
+    """Count the operations of the networks on the meta device, where nothing is loaded and nothing computed.
 
-    The networks are on the meta device: nothing is loaded, and nothing computed.
+    A guided step is counted over its whole batch of two, although x is the same in both halves.
+
+    Args:
+        case: checkpoint and size.
+
+    Returns:
+        Operations by the name of the measurement.
     """
     checkpoint = open_checkpoint(LoadOptions(source=case.checkpoint))
     family, models = checkpoint.family, checkpoint.build()
@@ -37,6 +43,13 @@ def flops_of(case: Case) -> dict[str, int]:
 
 
 def float32_bytes(case: Case) -> int:
-    """Of all its weights in float32."""
+    """Compute the size of a checkpoint's weights in float32.
+
+    Args:
+        case: the checkpoint.
+
+    Returns:
+        Bytes.
+    """
     states = open_checkpoint(LoadOptions(source=case.checkpoint)).states.values()
     return 4 * sum(math.prod(shape) for state in states for shape in state.shapes().values())

@@ -1,8 +1,9 @@
-"""What is measured: one checkpoint at one size and dtype, and the inputs that every system is given for it."""
+"""One measured configuration (checkpoint, size, dtype), and the inputs that every system is given for it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,15 +20,19 @@ PROMPT = "a red fox"
 GUIDANCE = 7.5
 SEED = 7
 TIMESTEP = 512.0
-"""Of the step that is measured: a number of every dtype, since OpenVINO rounds it to the one that it computes in."""
+"""The timestep of the measured step: exact in every dtype, since OpenVINO rounds it to the one it computes in."""
+
+
+HELD_BACK = ("peers", "checkpoint", "rounds")
+"""Fields of a case that say nothing of a single row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One checkpoint, and how it is run."""
+    """A checkpoint, and the size, dtype and device at which it is run."""
 
     family: str
-    """Its name in the table."""
+    """The family's name in the tables."""
     checkpoint: str
     dtype: str
     stored: str | None
@@ -36,40 +41,54 @@ class Case:
     size: int
     """Height and width in pixels."""
     steps: int
-    """Of a whole picture."""
+    """Sampling steps of a whole image."""
     rounds: int
     quick: bool
     peers: tuple[str, ...] = ()
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """What the models compute in."""
+        """The dtype that the models compute in."""
         return find_dtype(self.dtype)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields that every row of this case has."""
+        return {name: value for name, value in asdict(self).items() if name not in HELD_BACK}
 
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What one guided step, and the networks before and after it, are given, the same for every system; float32."""
+    """Inputs of one guided step, and of the networks before and after it; float32, the same for every system."""
 
     x: Tensor
-    """Noisy latents (1, 4, H, W) at sigma."""
+    """Noisy latents (1, 4, H, W) at `sigma`."""
     sigma: float
-    """The noise level that was trained as TIMESTEP."""
+    """The noise level that belongs to TIMESTEP in training."""
     mask: Tensor
     masked_latents: Tensor
     contexts: Tensor
-    """(2, 77, D): of the negative and of the positive prompt."""
+    """Text embeddings (2, 77, D): of the negative and of the positive prompt."""
     pooled: Tensor | None
-    """(2, P) for SDXL, which is also told the sizes."""
+    """Pooled text embeddings (2, P) for SDXL, None for others."""
     sizes: Tensor
+    """SDXL's size and crop conditioning (6,)."""
     latents: Tensor
-    """(1, 4, H, W), to decode."""
+    """Latents (1, 4, H, W) to decode."""
     image: Tensor
-    """(1, 3, 8H, 8W) in [-1, 1], to encode."""
+    """An image (1, 3, 8H, 8W) in [-1, 1] to encode."""
 
     @classmethod
     def draw(cls, family: Family, case: Case) -> StepInputs:
-        """Unit-variance numbers in the shapes of the family, drawn on the CPU so that no device changes them."""
+        """Draw unit-variance inputs on the CPU, so that they are the same for every device.
+
+        Args:
+            family: the constants that give the shapes.
+            case: size and device.
+
+        Returns:
+            The inputs, on the case's device.
+        """
         generator = torch.Generator().manual_seed(SEED)
         side, sigma = case.size // 8, float(train_sigmas(family.schedule)[int(TIMESTEP)])
 
@@ -94,7 +113,14 @@ class StepInputs:
 
 
 def picture_and_mask(size: int) -> tuple[Image.Image, Image.Image]:
-    """A smooth picture with some grain, and a square hole of a quarter of it."""
+    """Make a smooth image with some grain, and a mask with a square hole of a quarter of its area.
+
+    Args:
+        size: height and width in pixels.
+
+    Returns:
+        The image (RGB) and the mask (L, white is repainted).
+    """
     rows, columns = np.mgrid[:size, :size] / size
     waves = [0.5 + 0.4 * np.sin(7 * rows + 5 * columns * shift + shift) for shift in range(3)]
     grain = np.random.default_rng(SEED).normal(0, 0.05, (size, size, 3))

@@ -1,4 +1,4 @@
-"""Checkpoints to measure with: one that exists, or a random one of a family's full size, made where it is needed."""
+"""Checkpoints to measure with: an existing one, or a random one of a family's full size, made when it is needed."""
 
 from __future__ import annotations
 
@@ -23,12 +23,20 @@ __all__ = ["DEMO_FAMILY", "FULL_SIZE", "checkpoint_of", "fill", "random_pipeline
 FULL_SIZE = {"sd15": SD15_INPAINT, "sd2": SD2_INPAINT, "sdxl": SDXL_INPAINT}
 DEMO_FAMILY = "demo"
 CORPUS = ["a red fox on a red fox"]
-"""Learned by the vocabulary of a random checkpoint, since CLIP's may not be on the machine."""
+"""The corpus of a random checkpoint's vocabulary, since CLIP's may not be on the machine."""
 
 
 @torch.no_grad()
 def fill(model: nn.Module, seed: int) -> nn.Module:
-    """Random weights under which activations keep their size, no norm left at 1 and 0; the same for the same seed."""
+    """Fill a model with random weights under which activations keep their size, and norms are not the identity.
+
+    Args:
+        model: any network, on the CPU.
+        seed: the same seed gives the same weights.
+
+    Returns:
+        The model itself.
+    """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
@@ -43,7 +51,17 @@ def fill(model: nn.Module, seed: int) -> nn.Module:
 def random_pipeline(
     family: Family, dtype: torch.dtype = torch.float32, seed: int = 0, tokenizer: Tokenizer | None = None
 ) -> Pipeline:
-    """A pipeline of random weights; by default with a vocabulary of single letters, and as few rows for it."""
+    """Make a pipeline of random weights on the CPU.
+
+    Args:
+        family: its networks.
+        dtype: of the weights.
+        seed: of the weights.
+        tokenizer: by default one with a small vocabulary, to which the text encoders' embeddings are cut.
+
+    Returns:
+        The pipeline.
+    """
     if tokenizer is None:
         tokenizer = train_tokenizer(CORPUS, 520)
         texts = [replace(text, vocab_size=tokenizer.vocab_size) for text in family.texts]
@@ -59,7 +77,12 @@ def random_pipeline(
 
 @contextmanager
 def checkpoint_of(family: str, dtype: torch.dtype) -> Iterator[str]:
-    """The folder of the included checkpoint, or of a random one in `dtype`, which is gone afterwards."""
+    """Provide the folder of the included checkpoint, or of a random one for as long as the block lasts.
+
+    Args:
+        family: "demo" for the included checkpoint, or a family of FULL_SIZE.
+        dtype: of a random checkpoint's files.
+    """
     if family == DEMO_FAMILY:
         yield str(DEMO)
         return

@@ -1,4 +1,4 @@
-"""What has to hold of a system before its figures count: all is finite, and a peer's is like ours."""
+"""Checks of a system's output before it is timed: all is finite, and a baseline's is close to ours."""
 
 from __future__ import annotations
 
@@ -20,39 +20,90 @@ __all__ = ["check_load", "check_memory", "check_picture", "check_tensor", "subje
 Bytes = NDArray[np.uint8]
 
 BOUNDS = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 2e-1}
-"""Largest relative difference at which two systems are taken to compute the same; guidance enlarges what they round."""
+"""The largest relative difference at which two systems compute the same; guidance enlarges rounding errors."""
 LEAST_PSNR = 40.0
-"""Of a float32 picture beside a peer's, in dB; where less precise steps add up it is shown, and bounds nothing."""
+"""The smallest PSNR in dB of two float32 images; in other dtypes, where rounding adds up, PSNR is only shown."""
 SUM_BOUND = 1e-9
-"""Largest relative difference of the sum of all weights, which are the same but in another order."""
+"""The largest relative difference of the sum of all weights, which are the same in another order."""
 GB = 1e9
 
 
 def subject(part: str, case: Case, system: str) -> str:
-    """What an error is about."""
+    """Name the subject of an error.
+
+    Args:
+        part: the part of the suite.
+        case: family and dtype.
+        system: the system that is checked.
+
+    Returns:
+        A text such as "step, sd15 in float32 with diffusers".
+    """
     return f"{part}, {case.family} in {case.dtype} with {system}"
 
 
 def check_load(case: Case, name: str, found: Figures, ours: Figures) -> str:
-    """The weights are those that ours has."""
+    """Check that a system has the same weights as ours.
+
+    Args:
+        case: the case.
+        name: the system.
+        found: its figures.
+        ours: those of sdinpaint.
+
+    Returns:
+        The check in words.
+
+    Raises:
+        NumericError: the weights differ.
+    """
     if not found["weights"]:
-        return "weights in forms of its own, unchecked"
+        return "weights in a layout of its own, unchecked"
     difference = abs(found["sum"] - ours["sum"]) / ours["sum"]
     if found["weights"] != ours["weights"] or not difference <= SUM_BOUND:
-        what = f"{found['weights']:.0f} bytes of weights, whose sizes add up to {found['sum']!r}"
+        what = f"{found['weights']:.0f} bytes of weights, with absolute values that add up to {found['sum']!r}"
         raise _wrong("load", case, name, what, f"{ours['weights']:.0f} and {ours['sum']!r}, as ours")
     return f"{found['weights'] / GB:.3g} GB of weights"
 
 
 def check_memory(case: Case, name: str, runs: Sequence[Figures]) -> str:
-    """A step is finite in every round."""
+    """Check that the step of every round is finite.
+
+    Args:
+        case: the case.
+        name: the system.
+        runs: its figures, by round.
+
+    Returns:
+        The check in words.
+
+    Raises:
+        NumericError: there is NaN or infinity.
+    """
     if not all(one["finite"] for one in runs):
         raise _wrong("memory", case, name, "a step with NaN or infinity", "finite numbers")
     return "finite"
 
 
 def check_tensor(what: str, exact: Tensor | None, case: Case, name: str, found: Tensor, ours: Tensor) -> str:
-    """Finite, and like `exact`, ours in float32, which ours is at most twice as far from; without it, like ours."""
+    """Check that a tensor is finite and close to the reference.
+
+    The reference is ours in float32 where `exact` is given, and our error may be twice the baseline's; else it is ours.
+
+    Args:
+        what: the name of the measurement.
+        exact: what ours makes in float32, or None.
+        case: the case.
+        name: the system.
+        found: its tensor.
+        ours: that of sdinpaint, of the same shape.
+
+    Returns:
+        The check in words.
+
+    Raises:
+        NumericError: it is not finite, or differs by more than BOUNDS allows.
+    """
     if found.shape != ours.shape or not bool(found.isfinite().all()):
         bad = f"{what}: shape {tuple(found.shape)}, {int((~found.isfinite()).sum())} NaN or infinite"
         raise _wrong("step", case, name, bad, f"finite numbers of shape {tuple(ours.shape)}")
@@ -72,16 +123,29 @@ def check_tensor(what: str, exact: Tensor | None, case: Case, name: str, found: 
 
 
 def _difference(found: Tensor, ours: Tensor) -> float:
-    """Relative to the norm."""
+    """Compute the difference relative to the norm of `ours`."""
     return float((found.double() - ours.double()).norm() / ours.double().norm())
 
 
 def check_picture(case: Case, name: str, picture: Bytes, ours: Bytes) -> str:
-    """It is one, and like ours."""
+    """Check that an image has the right shape and is close to ours.
+
+    Args:
+        case: the case.
+        name: the system.
+        picture: its image (S, S, 3).
+        ours: that of sdinpaint.
+
+    Returns:
+        The check in words.
+
+    Raises:
+        NumericError: it is empty, or in float32 its PSNR is below LEAST_PSNR.
+    """
     if picture.shape != (case.size, case.size, 3) or picture.min() == picture.max():
-        raise _wrong("picture", case, name, f"shape {picture.shape}, {picture.min()} to {picture.max()}", "a picture")
+        raise _wrong("picture", case, name, f"shape {picture.shape}, {picture.min()} to {picture.max()}", "an image")
     if name == OURS:
-        return "finite"  # of anything else the pipeline makes no picture
+        return "finite"  # the pipeline raises an error for anything else
     likeness = psnr(picture, ours)
     if case.dtype != "float32":
         return f"PSNR {likeness:.1f} dB"
@@ -92,5 +156,5 @@ def check_picture(case: Case, name: str, picture: Bytes, ours: Bytes) -> str:
 
 def _wrong(part: str, case: Case, system: str, found: str, expected: str) -> NumericError:
     return NumericError(
-        "BENCH_WRONG", subject(part, case, system), found, expected=expected, hint="nothing of it is recorded"
+        "BENCH_WRONG", subject(part, case, system), found, expected=expected, hint="no row of it is recorded"
     )

@@ -1,4 +1,4 @@
-"""What is measured in a process of its own, in which nothing was loaded before: `python -m sdinpaint.bench.child`."""
+"""Measurements in new processes, in which nothing was loaded before: `python -m sdinpaint.bench.child`."""
 
 from __future__ import annotations
 
@@ -31,28 +31,60 @@ Figures = dict[str, float]
 
 
 def in_child(part: str, system: str, case: Case) -> Figures:
-    """The figures of a part. Raises: SdInpaintError with the end of what the process said."""
+    """Measure one system in a new process.
+
+    Args:
+        part: a name in MEASURES.
+        system: the system; for "modes" what is inpainted, and the mode.
+        case: the case.
+
+    Returns:
+        The figures by name.
+
+    Raises:
+        SdInpaintError: the process failed; its last output is in the error.
+    """
     what = f"{part} of {case.family} with {system}"
     found: Figures = json.loads(_said(what, "-m", __name__, part, system, json.dumps(asdict(case))))
     return found
 
 
 def import_seconds(statement: str) -> float:
-    """Of this statement in a new process. Raises: SdInpaintError."""
+    """Time an import statement in a new process, without the interpreter's own start.
+
+    Args:
+        statement: Python code.
+
+    Returns:
+        Seconds.
+
+    Raises:
+        SdInpaintError: the process failed.
+    """
     return float(_said(statement, "-c", IMPORT.format(statement)))
 
 
 def first_picture(system: str, case: Case) -> float:
-    """Seconds from the start of a new process to its first picture. Raises: SdInpaintError.
+    """Time a new process from its start to its first image.
 
-    Every system's process imports this library too: with torch there for all, a tenth of a second or two.
+    Every system's process imports sdinpaint too; beside torch, which all need, that is 0.1 to 0.2 s.
+
+    Args:
+        system: OURS, or a name in PEERS.
+        case: the case.
+
+    Returns:
+        Seconds.
+
+    Raises:
+        SdInpaintError: the process failed.
     """
-    started = time.time()  # of the machine, not of a process
+    started = time.time()  # a clock that both processes share
     return in_child(FIRST, system, case)["done"] - started
 
 
 def _said(what: str, *arguments: str) -> str:
-    """The last line that Python writes, asked in this way."""
+    """Run Python with these arguments, and return the last line that it writes."""
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         raise SdInpaintError("BENCH_CHILD", what, f"ended with code {done.returncode}: {done.stderr[-TAIL:].strip()}")
@@ -60,9 +92,15 @@ def _said(what: str, *arguments: str) -> str:
 
 
 def load(name: str, case: Case) -> Figures:
-    """Seconds until the system is loaded, and until all its weights are in memory; peak memory over the weights.
+    """Load a system.
 
-    `weights` and `sum` are bytes, and the sum of the weights' absolute values, by which systems are compared.
+    Args:
+        name: the system.
+        case: the case.
+
+    Returns:
+        `seconds` until it is loaded; `touched`, the seconds until one value of every page was read; `peak` memory in
+        bytes, where the operating system tells it; bytes of the `weights`, and the `sum` of their absolute values.
     """
     found: Figures = {}
     weights: list[Tensor] = []
@@ -85,7 +123,15 @@ def load(name: str, case: Case) -> Figures:
 
 
 def memory(name: str, case: Case) -> Figures:
-    """Peak bytes of a guided step and of a whole picture, with what the system takes before them."""
+    """Measure the peak memory of a guided step and of a whole image, with the loaded system.
+
+    Args:
+        name: the system.
+        case: the case.
+
+    Returns:
+        Bytes of `step` and `picture`, where the operating system tells them; `finite`, whether a step is.
+    """
     device = torch.device(case.device)
     before = resident(device)
     system = open_system(name, case)
@@ -103,19 +149,38 @@ def memory(name: str, case: Case) -> Figures:
 
 
 def first(name: str, case: Case) -> Figures:
-    """`done`: the time at which there is a picture."""
+    """Make one image.
+
+    Args:
+        name: the system.
+        case: the case.
+
+    Returns:
+        `done`, the time at which the image is complete.
+    """
     open_system(name, case).picture()
     return {"done": time.time()}
 
 
 def touch(weights: list[Tensor]) -> None:
-    """Read one value of every page, which a memory map would put off."""
+    """Read one value of every memory page, so that memory-mapped weights are loaded.
+
+    Args:
+        weights: the tensors.
+    """
     for weight in weights:
         weight.detach().flatten()[:: mmap.PAGESIZE // weight.element_size()].sum()
 
 
 def resident(device: torch.device) -> int:
-    """Bytes in memory now, on a GPU those that tensors take; 0 where the system does not tell."""
+    """Return the bytes of resident memory.
+
+    Args:
+        device: on a GPU, the memory of tensors counts.
+
+    Returns:
+        Bytes; 0 where the operating system does not tell.
+    """
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return int(RESIDENT.read_text(encoding="utf-8").split()[1]) * mmap.PAGESIZE if RESIDENT.exists() else 0
@@ -125,7 +190,13 @@ MEASURES = {"load": load, "memory": memory, "modes": paint, FIRST: first}
 
 
 def main(part: str, system: str, case: str) -> None:
-    """Measure, and write the figures as a line of JSON. What has to be imported is imported before."""
+    """Measure, and write the figures as a line of JSON. The packages of a baseline are imported before.
+
+    Args:
+        part: a name in MEASURES.
+        system: as for `in_child`.
+        case: the case as JSON.
+    """
     if system in PEERS:
         PEERS[system].library()
     values = json.loads(case)

@@ -1,4 +1,4 @@
-"""How cost grows with the work: seconds and peak memory by size of the picture, number of pictures, and steps."""
+"""The part `growth` of the suite: seconds and peak memory by image size, number of images, and steps."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ __all__ = ["GrowthOptions", "Work", "exponent", "free_bytes", "growth_rows", "me
 Row = dict[str, object]
 COSTS = ("seconds", "cpu_seconds", "bytes")
 LIMITED = ("bytes", "seconds")
-"""Those of them with a limit, `most_...` of the options."""
+"""The costs that have a limit, `most_...` of the options."""
 LONG = 10.0
-"""Seconds of a run that is not repeated: what the first run of a kind adds is little beside them."""
+"""Seconds after which a run is not repeated: the overhead of a first run is small beside them."""
 FAR = 100.0
-"""Times the last amount that was measured: beyond it no power is trusted to go on."""
+"""The factor beyond the last measured amount up to which a fitted power is extrapolated."""
 SHARE = 0.8
-"""Of the memory that is free, which a run may take."""
+"""The share of the free memory that a run may take."""
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 MEMORY = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """One run: so many square pictures at once, `size` pixels a side."""
+    """The work of one run: square images at once, of `size` pixels a side."""
 
     size: int = 128
     pictures: int = 1
@@ -46,13 +46,13 @@ class Work:
 
     @property
     def pixels(self) -> int:
-        """Of one picture."""
+        """Pixels of one image."""
         return self.size**2
 
 
 @dataclass(frozen=True, kw_only=True)
 class GrowthOptions:
-    """What grows, from which work on, and where a curve ends because the next point would take too much."""
+    """The curves, the work at which they start, and the limits at which they end."""
 
     start: Work = Work(size=256, steps=2)
     sizes: tuple[int, ...] = (256, 384, 512, 768, 1024, 1536, 2048)
@@ -60,29 +60,39 @@ class GrowthOptions:
     steps: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
     rounds: int = 3
     most_seconds: float = 300.0
-    """Of one run."""
+    """Limit of one run."""
     most_bytes: float | None = None
-    """Of one run, beyond what was there before it; None: SHARE of what is free, where the system tells."""
+    """Limit of one run, beyond the memory before it; None: SHARE of the free memory, where the system tells it."""
 
 
 QUICK = GrowthOptions(start=Work(size=64, steps=1), sizes=(64, 128), pictures=(1, 2), steps=(1, 2), rounds=1)
 SMALL = GrowthOptions(start=Work(size=128, steps=10), sizes=(128, 192, 256, 384, 512, 768, 1024, 1536, 2048))
-"""Of the included checkpoint, whose pictures have 128 pixels a side."""
+"""Options for the included checkpoint, whose images have 128 pixels a side."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one run takes."""
+    """The cost of one run."""
 
     seconds: float
     cpu_seconds: float
-    """Of the processor, on all threads: on a busy machine less than `seconds`, and steadier."""
+    """Processor time on all threads: other programs do not change it."""
     bytes: float | None
-    """None where the system does not tell."""
+    """Peak memory; None where the operating system does not tell it."""
 
 
 def growth_rows(case: Case, most_seconds: float, most_bytes: float | None, *, progress: bool = True) -> Iterator[Row]:
-    """`measure_growth` of a case's checkpoint as rows of the suite, each as soon as its curve is done."""
+    """Measure the curves of a case's checkpoint.
+
+    Args:
+        case: checkpoint, dtype and device.
+        most_seconds: as in `GrowthOptions`.
+        most_bytes: as in `GrowthOptions`.
+        progress: show a progress bar.
+
+    Returns:
+        Rows of the suite, each as soon as its curve is complete.
+    """
     options = QUICK if case.quick else SMALL if case.family == DEMO_FAMILY else GrowthOptions()
     options = replace(options, most_seconds=most_seconds, most_bytes=most_bytes)
     pipe = load(case.checkpoint, device=case.device, dtype=case.dtype, progress=False)
@@ -93,19 +103,25 @@ def growth_rows(case: Case, most_seconds: float, most_bytes: float | None, *, pr
 
 
 def measure_growth(pipe: Pipeline, options: GrowthOptions, *, progress: bool = True) -> Iterator[Row]:
-    """A row per curve: `amount` of what grows, and of each cost (as in `Cost`) its values and how it grows.
+    """Measure the cost of runs of growing work, and fit a power law to each curve.
 
-    seconds, cpu_seconds: of the fastest of the rounds. bytes: the peak beyond what was there before. Their exponents
-    are 1 where twice the work costs twice as much: of all points, and of the last two. ended_by: "seconds" or "bytes"
-    where the next point, as the fitted power goes on, would have been beyond that limit. reaches: the amounts where
-    the fitted powers meet the limits; None where that is FAR, or nothing is known.
+    Args:
+        pipe: the pipeline.
+        options: the curves and their limits.
+        progress: show a progress bar.
+
+    Returns:
+        A row for each curve. `amount`: what grows. `seconds`, `cpu_seconds`: of the fastest round; `bytes`: peak memory
+        beyond that before. `exponent`, `last_exponent`: of the fitted power of each cost, over all points and over the
+        last two. `ended_by`: "seconds" or "bytes" where the next point would exceed that limit by the fitted power.
+        `reaches`: the amounts at which the fitted powers meet the limits; None where that is FAR, or unknown.
     """
     curves = {
         "pixels": [replace(options.start, size=size) for size in options.sizes],
         "pictures": [replace(options.start, pictures=pictures) for pictures in options.pictures],
         "steps": [replace(options.start, steps=steps) for steps in options.steps],
     }
-    _cost(pipe, options.start, rounds=1)  # the very first run loads code, which would count as its memory
+    _cost(pipe, options.start, rounds=1)  # the first run loads code, which would count as its memory
     free = free_bytes(pipe.device)
     limits = {"seconds": options.most_seconds, "bytes": options.most_bytes or (free and SHARE * free)}
     for grows, works in curves.items():
@@ -113,7 +129,15 @@ def measure_growth(pipe: Pipeline, options: GrowthOptions, *, progress: bool = T
 
 
 def exponent(amounts: Sequence[float], costs: Sequence[float | None]) -> float | None:
-    """k of cost = c * amount ** k, by least squares of the logarithms; None where nothing can be fitted."""
+    """Fit cost = c * amount ** k by least squares of the logarithms.
+
+    Args:
+        amounts: of the work.
+        costs: one for each amount, None where it is unknown.
+
+    Returns:
+        k; None where nothing can be fitted.
+    """
     known = [cost for cost in costs if cost]
     if len(known) < max(len(costs), 2):
         return None
@@ -121,7 +145,15 @@ def exponent(amounts: Sequence[float], costs: Sequence[float | None]) -> float |
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """The most memory that `run` takes at a time beyond what was there before; None on a CPU without Linux' /proc."""
+    """Measure the peak memory of a call beyond the memory before it.
+
+    Args:
+        run: is called once.
+        device: on a GPU, the memory of tensors counts.
+
+    Returns:
+        Bytes; None on a CPU without /proc.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -130,7 +162,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     if not CLEAR_REFS.exists():
         run()
         return None
-    # what earlier runs freed but the allocator kept would not be seen to be taken again
+    # memory that the allocator kept from earlier runs would not be seen to be taken again
     ctypes.CDLL(None).malloc_trim(0)
     CLEAR_REFS.write_text("5", encoding="ascii")  # resets VmHWM. Source: proc_pid_clear_refs(5)
     before = _field(STATUS, "VmRSS")
@@ -175,7 +207,7 @@ def _curve(
 
 
 def _cost(pipe: Pipeline, work: Work, rounds: int) -> Cost:
-    """The peak of a first run, which is slower than those that are timed, if it is not a long one."""
+    """Measure the peak memory of a first run, and time later runs unless the first was long."""
     rng = np.random.default_rng(0)
     scene = random_scene(rng)
     thing = scene.things[0]
@@ -196,7 +228,7 @@ def _cost(pipe: Pipeline, work: Work, rounds: int) -> Cost:
 
 
 def _continued(amounts: Sequence[int], costs: Sequence[Cost], amount: int) -> dict[str, float]:
-    """What `amount` would cost as the fitted power goes on, at least in proportion; of costs that are known."""
+    """Extrapolate the known costs to `amount` by the fitted power, at least proportionally."""
     expected = {}
     for name in LIMITED:
         values = [getattr(cost, name) for cost in costs]
@@ -207,7 +239,7 @@ def _continued(amounts: Sequence[int], costs: Sequence[Cost], amount: int) -> di
 
 
 def _reached(amounts: Sequence[int], costs: Sequence[float | None], limit: float | None) -> float | None:
-    """The amount that costs `limit`, as the fitted power goes on from the last point; None where that is FAR."""
+    """Return the amount that costs `limit` by the fitted power from the last point on; None where that is FAR."""
     power, last = exponent(amounts, costs), costs[-1]
     if power is None or last is None or limit is None or not 0 < math.log(limit / last) < power * math.log(FAR):
         return None
@@ -215,7 +247,14 @@ def _reached(amounts: Sequence[int], costs: Sequence[float | None], limit: float
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Of the memory that is free now; None on a CPU without Linux' /proc."""
+    """Return the free memory.
+
+    Args:
+        device: whose memory.
+
+    Returns:
+        Bytes; None on a CPU without /proc.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if not MEMORY.exists():
@@ -224,6 +263,6 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def _field(file: Path, name: str) -> int:
-    """Bytes in a file of /proc, e.g. "VmRSS"."""
+    """Read bytes from a file of /proc, such as "VmRSS"."""
     lines = file.read_text(encoding="ascii", errors="replace").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

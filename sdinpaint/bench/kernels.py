@@ -1,4 +1,4 @@
-"""Every operation of a guided step and of a decoding, at every shape that the models give it, beside plain torch."""
+"""Every operation of a guided step and of decoding, at every shape in the model, beside the same in plain torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
 
@@ -14,37 +14,59 @@ import sdinpaint_kernels
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sdinpaint.bench.cases import SEED, Case
-from sdinpaint.bench.floors import Floor, flop_count
 from sdinpaint.bench.peers.commands import Command
 from sdinpaint.bench.peers.systems import OURS, SdInpaint
-from sdinpaint.bench.report.rows import spread
-from sdinpaint.bench.timing import in_turns, ratio, timed
+from sdinpaint.bench.report.rows import measured, spread
+from sdinpaint.bench.roofline import Roofline, flop_count
+from sdinpaint.bench.timing import interleaved, median_ratio, rounds_of, timed
 from sdinpaint.errors import NumericError
 
-__all__ = ["OPERATIONS", "TORCH", "Recorded", "measure_kernels", "recorded_calls", "recording"]
+__all__ = [
+    "OPERATIONS",
+    "TORCH",
+    "Recorded",
+    "Reference",
+    "heaviest_first",
+    "measure_kernels",
+    "milliseconds",
+    "recorded_calls",
+    "recording",
+]
 
 Row = dict[str, Any]
 Function = Callable[..., Any]
 
 TORCH = "torch"
-"""What plain torch is called in the table."""
+"""The name of plain torch in the tables."""
+BACKENDS = {
+    "torch-flash": SDPBackend.FLASH_ATTENTION,
+    "torch-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "torch-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+"""Baselines of attention on a GPU: torch's fused backends, each forced."""
 SAME = "the same bit for bit"
-"""What is said where ours is torch's own function on this machine: a ratio would be noise."""
+"""The check where ours runs torch's own function on this machine: a ratio would be noise."""
 MODELS = "sdinpaint.models"
-"""The package that calls the operations."""
+"""The package whose modules call the operations."""
 HOW = "kernels"
-"""The option that says how an operation runs, and not what it computes."""
+"""The option that says how an operation runs, not what it computes."""
 SHORTEST = 0.01
-"""Seconds that are measured at a time; of operations that take less, several."""
+"""Seconds that are timed at once; shorter operations run several times."""
 LONG = 1.0
-"""Seconds of a first call, after which no second one is needed to know how long they are."""
+"""Seconds of a first call after which no second one is needed to know how long they are."""
+COLD_BYTES = 2**28
+"""Bytes of inputs and outputs on a GPU over which calls rotate: several times the L2 cache."""
+MOST_COPIES = 64
+LAUNCHES = 64
+"""Calls in one CUDA graph at the least, so that its own launch does not count."""
 
 
-# What each operation computes, in torch's own functions, and how a call of it is told from others
+# The operations in plain torch, and how calls are told apart
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
@@ -92,7 +114,7 @@ def _upsample_conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None, size:
 
 
 def _size(x: Tensor) -> str:
-    """As "2x320x64x64", and how it lies in memory unless in order."""
+    """Describe a tensor as "2x320x64x64", with its memory format unless it is contiguous."""
     size = "x".join(map(str, x.shape))
     if x.is_contiguous():
         return size
@@ -130,12 +152,12 @@ def _of_upsampling(x: Tensor, weight: Tensor, bias: Tensor | None = None, size: 
 
 @dataclass(frozen=True)
 class Operation:
-    """One that the models call."""
+    """An operation that the models call."""
 
     plain: Function
-    """The same in torch, called with the same arguments."""
+    """The same in torch, with the same arguments."""
     told: Callable[..., str]
-    """What of its arguments tells one call from another."""
+    """Describes the arguments that tell one call from another."""
 
 
 OPERATIONS: Mapping[str, Operation] = {
@@ -151,15 +173,15 @@ OPERATIONS: Mapping[str, Operation] = {
     "F.linear": Operation(F.linear, _of_linear),
 }
 TORCHS_OWN = {F.conv2d: "F.conv2d", F.linear: "F.linear"}
-"""What the models leave to torch: there is no other to compare with."""
+"""Functions that the models leave to torch, so that there is no baseline."""
 
 
-# Which calls there are
+# Recording of calls
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A tensor's size and how it lies in memory, without its numbers."""
+    """The shape, strides, dtype and device of a tensor, without its numbers."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -168,41 +190,62 @@ class Layout:
 
     @classmethod
     def of(cls, x: Tensor) -> Layout:
-        """That of a tensor."""
+        """Take the layout of a tensor.
+
+        Args:
+            x: any tensor.
+
+        Returns:
+            Its layout.
+        """
         return cls(x.shape, x.stride(), x.dtype, x.device)
 
     def drawn(self, generator: torch.Generator) -> Tensor:
-        """Unit-variance numbers that lie so."""
+        """Draw unit-variance numbers in this layout.
+
+        Args:
+            generator: of the same device.
+
+        Returns:
+            A tensor of this layout.
+        """
         last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
         memory = torch.randn(last + 1, generator=generator, dtype=self.dtype, device=self.device)
         return memory.as_strided(self.shape, self.stride)
 
     def on_meta(self) -> Tensor:
-        """Without memory."""
+        """Make a tensor of this layout on the meta device."""
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
 
 
 @dataclass
 class Recorded:
-    """Calls of `function`, which is `operation`, with arguments of one kind, and how many there were."""
+    """Calls of one operation with arguments of the same layouts, and how many there were."""
 
     operation: str
     function: Function
     arguments: tuple[Sequence[Any], Mapping[str, Any]]
-    """In order and by name; of tensors their `Layout`."""
+    """Positional and keyword arguments, with a `Layout` for each tensor."""
     count: int = 0
 
     @property
     def is_torchs_own(self) -> bool:
-        """Whether the models leave it to torch."""
+        """Tell whether the models leave the operation to torch."""
         return self.function in TORCHS_OWN
 
     def on_meta(self) -> tuple[list[Any], dict[str, Any]]:
-        """Arguments that hold no numbers."""
+        """Make arguments on the meta device."""
         return self._with(Layout.on_meta)
 
     def drawn(self, device: str) -> tuple[list[Any], dict[str, Any]]:
-        """Arguments with random numbers, the same every time."""
+        """Make arguments with random numbers, the same every time.
+
+        Args:
+            device: where they were recorded.
+
+        Returns:
+            Positional and keyword arguments.
+        """
         return self._with(partial(Layout.drawn, generator=torch.Generator(device).manual_seed(SEED)))
 
     def _with(self, make: Callable[[Layout], Tensor]) -> tuple[list[Any], dict[str, Any]]:
@@ -211,20 +254,28 @@ class Recorded:
 
 
 class Recorder(TorchFunctionMode):
-    """Takes down calls by what is told of them; what an operation calls in turn is part of it."""
+    """Records calls by their description; what an operation calls itself belongs to it, and is not recorded."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: dict[str, Recorded] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """What torch's functions go through within this mode, and those that they call do not."""
+        """Record a function of torch; functions that it calls do not pass here."""
         if func in TORCHS_OWN:
             self.take(TORCHS_OWN[func], func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
     def watching(self, operation: str, function: Function) -> Function:
-        """`function`, of which every call is taken down."""
+        """Wrap a function so that every call is recorded.
+
+        Args:
+            operation: a name in OPERATIONS.
+            function: the function.
+
+        Returns:
+            A function with the same signature.
+        """
 
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -235,8 +286,15 @@ class Recorder(TorchFunctionMode):
         return call
 
     def take(self, operation: str, function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """One call more."""
-        # what is measured again and again needs its arguments
+        """Record one call.
+
+        Args:
+            operation: a name in OPERATIONS.
+            function: what was called.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+        """
+        # repeated calls need their arguments, so nothing is overwritten
         options = {name: value for name, value in kwargs.items() if name not in (HOW, "overwrite")}
         told = f"{operation} {OPERATIONS[operation].told(*args, **options)}"
         if asked := kwargs.get(HOW):
@@ -247,7 +305,7 @@ class Recorder(TorchFunctionMode):
 
 @contextmanager
 def recording() -> Iterator[dict[str, Recorded]]:
-    """What the models call as long as this lasts, by what is told of it."""
+    """Record what the models call within this block, by its description."""
     recorder = Recorder()
     ours = {getattr(sdinpaint_kernels, name): name for name in sdinpaint_kernels.__all__ if name in OPERATIONS}
     modules = [module for name, module in sys.modules.items() if name.startswith(MODELS)]
@@ -263,9 +321,16 @@ def recording() -> Iterator[dict[str, Recorded]]:
 
 @torch.inference_mode()
 def recorded_calls(case: Case) -> dict[str, dict[str, Recorded]]:
-    """List the operations that one guided step and the decoding of one image call; each is run once."""
+    """Record the operations of one guided step and of decoding one image, each run once.
+
+    Args:
+        case: checkpoint, size, dtype and device.
+
+    Returns:
+        The calls by description, of "UNet step" and of "VAE decode".
+    """
     system = SdInpaint(case)
-    system.pipe.graphs.enabled = False  # a replayed step calls nothing
+    system.pipe.graphs.enabled = False  # a replayed graph calls no Python
     with recording() as step:
         system.step()
     with recording() as decoding:
@@ -273,103 +338,240 @@ def recorded_calls(case: Case) -> dict[str, dict[str, Recorded]]:
     return {"UNet step": step, "VAE decode": decoding}
 
 
-# What they take
+# Timing
 
 
 @torch.inference_mode()
 def measure_kernels(case: Case, commands: Sequence[Command]) -> Iterator[Row]:
-    """Milliseconds of every distinct call in a guided step and in a decoding: ours and, in turns, plain torch's.
+    """Measure the milliseconds of every distinct call in a guided step and in decoding, ours and plain torch's.
 
-    Of each of the two the calls with the highest floors come first; `count` is how often it makes that call.
+    On a GPU the calls are captured in a CUDA graph, over inputs that do not stay in the L2 cache, and attention is
+    compared with each of torch's fused backends too, where it supports the shape.
+
+    Args:
+        case: checkpoint, size, dtype and device.
+        commands: unused.
+
+    Returns:
+        Rows, those with the longest time on the roofline first; `count` is the number of such calls.
+
+    Raises:
+        NumericError: an operation of ours is wrong.
     """
     for where, calls in recorded_calls(case).items():
-        work = [(f"{where}, {told}", call, _floor(call, case)) for told, call in calls.items()]
-        work.sort(key=lambda one: one[1].count * one[2].seconds, reverse=True)
-        for what, call, floor in work:
-            yield from _measured(what, call, floor, case)
+        for what, call, roofline in rounds_of(heaviest_first(where, calls, case)):
+            yield from _measured(what, call, roofline, case)
 
 
-def _measured(what: str, call: Recorded, floor: Floor, case: Case) -> list[Row]:
-    args, options = call.drawn(case.device)
-    calls = {OURS: partial(call.function, *args, **options)}
+def heaviest_first(where: str, calls: Mapping[str, Recorded], case: Case) -> list[tuple[str, Recorded, Roofline]]:
+    """Sort recorded calls by the time that they take together on the roofline.
+
+    Args:
+        where: the name of the network.
+        calls: by description.
+        case: gives the device.
+
+    Returns:
+        (name of the measurement, call, roofline), the longest time first.
+    """
+    work = [(f"{where}, {told}", call, _roofline(call, case)) for told, call in calls.items()]
+    return sorted(work, key=lambda one: one[1].count * one[2].seconds, reverse=True)
+
+
+def _measured(what: str, call: Recorded, roofline: Roofline, case: Case) -> list[Row]:
+    functions: dict[str, Function] = {OURS: call.function}
     checks = {OURS: "torch's own"}
     if not call.is_torchs_own:
-        calls[TORCH] = partial(OPERATIONS[call.operation].plain, *args, **options)
-        checks = _checks(what, call, calls, floor, case)
-    values = in_turns({name: _milliseconds(run, case.device) for name, run in calls.items()}, case.rounds)
-    of_case = {name: value for name, value in asdict(case).items() if name not in ("peers", "checkpoint", "rounds")}
+        functions[TORCH] = OPERATIONS[call.operation].plain
+        reference = Reference.of(what, call, roofline, case)
+        args, options = call.drawn(case.device)
+        ours = _outputs(call.function(*args, **options))
+        checks = {OURS: reference.check(ours), TORCH: SAME if reference.is_plain(ours) else "plain"}
+        for name, function in _backends(call, case).items():
+            functions[name], checks[name] = function, "forced"
+    copies = _copies(call, roofline, case)
+    calls = {
+        name: milliseconds([partial(function, *args, **options) for args, options in copies], case.device)
+        for name, function in functions.items()
+    }
+    values = interleaved(calls, case.rounds)
     return [
-        {
-            "part": "kernels",
-            "what": what,
-            **of_case,
-            "steps": None,
-            "system": name,
-            **spread(taken),
-            "unit": "ms",
-            "values": taken,
-            "ratio": None if name == OURS or checks[name] == SAME else ratio(values[OURS], taken),
-            "check": checks[name],
-            "count": call.count,
-            "percent_of_floor": floor.percent(spread(taken)["p50"] / 1e3),
-        }
+        measured(
+            "kernels",
+            what,
+            case.fields,
+            name,
+            taken,
+            "ms",
+            ratio=None if name == OURS or checks[name] == SAME else median_ratio(values[OURS], taken),
+            check=checks[name],
+            steps=None,
+            count=call.count,
+            percent_of_floor=roofline.percent(spread(taken)["p50"] / 1e3),
+        )
         for name, taken in values.items()
     ]
 
 
-def _checks(what: str, call: Recorded, calls: Mapping[str, Function], floor: Floor, case: Case) -> dict[str, str]:
-    """Ours must be as near to float64 as twice plain torch, one rounding of the largest number, and a plain sum.
+@dataclass(frozen=True)
+class Reference:
+    """The output of one recorded call in float64, and the largest error that ours may have."""
 
-    A plain float32 sum of n products is off by eps / 2 * sqrt(n / 6) of its size, in the root mean square, since the
-    k-th addition rounds a sum of k; torch's own orders of summation differ by as much from each other.
-    Raises: NumericError where it is not.
+    what: str
+    case: Case
+    exact: tuple[Tensor, ...]
+    plain: tuple[Tensor, ...]
+    """Plain torch's, in the dtype of the case."""
+    summing: float
+    """The error of a plain float32 sum of as many products."""
+
+    @classmethod
+    def of(cls, what: str, call: Recorded, roofline: Roofline, case: Case) -> Reference:
+        """Compute the reference of a call.
+
+        A plain float32 sum of n products is off by eps / 2 * sqrt(n / 6) of its size, in the root mean square, since
+        the k-th addition rounds a sum of k; torch's own orders of summation differ by as much from each other.
+
+        Args:
+            what: the name of the measurement.
+            call: the recorded call.
+            roofline: its arithmetic.
+            case: the case.
+
+        Returns:
+            The reference.
+        """
+        plain = OPERATIONS[call.operation].plain
+        args, options = call.drawn(case.device)
+        right = _outputs(plain(*args, **options))
+        args, options = tree_map_only(Tensor, Tensor.double, (args, options))
+        exact = _outputs(plain(*args, **options))
+        products = roofline.flops / 2 / sum(one.numel() for one in exact)
+        return cls(what, case, exact, right, torch.finfo(torch.float32).eps / 2 * math.sqrt(products / 6))
+
+    def check(self, ours: Sequence[Tensor]) -> str:
+        """Check that the error of an output is at most twice plain torch's, one rounding, and that of a plain sum.
+
+        Args:
+            ours: the outputs of the call.
+
+        Returns:
+            The error in words.
+
+        Raises:
+            NumericError: it is larger, or shape or dtype are others.
+        """
+        said = []
+        for mine, theirs, right in zip(ours, self.plain, self.exact, strict=True):
+            found, expected = (f"{one.dtype} of shape {tuple(one.shape)}" for one in (mine, theirs))
+            if found != expected:
+                raise self._wrong(found, expected)
+            largest = float(right.abs().max())
+            error, torchs = (float((one - right).abs().max()) / largest for one in (mine, theirs))
+            bound = 2 * torchs + torch.finfo(theirs.dtype).eps + self.summing
+            if not error <= bound:
+                raise self._wrong(f"off by {error:.2g} of the largest number", f"at most {bound:.2g}")
+            said.append(f"off by {error:.1e} (bound {bound:.1e})")
+        return "; ".join(said)
+
+    def is_plain(self, ours: Sequence[Tensor]) -> bool:
+        """Tell whether outputs equal plain torch's bit for bit.
+
+        Args:
+            ours: the outputs of the call.
+
+        Returns:
+            True where all are equal.
+        """
+        return all(map(torch.equal, ours, self.plain))
+
+    def _wrong(self, found: str, expected: str) -> NumericError:
+        subject = f"kernels, {self.case.family} in {self.case.dtype}: {self.what}"
+        return NumericError("BENCH_WRONG", subject, found, expected=expected, hint="no row of it is recorded")
+
+
+def milliseconds(calls: Sequence[Callable[[], object]], device: str) -> Callable[[], float]:
+    """Prepare the timing of an operation.
+
+    Args:
+        calls: the same operation over one or several copies of its inputs.
+        device: on a GPU the calls are captured in a CUDA graph; elsewhere they are repeated for SHORTEST seconds.
+
+    Returns:
+        A function that returns the average milliseconds of one call.
     """
-    args, options = tree_map_only(Tensor, Tensor.double, call.drawn(case.device))
-    exact = _outputs(OPERATIONS[call.operation].plain(*args, **options))
-    ours, plain = (_outputs(calls[name]()) for name in (OURS, TORCH))
-    products = floor.flops / 2 / sum(right.numel() for right in exact)
-    summing = torch.finfo(torch.float32).eps / 2 * math.sqrt(products / 6)
-    said = []
-    for mine, theirs, right in zip(ours, plain, exact, strict=True):
-        found, expected = (f"{one.dtype} of shape {tuple(one.shape)}" for one in (mine, theirs))
-        if found != expected:
-            raise _wrong(what, case, found, expected)
-        largest = float(right.abs().max())
-        error, torchs = (float((one - right).abs().max()) / largest for one in (mine, theirs))
-        bound = 2 * torchs + torch.finfo(theirs.dtype).eps + summing
-        if not error <= bound:
-            raise _wrong(what, case, f"off by {error:.2g} of the largest number", f"at most {bound:.2g}")
-        said.append(f"off by {error:.1e} (bound {bound:.1e})")
-    same = all(map(torch.equal, ours, plain))
-    return {OURS: "; ".join(said), TORCH: SAME if same else "plain"}
-
-
-def _wrong(what: str, case: Case, found: str, expected: str) -> NumericError:
-    subject = f"kernels, {case.family} in {case.dtype}: {what}"
-    return NumericError("BENCH_WRONG", subject, found, expected=expected, hint="nothing of it is recorded")
-
-
-def _milliseconds(call: Callable[[], object], device: str) -> Callable[[], float]:
-    """A call that returns what `call` takes, on average over so many calls that a clock can tell."""
-    once = timed(call, device)
+    if device.startswith("cuda"):
+        return _graphed(calls, device)
+    once = timed(calls[0], device)
     taken = once()
     times = 1 if taken > LONG else math.ceil(SHORTEST / once())  # the first call may have prepared something
 
     def several() -> None:
         for _ in range(times):
-            call()
+            calls[0]()
 
     together = timed(several, device)
     return lambda: 1e3 * together() / times
 
 
-def _floor(call: Recorded, case: Case) -> Floor:
-    """Of the formula's arithmetic, and of reading each input and writing each output once."""
+def _graphed(calls: Sequence[Callable[[], object]], device: str) -> Callable[[], float]:
+    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        calls[0]()  # kernels are compiled and chosen
+    stream.synchronize()
+    times = math.ceil(LAUNCHES / len(calls))
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(times):
+            for call in calls:
+                call()
+    graph.replay()
+
+    def replayed() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / (times * len(calls))
+
+    return replayed
+
+
+def _copies(call: Recorded, roofline: Roofline, case: Case) -> list[tuple[list[Any], dict[str, Any]]]:
+    """Draw the arguments, on a GPU so often that none stays in the cache until its next call."""
+    count = min(MOST_COPIES, math.ceil(COLD_BYTES / roofline.bytes)) if case.device.startswith("cuda") else 1
+    return [call.drawn(case.device) for _ in range(count)]
+
+
+def _backends(call: Recorded, case: Case) -> dict[str, Function]:
+    """Return torch's fused backends of attention that support this call on a GPU."""
+    if call.operation != "attention" or not case.device.startswith("cuda"):
+        return {}
+    found: dict[str, Function] = {}
+    args, options = call.drawn(case.device)
+    for name, backend in BACKENDS.items():
+        function = partial(_forced, backend)
+        try:
+            function(*args, **options)
+        except RuntimeError:  # torch's, for shapes and dtypes that a backend does not support
+            continue
+        found[name] = function
+    return found
+
+
+def _forced(backend: SDPBackend, *args: Any, **options: Any) -> Tensor:
+    with sdpa_kernel(backend):
+        return _attention(*args, **options)
+
+
+def _roofline(call: Recorded, case: Case) -> Roofline:
+    """Return the roofline of the formula's arithmetic, and of reading each input and writing each output once."""
     args, options = call.on_meta()
     plain = partial(OPERATIONS[call.operation].plain, *args, **options)
     tensors = [leaf for leaf in tree_leaves((args, options, plain())) if isinstance(leaf, Tensor)]
     moved = sum(one.numel() * one.element_size() for one in tensors)
-    return Floor(flops=flop_count(plain), bytes=moved, dtype=tensors[0].dtype, device=case.device)
+    return Roofline(flops=flop_count(plain), bytes=moved, dtype=tensors[0].dtype, device=case.device)
 
 
 def _outputs(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

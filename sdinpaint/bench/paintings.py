@@ -1,4 +1,4 @@
-"""Pictures of which the memory is measured: what is painted, and with which options of `load` that spare memory."""
+"""Images whose peak memory is measured: what is made, and the options of `load` that save memory."""
 
 from __future__ import annotations
 
@@ -26,36 +26,64 @@ MODES: Mapping[str, Mapping[str, Any]] = {
     "offload": {"offload": True},
     "offload, tile 256": {"offload": True, "tile": 256},
 }
-"""By name, the options of `load`."""
+"""The options of `load` for each mode."""
 KNOWN = 3 / 4
-"""Of the canvas' height and width, what an outpainted picture has before."""
+"""The share of the canvas' height and width that is known before outpainting."""
 PAUSE = 0.002
-"""Seconds between two looks at what is resident."""
+"""Seconds between two readings of resident memory."""
 DIGITS = 12
-"""Of a digest: so many hexadecimal ones a float holds exactly."""
+"""Hexadecimal digits of a digest: as many as a float holds exactly."""
 
 Picture = Image.Image
 
 
 def inpaint(pipe: Pipeline, size: int, image: Picture, mask: Picture, **options: Any) -> Result:
-    """A picture of that size, all of it shown to the model."""
+    """Inpaint an image of that size, without a crop.
+
+    Args:
+        pipe: the pipeline.
+        size: height and width in pixels.
+        image: the image.
+        mask: white is repainted.
+        options: of `Pipeline.inpaint`.
+
+    Returns:
+        The result.
+    """
     return pipe.inpaint(image, mask, PROMPT, **options)
 
 
 def outpaint(pipe: Pipeline, size: int, image: Picture, mask: Picture, **options: Any) -> Result:
-    """A picture onto a canvas of that size, which the model sees at the size that it works at."""
+    """Outpaint an image onto a canvas of that size; the model sees it at the size that it was trained at.
+
+    Args:
+        pipe: the pipeline.
+        size: height and width of the canvas in pixels.
+        image: the image.
+        mask: unused.
+        options: of `Pipeline.outpaint`.
+
+    Returns:
+        The result.
+    """
     return pipe.outpaint(image, PROMPT, size=(size, size), crop="auto", **options)
 
 
 PAINTINGS: Mapping[str, tuple[Callable[..., Result], float]] = {INPAINT: (inpaint, 1), OUTPAINT: (outpaint, KNOWN)}
-"""By name, what paints, and the side of its picture for each pixel of the size."""
+"""Functions by name, and the side of their input over that of the result."""
 
 
 def paint(name: str, case: Case) -> dict[str, float]:
-    """Load and paint "WORK: MODE" -> bytes beyond those before: at the `peak`, and of them `own`, which no file holds.
+    """Load the checkpoint, and make one image.
 
-    What is mapped from a file the system takes back where memory is short. On a GPU, `peak` is of its memory. `digest`:
-    of the pixels; without Linux' /proc there is nothing else.
+    Args:
+        name: "WORK: MODE", of PAINTINGS and MODES.
+        case: checkpoint, size, steps, dtype and device.
+
+    Returns:
+        Bytes beyond those before: `peak`, on a GPU of its memory, and `own`, the peak of anonymous memory, while the
+        operating system can reclaim what is mapped from a file; both are missing on a CPU without /proc. `digest` of
+        the pixels.
     """
     work, mode = name.split(": ")
     make, share = PAINTINGS[work]
@@ -76,7 +104,7 @@ def paint(name: str, case: Case) -> dict[str, float]:
 
 @contextmanager
 def _watching() -> Iterator[list[int]]:
-    """Bytes of no file that are resident, looked at over and over by another thread."""
+    """Record the resident anonymous memory in bytes, read again and again by another thread."""
     seen, done = [_own()], threading.Event()
 
     def look() -> None:

@@ -1,11 +1,11 @@
-"""The parts of the suite: each checks at the very shape that it measures, and then measures system by system."""
+"""The parts of the suite: each checks the output at the measured shape, and then measures every system."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from sdinpaint.bench import checks
 from sdinpaint.bench.arithmetic import float32_bytes, flops_of
 from sdinpaint.bench.cases import Case
 from sdinpaint.bench.child import Figures, first_picture, import_seconds, in_child
-from sdinpaint.bench.floors import Floor
+from sdinpaint.bench.defects import measure_defects
 from sdinpaint.bench.growth import free_bytes
 from sdinpaint.bench.kernels import measure_kernels
 from sdinpaint.bench.modes import measure_modes
@@ -25,8 +25,12 @@ from sdinpaint.bench.peers.commands import COMMAND, Command
 from sdinpaint.bench.peers.systems import IMPORTS, OURS, PEERS, System, open_system
 from sdinpaint.bench.quality import QualityOptions
 from sdinpaint.bench.quality import measure_quality as measure_quality_of
-from sdinpaint.bench.report.rows import spread
-from sdinpaint.bench.timing import in_turns, ratio, timed
+from sdinpaint.bench.report.rows import measured, spread
+from sdinpaint.bench.roofline import Roofline
+from sdinpaint.bench.seams import measure_seams
+from sdinpaint.bench.startup import measure_startup
+from sdinpaint.bench.timing import interleaved, median_ratio, rounds_of, timed
+from sdinpaint.bench.tuning import measure_tuning
 from sdinpaint.errors import NumericError, SdInpaintError
 from sdinpaint.loading import load
 
@@ -34,7 +38,7 @@ __all__ = ["PARTS"]
 
 Row = dict[str, Any]
 Found = Row | str
-"""A row, or why there is none of a peer."""
+"""A row, or a text that says why a baseline has none."""
 T = TypeVar("T")
 
 TORCH = "torch"
@@ -46,13 +50,20 @@ RUNS: dict[str, Callable[[System], Any]] = {
 }
 GB = 1e9
 SLOW = 30.0
-"""Seconds of loading: of a system that converts and compiles first."""
+"""Seconds of loading after which a system, one that converts and compiles first, is loaded only once."""
 
 
 def measure_load(case: Case, commands: Sequence[Command]) -> Iterator[Found]:
-    """Seconds of importing, and seconds and peak memory of loading, every time in a new process.
+    """Measure the seconds of importing, and the seconds and peak memory of loading, each time in a new process.
 
-    The first round fills the page cache; who takes longer than SLOW for it has no other one.
+    The first round fills the page cache and does not count, except for a system that takes longer than SLOW.
+
+    Args:
+        case: checkpoint, dtype, device, rounds and baselines.
+        commands: unused.
+
+    Returns:
+        Rows, and texts for baselines that have none.
     """
     yield from _imports(case)
     found = yield from _children("load", case, rounds=case.rounds + 1)
@@ -67,9 +78,16 @@ def measure_load(case: Case, commands: Sequence[Command]) -> Iterator[Found]:
 
 
 def measure_memory(case: Case, commands: Sequence[Command]) -> Iterator[Found]:
-    """Peak memory of a step and of a picture, with the weights, in a new process; empty without /proc.
+    """Measure the peak memory of a step and of an image, weights included, in a new process.
 
-    Once, and for a picture of one step: more of either would find the same.
+    It is measured once and with one step, since more of either give the same.
+
+    Args:
+        case: checkpoint, size, dtype, device and baselines.
+        commands: unused.
+
+    Returns:
+        Rows, and texts for baselines that have none; no rows on a CPU without /proc.
     """
     case = replace(case, steps=1)
     found = yield from _children("memory", case, rounds=1)
@@ -81,32 +99,55 @@ def measure_memory(case: Case, commands: Sequence[Command]) -> Iterator[Found]:
 
 
 def measure_step(case: Case, commands: Sequence[Command]) -> Iterator[Found]:
-    """Seconds of a guided step and of the networks before and after it, one after the other; systems in turns."""
+    """Measure the seconds of a guided step and of the networks before and after it, systems interleaved.
+
+    Args:
+        case: checkpoint, size, dtype, device, rounds and baselines.
+        commands: unused.
+
+    Returns:
+        Rows, and texts for baselines that have none.
+    """
     exact, flops = _exact(case), flops_of(case)
     systems = yield from _opened("step", case)
     for what, run in RUNS.items():
         check = partial(checks.check_tensor, what, exact.get(what))
         passed = yield from _compared("step", case, systems, run, check)
         calls = {name: timed(partial(run, systems[name]), case.device) for name in passed}
-        values = in_turns(calls, case.rounds)
+        values = interleaved(calls, case.rounds)
         for row in _rows("step", case, what, "s", values, checks=passed):
-            yield {**row, **_of_floor(case, flops.get(what), row["p50"])}
+            yield {**row, **_of_roofline(case, flops.get(what), row["p50"])}
 
 
 def measure_picture(case: Case, commands: Sequence[Command]) -> Iterator[Found]:
-    """Seconds of a whole inpainted picture, and pictures a minute, in turns; commands are processes of their own.
+    """Measure the seconds of a whole inpainted image, and images a minute, systems interleaved.
 
-    Then from nothing to the first picture, which takes longer and has half of the rounds.
+    Then the seconds from the start of a process to its first image, in half as many rounds.
+
+    Args:
+        case: checkpoint, size, steps, dtype, device, rounds and baselines.
+        commands: other programs, which print their seconds.
+
+    Returns:
+        Rows, and texts for baselines that have none.
     """
     passed = yield from _pictures(case, commands)
-    gc.collect()  # of its systems, before there are processes that load one
+    gc.collect()  # memory of its systems, before processes load one each
     calls = {name: partial(first_picture, name, case) for name in passed}
-    values = in_turns(calls, (case.rounds + 1) // 2)
+    values = interleaved(calls, (case.rounds + 1) // 2)
     yield from _rows("picture", case, "first picture, new process", "s", values, checks=passed)
 
 
 def measure_quality(case: Case, commands: Sequence[Command]) -> Iterator[Found]:
-    """What the seconds of a picture buy, by sampler and number of steps; of a model that learned the drawn scenes."""
+    """Score held-out scenes against the seconds of an image, by sampler and number of steps.
+
+    Args:
+        case: the included checkpoint, which has learned the drawn scenes; dtype and device.
+        commands: unused.
+
+    Returns:
+        A row for each sampler and number of steps.
+    """
     few = QualityOptions(scenes=4, batch=4, samplers=("ddim",), steps=(case.steps,))
     options = few if case.quick else QualityOptions()
     pipe = load(case.checkpoint, device=case.device, dtype=case.dtype, progress=False)
@@ -125,23 +166,28 @@ PARTS: dict[str, Callable[[Case, Sequence[Command]], Iterable[Found]]] = {
     "step": measure_step,
     "picture": measure_picture,
     "quality": measure_quality,
+    "startup": measure_startup,
     "modes": measure_modes,
+    "seams": measure_seams,
+    "defects": measure_defects,
+    "tuning": measure_tuning,
 }
+"""Functions by part: (case, commands of other programs) -> rows."""
 
 
 def _imports(case: Case) -> Iterator[Row]:
-    """Of this library, of each peer's, and of torch alone, which is the floor of all."""
+    """Yield rows of importing sdinpaint, each baseline, and torch alone, which all need."""
     statements = {OURS: IMPORTS, **{name: PEERS[name].imports for name in case.peers}, TORCH: "import torch"}
     calls = {name: partial(import_seconds, statement) for name, statement in statements.items()}
-    values = in_turns(calls, case.rounds + 1)
+    values = interleaved(calls, case.rounds + 1)
     kept = {name: taken[1:] for name, taken in values.items()}
-    floor = spread(kept[TORCH])["p50"]
+    torch_alone = spread(kept[TORCH])["p50"]
     for row in _rows("load", case, "import", "s", kept, checks=statements):
-        yield {**row, "percent_of_floor": 100 * floor / row["p50"]}
+        yield {**row, "percent_of_floor": 100 * torch_alone / row["p50"]}
 
 
 def _exact(case: Case) -> dict[str, Tensor]:
-    """What ours makes in float32; nothing where that is the dtype, or would take more than half of the free memory."""
+    """Return our outputs in float32; none where that is the dtype, or needs more than half of the free memory."""
     wide, free = replace(case, dtype="float32"), free_bytes(torch.device(case.device))
     if case.dtype == wide.dtype or (free is not None and float32_bytes(case) > free / 2):
         return {}
@@ -161,7 +207,7 @@ def _pictures(case: Case, commands: Sequence[Command]) -> Generator[Found, None,
             name = f"{COMMAND} {index}: {command.program}"
             calls[name] = partial(command.seconds, files.enter_context(command.inputs(case)))
             shown[name] = "by its own clock, unchecked"
-        values = in_turns(calls, case.rounds)
+        values = interleaved(calls, case.rounds)
     minute = {name: [60 / seconds for seconds in taken] for name, taken in values.items()}
     yield from _rows("picture", case, "picture", "s", values, checks=shown)
     yield from _rows("picture", case, "pictures a minute", "1/min", minute, checks=shown)
@@ -177,43 +223,41 @@ def _rows(
     *,
     checks: Mapping[str, str],
 ) -> list[Row]:
-    """A row for every system; `ratio`: what ours takes for each one of it, the median over rounds."""
-    of_case = {name: value for name, value in asdict(case).items() if name not in ("peers", "checkpoint", "rounds")}
+    """Make a row for every system, with the ratio to each baseline."""
     return [
-        {
-            "part": part,
-            "what": what,
-            **of_case,
-            "steps": case.steps if "picture" in what else None,
-            "system": name,
-            **spread(taken),
-            "unit": unit,
-            "values": list(taken),
-            "ratio": None if name in (OURS, TORCH) else ratio(values[OURS], taken),
-            "check": checks[name],
-        }
+        measured(
+            part,
+            what,
+            case.fields,
+            name,
+            taken,
+            unit,
+            ratio=None if name in (OURS, TORCH) else median_ratio(values[OURS], taken),
+            check=checks[name],
+            steps=case.steps if "picture" in what else None,
+        )
         for name, taken in values.items()
     ]
 
 
-def _of_floor(case: Case, flops: int | None, seconds: float) -> dict[str, float]:
-    """The same arithmetic for every system, that of the plain networks: who finds a way to do less is nearer."""
+def _of_roofline(case: Case, flops: int | None, seconds: float) -> dict[str, float]:
+    """Return the share of the roofline, by the arithmetic of the plain networks for every system."""
     if flops is None:
         return {}
-    floor = Floor(flops=flops, bytes=0, dtype=case.torch_dtype, device=case.device)
-    return {"tflop": flops / 1e12, "percent_of_floor": floor.percent(seconds)}
+    roofline = Roofline(flops=flops, bytes=0, dtype=case.torch_dtype, device=case.device)
+    return {"tflop": flops / 1e12, "percent_of_floor": roofline.percent(seconds)}
 
 
 def _opened(part: str, case: Case) -> Generator[str, None, dict[str, System]]:
-    gc.collect()  # pipelines that were open before may refer to themselves
+    gc.collect()  # earlier pipelines may be in reference cycles
     return (yield from _tried(part, case, (OURS, *case.peers), lambda name: open_system(name, case)))
 
 
 def _children(part: str, case: Case, rounds: int) -> Generator[str, None, dict[str, list[Figures]]]:
-    """The figures of every system by round; of the slow ones of the first alone."""
+    """Return the figures of every system by round; of slow ones for the first round alone."""
     names: Iterable[str] = (OURS, *case.peers)
     found: dict[str, list[Figures]] = {}
-    for _ in range(rounds):
+    for _ in rounds_of(range(rounds)):
         figures = yield from _tried(part, case, names, lambda name: in_child(part, name, case))
         for name, values in figures.items():
             found.setdefault(name, []).append(values)
@@ -228,7 +272,7 @@ def _compared(
     run: Callable[[System], T],
     check: Callable[[Case, str, T, T], str],
 ) -> Generator[str, None, dict[str, str]]:
-    """`_checked` of what each system makes beside what ours does."""
+    """Run every system, and check its output beside ours."""
     ours = run(systems[OURS])
 
     def checked(name: str) -> str:
@@ -240,18 +284,18 @@ def _compared(
 def _checked(
     part: str, case: Case, names: Iterable[str], check: Callable[[str], str]
 ) -> Generator[str, None, dict[str, str]]:
-    """The verdicts of those who pass; of nobody where no peer agrees with ours, which may be the one that is wrong."""
+    """Return the checks of the systems that pass; none where no baseline agrees with ours."""
     passed = yield from _tried(part, case, names, check)
     return {} if len(passed) == 1 < len(list(names)) else passed
 
 
 def _tried(part: str, case: Case, names: Iterable[str], do: Callable[[str], T]) -> Generator[str, None, dict[str, T]]:
-    """What `do` makes of each name; a peer that cannot is left out, and why is yielded."""
+    """Call `do` for each name; a baseline that fails is left out, and the reason is yielded."""
     made = {}
     for name in names:
         try:
             made[name] = do(name)
-        except (SdInpaintError, RuntimeError) as error:  # torch's and OpenVINO's are of the latter kind
+        except (SdInpaintError, RuntimeError) as error:  # the latter from torch and OpenVINO
             if name == OURS:
                 raise
             wrong = isinstance(error, NumericError)

@@ -1,4 +1,4 @@
-"""What the seconds of a picture buy: held-out scenes, judged and scored, by sampler and number of steps."""
+"""Quality against time: scores of repainted held-out scenes by sampler and number of steps."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
+from sdinpaint.bench.timing import rounds_of
 from sdinpaint.metrics import ring_delta_e, seam
 from sdinpaint.pipeline.pipeline import Pipeline
 from sdinpaint.progress import progress_bar
@@ -26,22 +27,30 @@ Row = dict[str, object]
 
 @dataclass(frozen=True, kw_only=True)
 class QualityOptions:
-    """How many held-out scenes are repainted, how many at a time, and in which ways."""
+    """The scenes that are repainted, and the settings that are compared."""
 
     scenes: int = 64
+    """Number of held-out scenes."""
     batch: int = 32
+    """Scenes that the model sees at once."""
     samplers: tuple[str, ...] = tuple(SAMPLERS)
     steps: tuple[int, ...] = (2, 5, 10, 20, 30, 50)
     guidance_scale: float = 7.5
 
 
 def measure_quality(pipe: Pipeline, options: QualityOptions, *, progress: bool = True) -> list[Row]:
-    """A row per number of steps and sampler; `pipe` has learned the scenes of `sdinpaint.training`, as "demo" has.
+    """Repaint held-out scenes with every sampler and number of steps, and score them.
 
-    right_color, right_shape: shares of the scenes where the judge finds what was asked for. seam, ring_delta_e: means
-    of `sdinpaint.metrics`, and the same of the true background in the hole: what a perfect repaint of it would have.
-    seconds: per picture, in a batch, from the picture and its mask to the repainted one. cpu_seconds: what the
-    processor worked in them, on all threads, which on a busy machine is less, and says more.
+    Args:
+        pipe: a pipeline that has learned the scenes of `sdinpaint.training`, as the included checkpoint has.
+        options: scenes, samplers and steps.
+        progress: show a progress bar.
+
+    Returns:
+        A row for each number of steps and sampler. `right_color`, `right_shape`: shares of the scenes with the colour
+        and shape of the prompt. `seam`, `ring_delta_e`: means of `sdinpaint.metrics`; `background`: the same of the
+        true background in the hole. `seconds`: per image, in a batch. `cpu_seconds`: processor time per image on all
+        threads, which other programs do not change.
     """
     cases = held_out(options.scenes)
     backgrounds = [case.background for case in cases]
@@ -50,7 +59,7 @@ def measure_quality(pipe: Pipeline, options: QualityOptions, *, progress: bool =
     rows = []
     ways = list(product(options.steps, options.samplers))
     with progress_bar(len(ways), "quality", show=progress) as bar:
-        for steps, sampler in ways:
+        for steps, sampler in rounds_of(ways):
             started, worked = time.perf_counter(), time.process_time()
             pictures = _repaint(pipe, cases, options, sampler, steps)
             seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
@@ -72,7 +81,7 @@ def measure_quality(pipe: Pipeline, options: QualityOptions, *, progress: bool =
 
 
 def _repaint(pipe: Pipeline, cases: Sequence[Case], options: QualityOptions, sampler: str, steps: int) -> list[Bytes]:
-    """Every case's picture (S, S, 3); a case's seed is its place in the list, so that all ways start alike."""
+    """Repaint every scene to (S, S, 3), with its index as seed, so that all settings start from the same noise."""
     result = pipe.inpaint(
         [case.image for case in cases],
         [case.hole for case in cases],
@@ -101,6 +110,6 @@ def _scores(pictures: Sequence[Bytes], cases: Sequence[Case]) -> dict[str, float
 def _mean(
     metric: Callable[[Bytes, NDArray[np.bool_]], float | None], pictures: Sequence[Bytes], cases: Sequence[Case]
 ) -> float:
-    """The mean over the pictures whose hole has an edge."""
+    """Return the mean over the images whose hole has an edge."""
     values = [metric(picture, case.hole) for picture, case in zip(pictures, cases, strict=True)]
     return statistics.fmean(value for value in values if value is not None)

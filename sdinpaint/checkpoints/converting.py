@@ -21,7 +21,7 @@ from sdinpaint_weights.stream import Item, not_written, require_space, write_str
 from sdinpaint.checkpoints.configs import controlnet_config, unet_config, vae_config
 from sdinpaint.checkpoints.diffusers_configs import controlnet_json, diffusers_configs
 from sdinpaint.checkpoints.opening import CONTROLNET, Checkpoint, build_models, find_dtype, open_checkpoint
-from sdinpaint.checkpoints.sources import COMPONENTS, Part, open_parts
+from sdinpaint.checkpoints.sources import COMPONENTS, Component, open_parts
 from sdinpaint.errors import CheckpointError, SettingError, TokenizerError, warn
 from sdinpaint.families import FAMILIES, SD15, TOKENIZERS, TextConfig
 from sdinpaint.load_options import LoadOptions
@@ -168,7 +168,7 @@ def _open_alone(
     return Model(path, kind, {name: native_items(part.state)}, {"config.json": table}, {}, files, metadata)
 
 
-def _vae_table(part: Part, path: Path) -> Json:
+def _vae_table(part: Component, path: Path) -> Json:
     config = vae_config(part.state.shapes(), part.config, SD15.vae, path)
     build_models({"vae": config}, {"vae": part.state})
     if part.config.get("scaling_factor") is None:
@@ -178,7 +178,7 @@ def _vae_table(part: Part, path: Path) -> Json:
     return diffusers_configs(replace(SD15, vae=config))["vae/config.json"]
 
 
-def _controlnet_table(part: Part, path: Path) -> Json:
+def _controlnet_table(part: Component, path: Path) -> Json:
     shapes = part.state.shapes()
     released = next(family.unet for family in FAMILIES.values() if family.kind == part.layout.family)
     # The UNet that it is for is not available, but the sizes of its down path are the same.

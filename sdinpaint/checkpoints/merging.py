@@ -14,7 +14,7 @@ from torch import Tensor
 from sdinpaint.checkpoints.converting import check_request, model_of, native_items, source_files, write_model
 from sdinpaint.checkpoints.diffusers_configs import diffusers_configs
 from sdinpaint.checkpoints.opening import open_checkpoint
-from sdinpaint.checkpoints.sources import Part, open_parts
+from sdinpaint.checkpoints.sources import Component, open_parts
 from sdinpaint.errors import CheckpointError, SettingError
 from sdinpaint.families import FAMILIES, Family
 from sdinpaint.load_options import LoadOptions
@@ -113,7 +113,7 @@ def to_inpainting(
     write_model(merged, target, layout, dtype, progress=progress)
 
 
-def _unet(source: str | Path) -> Part:
+def _unet(source: str | Path) -> Component:
     path = Path(source)
     return (open_parts(path, ("unet",)) if path.exists() else open_checkpoint(LoadOptions(source=source)).parts)["unet"]
 
@@ -151,7 +151,7 @@ def _inpainting(family: Family) -> Family:
     return replace(family, name=name, unet=replace(family.unet, in_channels=INPAINTING))
 
 
-def _check_alike(parts: list[Part], family: Family) -> None:
+def _check_alike(parts: list[Component], family: Family) -> None:
     """Check that the base and the inpainting model have the family, channels and shapes that `custom` needs."""
     custom = parts[0].state
     roles = zip(("custom", "base", "inpaint"), parts, (TEXT_TO_IMAGE, TEXT_TO_IMAGE, INPAINTING), strict=False)

@@ -1,4 +1,4 @@
-"""A checkpoint found and understood: its family, its components and how they fit, before any tensor is read."""
+"""Open a checkpoint: its family, its components and whether they fit, concluded before any tensor is read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sdinpaint.checkpoints.configs import (
     whole_number,
 )
 from sdinpaint.checkpoints.prediction import MARKERS, Evidence, find_prediction
-from sdinpaint.checkpoints.sources import COMPONENTS, Json, Part, open_parts, read_json
+from sdinpaint.checkpoints.sources import COMPONENTS, Component, Json, open_parts, read_json
 from sdinpaint.checks import dtype_name
 from sdinpaint.errors import CheckpointError
 from sdinpaint.families import FAMILIES, TEXT_ENCODERS, Family, Prediction
@@ -41,13 +41,23 @@ MODELS: dict[str, Callable[[Any], nn.Module]] = dict(
 
 
 def find_dtype(dtype: object) -> torch.dtype:
-    """The dtype of that name, see `checks.dtype_name`. Raises: SettingError."""
+    """Find the dtype of a name.
+
+    Args:
+        dtype: torch's dtype, or a name that `checks.dtype_name` knows.
+
+    Returns:
+        The dtype.
+
+    Raises:
+        SettingError: there is no such dtype.
+    """
     found: torch.dtype = getattr(torch, dtype_name(dtype))
     return found
 
 
 class _Skeleton(TorchFunctionMode):
-    """Makes new parameters on the meta device and leaves them unfilled.
+    """A mode in which new parameters are on the meta device and stay unfilled.
 
     Filling them there would import 800 modules of torch for nothing, and `torch.device("meta")` takes twice the time.
     """
@@ -67,36 +77,43 @@ class _Skeleton(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was found and understood, and of which no tensor has been read."""
+    """A checkpoint whose files were found and identified; none of its tensors has been read."""
 
     path: Path
-    parts: Mapping[str, Part]
+    parts: Mapping[str, Component]
     family: Family
     prediction: Evidence
-    """Whether the UNet predicts noise or v, and from what that was concluded."""
+    """The prediction of the UNet, noise or v, with the reason."""
     notes: tuple[str, ...]
-    """Sentences that say what was chosen on the caller's behalf, or left out."""
+    """Sentences about what was chosen on the caller's behalf, or left out."""
     outside: tuple[str, ...]
-    """Keys that belong to no component."""
+    """Keys of the file that belong to no component."""
     controlnet: ControlNetConfig | None = None
 
     @property
     def folder(self) -> Path | None:
-        """The diffusers folder, None for a single file."""
+        """The diffusers folder; None for a single file."""
         return self.path if self.path.is_dir() else None
 
     @property
     def states(self) -> dict[str, NativeState]:
-        """The tensors of each component under native names."""
+        """The tensors of each component under native names, not yet read."""
         return {name: part.state for name, part in self.parts.items()}
 
     @property
     def layouts(self) -> dict[str, Layout]:
-        """The layout of the file that each component is from, concluded from the names in it."""
+        """The layout of the file that each component comes from, concluded from the names in it."""
         return {name: part.layout for name, part in self.parts.items()}
 
     def build(self) -> dict[str, Any]:
-        """The models on the meta device, once every name and shape is known to fit. Raises: CheckpointError."""
+        """Build the networks on the meta device, and check that every name and shape fits.
+
+        Returns:
+            Component name -> network.
+
+        Raises:
+            CheckpointError: tensors are missing or do not fit.
+        """
         beside = {} if self.controlnet is None else {CONTROLNET: self.controlnet}
         models = build_models(self.family.components | beside, self.states)
         check_fit(self.family, self.path)
@@ -104,9 +121,17 @@ class Checkpoint:
 
 
 def build_models(configs: Mapping[str, Any], states: Mapping[str, NativeState]) -> dict[str, Any]:
-    """The networks of these components on the meta device, once every name and shape is known to fit.
+    """Build networks on the meta device, and check that every name and shape fits.
 
-    Raises: CheckpointError.
+    Args:
+        configs: configuration of each component by its name.
+        states: tensors of each component by its name.
+
+    Returns:
+        Component name -> network.
+
+    Raises:
+        CheckpointError: tensors are missing or do not fit.
     """
     with _Skeleton():
         models = {name: MODELS[name](config) for name, config in configs.items()}
@@ -120,13 +145,13 @@ def open_checkpoint(options: LoadOptions, *, progress: bool = True) -> Checkpoin
 
     Args:
         options: which files make up the model.
-        progress: whether a bar shows what is fetched of the hub.
+        progress: show a bar while files are fetched from the hub.
 
     Returns:
         The checkpoint, of which no tensor has been read.
 
     Raises:
-        CheckpointError: it cannot be found or understood, or is no whole model.
+        CheckpointError: the checkpoint cannot be found or understood, or is no whole model.
     """
     variant, ema = options.variant, options.ema
     find = partial(_existing, variant=variant, local_files_only=options.local_files_only, progress=progress)
@@ -162,16 +187,16 @@ def open_checkpoint(options: LoadOptions, *, progress: bool = True) -> Checkpoin
 
 
 def _released(layout: Layout, prediction: Prediction | None) -> Family:
-    """The released family that is closest to a UNet; without a known prediction, the first one of them."""
+    """Return the released family that is closest to a UNet; the first such family where the prediction is unknown."""
     alike = [family for family in FAMILIES.values() if family.kind == layout.family]
     fitting = [family for family in alike if family.unet.in_channels == layout.in_channels] or alike
     return next((family for family in fitting if family.schedule.prediction == prediction), fitting[0])
 
 
 def _family(
-    base: Family, parts: Mapping[str, Part], scheduler: Json, index: Json, evidence: Evidence, path: Path
+    base: Family, parts: Mapping[str, Component], scheduler: Json, index: Json, evidence: Evidence, path: Path
 ) -> Family:
-    """`base` with the sizes that the weights have, and what the JSON files say beyond."""
+    """Return `base` with the sizes of the weights and the values of the JSON files."""
     shapes = {name: part.state.shapes() for name, part in parts.items()}
     jsons = {name: part.config for name, part in parts.items()}
     texts = [
@@ -191,7 +216,7 @@ def _family(
     )
 
 
-def _require(parts: Mapping[str, Part], components: Iterable[str], path: Path) -> None:
+def _require(parts: Mapping[str, Component], components: Iterable[str], path: Path) -> None:
     missing = [name for name in components if name not in parts]
     if missing:
         what = next(iter(parts.values())).layout.title if not path.is_dir() else "a folder with part of a model"
@@ -200,14 +225,14 @@ def _require(parts: Mapping[str, Part], components: Iterable[str], path: Path) -
         raise CheckpointError("CKPT_NO_COMPONENT", path, found, expected="a whole model", hint=hint)
 
 
-def _outside(part: Part) -> tuple[str, ...]:
+def _outside(part: Component) -> tuple[str, ...]:
     return tuple(key for key in outside_keys(part.state.weights, part.layout) if key not in MARKERS)
 
 
 def _notes(
-    parts: Mapping[str, Part], family: Family, evidence: Evidence, scheduler: Json, outside: Sequence[str]
+    parts: Mapping[str, Component], family: Family, evidence: Evidence, scheduler: Json, outside: Sequence[str]
 ) -> Iterator[str]:
-    """What a caller might not have meant, as sentences."""
+    """Yield a sentence for each choice that a caller may not have intended."""
     if outside:
         yield f"{len(outside)} tensors belong to no model and are ignored: {', '.join(outside[:5])}"
     yield from dict.fromkeys(note for part in parts.values() for note in part.state.notes)
@@ -232,7 +257,7 @@ def _config_folder(config: str | Path | None) -> Path | None:
 
 
 def _existing(source: str | Path, components: tuple[str, ...] = COMPONENTS, **hub: Any) -> Path:
-    """The file or folder that a source names; one of the hub is fetched, as far as `components` need it."""
+    """Return the file or folder that a source names; a model of the hub is fetched, as far as `components` need it."""
     path = DEMO if str(source) == "demo" else Path(source)
     if path.exists() or path.is_symlink():
         return path

@@ -17,7 +17,7 @@ from sdinpaint_weights.weights import Weights
 from sdinpaint.errors import CheckpointError
 from sdinpaint.families import KINDS
 
-__all__ = ["COMPONENTS", "Json", "Part", "open_parts", "read_json"]
+__all__ = ["COMPONENTS", "Component", "Json", "open_parts", "read_json"]
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 MAX_JSON = 1_000_000
@@ -25,7 +25,7 @@ Json = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Part:
+class Component:
     """One component of a checkpoint."""
 
     state: NativeState
@@ -45,7 +45,7 @@ def open_parts(
     config: Path | None = None,
     ema: bool = False,
     variant: str | None = None,
-) -> dict[str, Part]:
+) -> dict[str, Component]:
     """Open the components in a file, in a model's diffusers folder, or in a component's own folder.
 
     Args:
@@ -67,7 +67,7 @@ def open_parts(
     if not folders and weights_files([entry.name for entry in path.iterdir()], variant):
         model = path.parent if (path.parent / "model_index.json").is_file() else None
         return _parts(open_folder_component(path, variant), components, ema, config, own=path, model=model)
-    parts: dict[str, Part] = {}
+    parts: dict[str, Component] = {}
     for name, folder in folders.items():
         parts |= _parts(open_folder_component(folder, variant), [name], ema, config or path, model=path)
     if not parts:
@@ -112,7 +112,7 @@ def _parts(
     *,
     own: Path | None = None,
     model: Path | None = None,
-) -> dict[str, Part]:
+) -> dict[str, Component]:
     """Return the components of a weights file; the configuration is in the folder `config`, or else in `own`."""
     layout = identify(weights.shapes())
     if layout.components != ("vae",):  # a VAE with other latents is refused when it is compared with its UNet
@@ -122,7 +122,7 @@ def _parts(
         if name in layout.components:
             state = native_state(weights, name, layout, ema=ema and name == "unet")
             folder = config / name if config is not None else own
-            parts[name] = Part(state, layout, {} if folder is None else read_json(folder / "config.json"), model)
+            parts[name] = Component(state, layout, {} if folder is None else read_json(folder / "config.json"), model)
     if not parts:
         found = f"{layout.title}: it holds no {' and no '.join(components)}"
         raise CheckpointError("CKPT_NO_COMPONENT", weights.path, found, hint="give a file that does")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
+from tqdm import tqdm
 
 from sdinpaint.cli.common import quiet_option
 from sdinpaint.cli.values import Value
@@ -13,29 +15,32 @@ from sdinpaint.cli.values import Value
 __all__ = ["bench"]
 
 REFUSED = 1
+PRUNE, PAGES = "prune", "pages"
 ELSEWHERE = Path("bench-results")
-PEER_NAMES = "diffusers, diffusers-channels-last, diffusers-compiled, openvino."
+PEER_NAMES = "Baselines, for example diffusers,openvino."
 NAMES = Value("names with commas between", "sd15,sd2", lambda text: tuple(text.split(",")))
 
 
 @click.command()
 @click.argument("part", default="all")
 @click.option("--families", type=NAMES, metavar="NAMES", help="sd15, sd2, sdxl, demo.  [sd15]")
-@click.option("--checkpoint", metavar="PATH", help="A model of yours instead of random weights of a family's size.")
+@click.option("--checkpoint", metavar="PATH", help="Measure your model instead of random weights of a family's size.")
 @click.option("--peers", default=(), type=NAMES, metavar="NAMES", help=PEER_NAMES)
-@click.option("--peer-command", "lines", multiple=True, metavar="LINE", help="A program that paints, for `picture`.")
-@click.option("--peer-time", "times", multiple=True, metavar="REGEX", help="Its group finds the seconds it tells.")
+@click.option(
+    "--peer-command", "lines", multiple=True, metavar="LINE", help="Another program as a baseline of picture."
+)
+@click.option("--peer-time", "times", multiple=True, metavar="REGEX", help="Its group finds the seconds in the output.")
 @click.option(
     "--dtype", "dtypes", default=("float32",), type=NAMES, metavar="NAMES", help="float32, bfloat16, float16."
 )
-@click.option("--stored", metavar="DTYPE", help="Of the random weights' files; default: as they are run.")
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--steps", type=int, help="Of a picture.  [20; quick: 2]")
-@click.option("--rounds", type=int, help="How often each is timed, in turns.  [5; quick: 2]")
+@click.option("--stored", metavar="DTYPE", help="The dtype of random weights' files.  [the dtype that is computed in]")
+@click.option("--device", default="auto", show_default=True, help="auto is cuda where there is a GPU, else cpu.")
+@click.option("--steps", type=int, help="Sampling steps of an image.  [20; quick: 2]")
+@click.option("--rounds", type=int, help="Interleaved rounds of each measurement.  [5; quick: 2]")
 @click.option("--quick", is_flag=True, help="Two rounds, two steps, at most 256 pixels.")
-@click.option("--most-seconds", default=300.0, show_default=True, help="Of a run: where a curve of `growth` ends.")
-@click.option("--most-gb", type=float, help="The same of its memory.  [four fifths of what is free]")
-@click.option("--out", "-o", type=click.Path(path_type=Path), metavar="FOLDER", help="For rows, table and pictures.")
+@click.option("--most-seconds", default=300.0, show_default=True, help="growth: end a curve before longer runs.")
+@click.option("--most-gb", type=float, help="growth: the same for memory.  [four fifths of the free memory]")
+@click.option("--out", "-o", type=click.Path(path_type=Path), metavar="FOLDER", help="Folder of rows, pages and plots.")
 @quiet_option
 @click.pass_context
 def bench(
@@ -48,18 +53,39 @@ def bench(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Measure load, memory, kernels, step, picture or quality, or all, beside the peers named; or modes, or growth.
+    """Measure speed, memory and quality, alone or beside baselines.
 
-    What is measured is checked first: finite, and like the peers. Rows are appended to FOLDER/PART.jsonl as they are
-    made, and FOLDER/bench.md and its pictures show the latest ones: 20th, 50th and 80th percentile, and what sdinpaint
-    takes for each one of the peer's. FOLDER is bench-results; in a checkout, all but quick rows go to
-    benchmarks/results, and what shows them to docs/benchmarks. Weights are random and of full size, so nothing is
-    fetched; `quality` is of the included checkpoint. Ends with exit code 1 where a check failed.
+    PART is one of these, or all (default), which runs the first seven:
 
-    `modes` is the peak memory of pictures up to 4096 pixels a side, whole, in tiles and with models offloaded. `growth`
-    is of pictures from 256 to 2048 pixels a side, 1 to 16 at once, and 1 to 50 steps, each until a limit.
+    \b
+      load      import and load time, peak memory of loading
+      memory    peak memory of a guided step and of an image
+      kernels   every distinct operation of a step and of decoding, beside plain torch
+      step      a guided step, VAE and text encoders
+      picture   a whole image; a new process until its first image
+      quality   scores of held-out scenes, by sampler and steps (included checkpoint)
+      startup   the command line, beside importing torch
+      modes     peak memory up to 4096 pixels, in tiles and with offloading
+      growth    cost by image size, batch size and steps, each until a limit
+      seams     the edge of the hole, by blend and colour matching (included checkpoint)
+      defects   known defects of inpainting pipelines (included checkpoint)
+      tuning    configurations of the Triton kernels (GPU)
+      prune     measure nothing: remove rows that later ones of the same machine supersede
+      pages     measure nothing: make pages and plots of the rows
 
-    In a --peer-command, {checkpoint} {image} {mask} {out} {prompt} {size} {steps} {seed} {guidance} are filled in.
+    Before anything is timed, its output is checked: it is finite, and close to the baselines'. A failed check ends with
+    exit code 1. Rows are appended to FOLDER/PART.jsonl; FOLDER/bench.md shows the latest ones. FOLDER is bench-results;
+    in a checkout, all but quick rows go to benchmarks/results, and pages to docs/benchmarks. Weights are random and of
+    full size, so nothing is downloaded.
+
+    \b
+    Baselines (--peers):
+      diffusers, diffusers-channels-last, diffusers-compiled, openvino
+      diffusers-captured      with the UNet in a CUDA graph (GPU)
+      sdinpaint-torch         sdinpaint with torch's operations in place of its kernels
+      sdinpaint-uncaptured    sdinpaint without CUDA graphs
+
+    In a --peer-command, {checkpoint} {image} {mask} {out} {prompt} {size} {steps} {seed} {guidance} are replaced.
 
     \b
     Examples:
@@ -68,9 +94,10 @@ def bench(
       sdinpaint bench picture --checkpoint MODEL --peers diffusers \\
         --peer-command 'sd -m {checkpoint} -i {image} --mask {mask} -p "{prompt}" --steps {steps} -o {out}' \\
         --peer-time 'generate_image completed in ([\\d.]+)s'
+      sdinpaint bench prune
     """
     from sdinpaint.bench.peers.commands import Command
-    from sdinpaint.bench.report.pages import CHECKOUT, Places, tables, write_pages
+    from sdinpaint.bench.report.pages import CHECKOUT, Places, prune, tables, write_pages
     from sdinpaint.bench.suite import Options, Outcome, run
 
     if len(lines) != len(times):
@@ -79,15 +106,26 @@ def bench(
         raise click.UsageError("--families are of random weights, --checkpoint is a model of yours: give one of them")
     options["families"] = options["families"] or ("sd15",)
     commands = tuple(Command(line, time) for line, time in zip(lines, times, strict=True))
-    kept = out is None and not options["quick"] and CHECKOUT.reasons.is_file()
-    places = CHECKOUT if kept else Places(out or ELSEWHERE, out or ELSEWHERE)
+    in_checkout = out is None and not options["quick"] and CHECKOUT.reasons.is_file()
+    places = CHECKOUT if in_checkout else Places(out or ELSEWHERE, out or ELSEWHERE)
+    if options["part"] in (PRUNE, PAGES):
+        if options["part"] == PRUNE:
+            removed = prune(places)
+            of = "".join(f", {count} of {name}" for name, count in removed.items())
+            click.echo(f"{sum(removed.values())} superseded rows removed from {places.rows}{of}")
+        write_pages(places)
+        return
     most_bytes = None if most_gb is None else most_gb * 1e9
     chosen, outcome = Options(commands=commands, places=places, most_bytes=most_bytes, **options), Outcome()
     try:
-        run(chosen, outcome, progress=not quiet)
-    finally:  # an interrupted run keeps what it has
+        run(chosen, outcome, progress=not quiet, say=None if quiet else _say)
+    finally:  # an interrupted run keeps its rows
         write_pages(places, outcome.refused)
         if not quiet:
             click.echo(tables(outcome.rows) + "".join(f"Refused: {reason}\n" for reason in outcome.refused), nl=False)
     if outcome.refused:
         ctx.exit(REFUSED)
+
+
+def _say(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)  # above the progress bar

@@ -61,7 +61,7 @@ writing_options = together(
     click.option("--overwrite", is_flag=True, help="Replace the files of an earlier run."),
     quiet_option,
 )
-"""Options of commands that write a checkpoint."""
+"""The options of commands that write a checkpoint."""
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""Shared by all commands: exit codes, errors and warnings as text, and common options."""
+"""Common parts of all commands: exit codes, errors and warnings as text, and shared options."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory", re.IGN
 JSON = "sdinpaint.json"
 CALLED = "sdinpaint.called"
 KEYWORD = re.compile(r"\b(?P<name>[a-z_]+)=(?P<value>'[^']*'|\"[^\"]*\"|[^\s,;()]*)")
-"""A keyword argument in a sentence, such as controlnet=PATH."""
+"""Matches a keyword argument in a sentence, such as controlnet=PATH."""
 NAME = re.compile(r"\b[a-z]+(?:_[a-z]+)+\b")
-"""A name of several words, which only a program uses."""
+"""Matches a name of several words, which only a program uses."""
 
 Option = Callable[[Callable[..., None]], Callable[..., None]]
 
@@ -67,7 +67,7 @@ class Group(click.Group):
             args: what was typed.
 
         Returns:
-            As click's own method does.
+            The name of the command, the command, and the arguments that are left, as click's own method.
         """
         found = super().resolve_command(ctx, args)
         ctx.meta[CALLED] = found[1]
@@ -81,12 +81,12 @@ class Commands(Group):
         """Run the command line, and exit the process unless `standalone_mode` is False.
 
         Args:
-            args: as click takes them.
+            args: positional arguments of click's own method.
             standalone_mode: whether the process ends here.
-            extra: as click takes them.
+            extra: further arguments of click's own method.
 
         Returns:
-            What the command returned.
+            The return value of the command.
         """
         try:
             code = super().main(*args, standalone_mode=False, **extra)  # type: ignore[call-overload]
@@ -109,7 +109,7 @@ class Commands(Group):
             ctx: context of the command line.
 
         Returns:
-            What the command returned.
+            The return value of the command.
         """
         try:
             with _notes():
@@ -156,7 +156,14 @@ def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
 
 
 def together(*options: Option) -> Option:
-    """Several options as one decorator; the help shows them in this order."""
+    """Join several options into one decorator.
+
+    Args:
+        options: the options, in the order of the help.
+
+    Returns:
+        A decorator that adds them to a command.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         for option in reversed(options):  # the help shows first what was added last
@@ -194,7 +201,15 @@ def given(ctx: click.Context, name: str) -> bool:
 
 
 def check_output(target: Path, inputs: Iterable[Path | str]) -> None:
-    """Check that a picture can be written at `target`, and that it is none of `inputs`. Raises: ImageError."""
+    """Check that an image can be written at a path that is none of the inputs.
+
+    Args:
+        target: the file to write.
+        inputs: files that the command reads.
+
+    Raises:
+        ImageError: the path cannot be written, or is one of the inputs.
+    """
     check_output_path(target)
     if target.resolve() in {Path(one).resolve() for one in inputs}:
         found, hint = "it is the image or the mask itself", "choose another name"
@@ -202,7 +217,7 @@ def check_output(target: Path, inputs: Iterable[Path | str]) -> None:
 
 
 def _explained(error: Exception) -> SdInpaintError | None:
-    """What went wrong as the library says it; None for what is neither an input's nor the machine's fault."""
+    """Return an error as the library explains it; None where neither an input nor the machine is at fault."""
     if isinstance(error, SdInpaintError):
         return error
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))):
@@ -216,7 +231,7 @@ def _explained(error: Exception) -> SdInpaintError | None:
 
 @contextmanager
 def _notes() -> Iterator[None]:
-    """Show warnings of the library as one line on standard error each, once; others as Python does."""
+    """Show each warning of the library once, as one line on standard error; show others as Python does."""
     with warnings.catch_warnings():
         shown: set[str] = set()
         python_way = warnings.showwarning

@@ -1,4 +1,4 @@
-"""The demonstration: drawn scenes, repainted by the included checkpoint, on one contact sheet."""
+"""The demonstration: the included checkpoint repaints drawn scenes, which are shown on one contact sheet."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Demonstration", "Task", "demonstrate", "repaint", "tasks"]
 SHEET_NAME = "sdinpaint-demo.png"
 TITLE = "Repainted where the hole is; everything else is kept bit for bit"
 SEEDS = {"ddim": 2, "euler": 3}
-"""Seed by sampler: different ones, so that each shows an image of its own."""
+"""Sampler -> seed; they differ, so that each sampler shows an image of its own."""
 STEPS = 20
 GUIDANCE = 4.0  # small models need less of it than large ones: above, shapes and shadows grow coarse
 
@@ -41,14 +41,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """Where the files of a demonstration are, and how long the repainting took."""
+    """The files that a demonstration wrote, with the number of images and the duration of the repainting."""
 
     path: Path
-    """The sheet."""
+    """The contact sheet."""
     photo: Path
     """The first scene."""
     mask: Path
-    """The hole in it."""
+    """The mask of the first scene."""
     images: int
     seconds: float
 
@@ -61,7 +61,7 @@ def demonstrate(folder: Path, pipe: Pipeline | None = None) -> Demonstration:
         pipe: pipeline that repaints; the included checkpoint by default.
 
     Returns:
-        The files, and how long it took.
+        The files, and the duration.
 
     Raises:
         ImageError: nothing can be written there.
@@ -122,12 +122,12 @@ def repaint(pipe: Pipeline, todo: Sequence[Task]) -> list[Row]:
         todo: the tasks.
 
     Returns:
-        A row per task: the image, its hole, and what was made.
+        A row for each task: the image, its hole, and the repainted images.
     """
     size = pipe.family.size
-    pictures = [render(task.scene, size) for task in todo]
+    scenes = [render(task.scene, size) for task in todo]
     wishes = [(index, prompt) for index, task in enumerate(todo) for prompt in task.prompts]
-    images, holes = [pictures[index] for index, _ in wishes], [todo[index].hole for index, _ in wishes]
+    images, holes = [scenes[index] for index, _ in wishes], [todo[index].hole for index, _ in wishes]
     painted: dict[tuple[int, str, str], Image.Image] = {}
     for sampler, seed in SEEDS.items():
         result = pipe.inpaint(
@@ -142,10 +142,10 @@ def repaint(pipe: Pipeline, todo: Sequence[Task]) -> list[Row]:
         )
         painted.update(((*wish, sampler), image) for wish, image in zip(wishes, result.images, strict=True))
     rows: list[Row] = []
-    for index, (task, picture) in enumerate(zip(todo, pictures, strict=True)):
+    for index, (task, scene) in enumerate(zip(todo, scenes, strict=True)):
         given: list[Cell] = [
-            (Image.fromarray(picture), f"{task.title}\nthe picture that is given"),
-            (tinted(picture, task.hole), "the hole\nwhat may be repainted"),
+            (Image.fromarray(scene), f"{task.title}\nthe picture that is given"),
+            (tinted(scene, task.hole), "the hole\nwhat may be repainted"),
         ]
         made: list[Cell] = [
             (painted[index, prompt, sampler], f"{prompt}\n{sampler}, {STEPS} steps, seed {SEEDS[sampler]}")

@@ -1,4 +1,4 @@
-"""What a bug report needs: versions, devices, memory, and what is found where."""
+"""Facts for a bug report: versions, devices, memory, and the files that are found."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def examine() -> dict[str, str]:
-    """What was looked at -> what was found, one line each, in the order to print. Nothing is loaded or fetched."""
+    """Examine this machine; nothing is loaded or fetched.
+
+    Returns:
+        Subject -> one line about it, in the order to print.
+    """
     return {
         "sdinpaint": f"{__version__} in {Path(__file__).parents[1]}",
         "python": f"{platform.python_version()} on {platform.platform()}",
@@ -67,7 +71,7 @@ def _gpu() -> str:
 
 
 def _kernels() -> str:
-    """What the hot path runs in, operations of one kind together."""
+    """Say which backend runs which operations, the operations of one backend together."""
     names: dict[str, list[str]] = {}
     for operation, choice in backend.report().items():
         names.setdefault(choice, []).append(operation)
@@ -75,7 +79,7 @@ def _kernels() -> str:
 
 
 def _graphs() -> str:
-    """Which steps are captured, and which are not."""
+    """Say which steps are captured as CUDA graphs."""
     if not torch.cuda.is_available():
         return "none: there is no GPU that torch can use"
     if not Graphs().enabled:
@@ -100,7 +104,7 @@ def _vocabulary() -> str:
 
 
 def _vocabulary_files() -> Iterator[str]:
-    """The places in which `find_tokenizer` looks beyond the variable and the model, as far as they hold a file."""
+    """Yield the vocabulary files that exist where `find_tokenizer` looks beyond the variable and the model."""
     for repository, name in CACHED_FILES:
         cached = huggingface_hub.try_to_load_from_cache(repository, name)
         if isinstance(cached, str):

@@ -1,14 +1,16 @@
-"""Commands about this machine: whether all works, and what there is."""
+"""Commands about this machine: demo, samplers, doctor."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 import click
 
 from sdinpaint.cli.common import json_option
+from sdinpaint.cli.painting import machine_options
 
 __all__ = ["demo", "doctor", "samplers"]
 
@@ -23,7 +25,8 @@ __all__ = ["demo", "doctor", "samplers"]
     type=click.Path(path_type=Path),
     help="Folder for the sheet, which is made if need be.",
 )
-def demo(out: Path) -> None:
+@machine_options
+def demo(out: Path, **loading: Any) -> None:
     """Repaint some drawn scenes with the included checkpoint.
 
     Writes one sheet of images, FOLDER/sdinpaint-demo.png, and one scene with its mask. Needs no network, and less than
@@ -34,9 +37,11 @@ def demo(out: Path) -> None:
       sdinpaint demo --out out
     """
     from sdinpaint.cli.demonstration import demonstrate
+    from sdinpaint.load_options import LoadOptions
+    from sdinpaint.loading import load
 
     click.echo("Repainting drawn scenes with the included checkpoint ...")
-    done = demonstrate(out)
+    done = demonstrate(out, load(LoadOptions(source="demo", **loading), progress=False))
     click.echo(f"{done.images} images in {done.seconds:.0f} s, each with all its known pixels kept bit for bit.")
     click.echo(f"Look at them: {done.path}")
     photo, mask, out_file = (

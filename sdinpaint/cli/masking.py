@@ -87,6 +87,7 @@ AT_BOX = click.option("--at", "box", type=BOX, required=True, help="Edges of the
 AT_POINT = click.option("--at", "point", type=POINT, required=True, help="The point, in pixels.")
 AROUND = click.option("--box", type=BOX, help="A box around the object, in pixels.")
 MODEL = click.option("--model", required=True, metavar="PATH", help="Folder of the model, or owner/name on the hub.")
+DEVICE = click.option("--device", metavar="NAME", help="Device that computes, such as cuda.  [default: cpu]")
 
 KINDS = {
     "box": Kind(
@@ -250,6 +251,7 @@ KINDS = {
             ),
             AROUND,
             MODEL,
+            DEVICE,
         ),
     ),
     "text": Kind(
@@ -260,6 +262,7 @@ KINDS = {
         (
             click.argument("text"),
             MODEL,
+            DEVICE,
             click.option(
                 "--threshold",
                 default=0.5,

@@ -16,7 +16,7 @@ from sdinpaint.cli.values import CROP, DTYPE_OR_AUTO, SAMPLER, SIZE
 from sdinpaint.images.files import save_png
 from sdinpaint.load_options import LoadOptions
 
-__all__ = ["LOADING", "inpaint", "model_options", "outpaint", "vary"]
+__all__ = ["LOADING", "inpaint", "machine_options", "model_options", "outpaint", "vary"]
 
 SPACINGS = ("leading", "linspace", "trailing", "karras")
 COVERS = ("max", "nearest")
@@ -26,7 +26,7 @@ ANCHORS = ("top-left", "top", "top-right", "left", "center", "right", "bottom-le
 REGIONS = ("together", "each")
 BLENDS = ("none", "feather", "poisson")
 LOADING = tuple(one.name for one in fields(LoadOptions) if one.name != "source")
-"""Options of loading; all others are those of a request."""
+"""Names of the options of loading; all others belong to the request."""
 
 run_options = together(
     click.option("--prompt", "-p", required=True, metavar="TEXT", help="What the new pixels shall show."),
@@ -108,7 +108,7 @@ run_options = together(
         help="Number of seeds that are run at a time; images differ by rounding alone.",
     ),
 )
-"""Options of what is to be made, and how it is sampled."""
+"""The options of the image to make, and of sampling."""
 
 hole_options = together(
     click.option(
@@ -168,9 +168,9 @@ hole_options = together(
         help="Conditioning image of the ControlNet.  [default: the image without the hole]",
     ),
 )
-"""Options of which part is repainted, how it joins the rest, and the ControlNet that guides it."""
+"""The options of the mask, of blending, and of the ControlNet."""
 
-model_options = together(
+machine_options = together(
     click.option(
         "--device",
         metavar="NAME",
@@ -192,6 +192,11 @@ model_options = together(
         help="Run the VAE on row strips of PIXELS squared, which takes less memory; 0 never does.  "
         "[default: strips from 1024 x 1024 pixels on]",
     ),
+)
+"""Options of where the models run, and in how much memory."""
+
+model_options = together(
+    machine_options,
     click.option("--vae", metavar="PATH", help="Another VAE for the model, a file or folder."),
     click.option(
         "--config", metavar="FOLDER", help="Folder of JSON files in the diffusers layout, which a single file may need."
@@ -212,7 +217,7 @@ model_options = together(
     quiet_option,
     json_option,
 )
-"""Options of which model is loaded, and how."""
+"""The options of the model and of its loading."""
 
 
 @click.command()
@@ -341,7 +346,7 @@ def _paint(
     asked = {"kind": kind, "seed": drawn[0], "control_image": control_image, **options}
     request = Request(image, mask, prompt, negative_prompt, **asked)
     if loading.controlnet is None:
-        require_no_control(request.settings, control_image)
+        require_no_control(request.settings, control_image is not None)
     show_progress = not quiet and not as_json
     if show_progress and mask is not None and (item := request.items[0]) is not None:
         click.echo(f"mask {mask}\n{item.mask.report(request.settings.cover).table()}", err=True)
@@ -366,7 +371,7 @@ def _paint(
 
 
 def _targets(out: Path, count: int, inputs: Sequence[str | Path]) -> list[Path]:
-    """The files to write: `out`, or out-1, out-2, ... beside it; none of them is an input. Raises: ImageError."""
+    """Return the files to write: `out`, or out-1, out-2, ... beside it; refuse one that is an input."""
     names = [out] if count == 1 else [out.with_stem(f"{out.stem}-{index + 1}") for index in range(count)]
     for target in names:
         check_output(target, inputs)

@@ -1,4 +1,4 @@
-"""The settings of an image that sdinpaint wrote, as a page that a person reads."""
+"""Format the settings of an image that sdinpaint wrote as a page of text."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ FIRST = ("prompt", "negative_prompt", "seed")
 
 
 def settings_page(path: str, settings: Mapping[str, Any]) -> str:
-    """Write out what an image was made of and with.
+    """Format the settings of an image for a person to read.
 
     Args:
-        path: the file.
-        settings: settings that the file holds.
+        path: the image file.
+        settings: the settings that it holds.
 
     Returns:
         A title and one line for each fact.

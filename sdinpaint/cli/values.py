@@ -1,4 +1,4 @@
-"""Points, boxes and the like as they are typed on the command line."""
+"""Types of option values: points, boxes, sizes and the like as they are typed on the command line."""
 
 from __future__ import annotations
 
@@ -16,13 +16,28 @@ __all__ = ["BOX", "COLOR", "CROP", "DTYPE", "DTYPE_OR_AUTO", "POINT", "SAMPLER",
 
 
 class Value(click.ParamType):  # type: ignore[type-arg]  # older versions of click take none
-    """What `read` makes of the text of an option; it raises ValueError where the text is not of that form."""
+    """An option value that is read from a text of a fixed form.
+
+    Args:
+        form: name of the form, which the help shows.
+        example: a text of that form.
+        read: text -> value; raises ValueError where the text is not of that form.
+    """
 
     def __init__(self, form: str, example: str, read: Callable[[str], Any]) -> None:
         self.name, self.example, self.read = form, example, read
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The value of a text; what is none was converted before."""
+        """Read a value.
+
+        Args:
+            value: the text as typed; anything else has been read before and stays.
+            param: the option.
+            ctx: context of the command.
+
+        Returns:
+            The value.
+        """
         if not isinstance(value, str):
             return value
         try:
@@ -32,12 +47,21 @@ class Value(click.ParamType):  # type: ignore[type-arg]  # older versions of cli
 
 
 class SamplerName(click.ParamType):  # type: ignore[type-arg]  # older versions of click take none
-    """The name of a sampler, ours or another program's."""
+    """The name of a sampler, in sdinpaint or in another program."""
 
     name = "NAME"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The name as it was typed, which the library understands."""
+        """Check the name of a sampler.
+
+        Args:
+            value: the name as typed.
+            param: the option.
+            ctx: context of the command.
+
+        Returns:
+            The same name, which the library understands.
+        """
         from sdinpaint.sampling import resolve
 
         try:
@@ -48,7 +72,11 @@ class SamplerName(click.ParamType):  # type: ignore[type-arg]  # older versions 
 
 
 class DtypeName(click.ParamType):  # type: ignore[type-arg]  # older versions of click take none
-    """The name of a dtype, as torch says it or shorter; `also` are words that stand for something else."""
+    """The name of a dtype, as torch spells it or shorter.
+
+    Args:
+        also: words that are accepted too, such as "auto".
+    """
 
     name = "DTYPE"
 
@@ -56,7 +84,16 @@ class DtypeName(click.ParamType):  # type: ignore[type-arg]  # older versions of
         self.also = also
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Torch's name for it."""
+        """Read the name of a dtype.
+
+        Args:
+            value: the name as typed.
+            param: the option.
+            ctx: context of the command.
+
+        Returns:
+            Torch's name of the dtype, or one of `also`.
+        """
         if value in self.also:
             return value
         try:

@@ -399,6 +399,7 @@ class Mask:
         keep_points: Sequence[Sequence[float]] = (),
         box: Sequence[float] | None = None,
         threshold: float = 0.0,
+        device: str | None = None,
     ) -> Mask:
         """Repaint the object at points or in a box, found by SAM or SAM 2.
 
@@ -409,6 +410,7 @@ class Mask:
             keep_points: points (x, y) beside it.
             box: (left, top, right, bottom) around the object.
             threshold: logit above which a pixel belongs to the object.
+            device: device that computes, such as "cuda"; by default where the model is.
 
         Returns:
             The mask.
@@ -421,10 +423,17 @@ class Mask:
         """
         from sdinpaint.masks import prompting  # noqa: PLC0415 - drawing a mask need not import the hub
 
-        return cls(prompting.sam(_pixels(image), model, points, keep_points, box, threshold))
+        return cls(prompting.sam(_pixels(image), model, points, keep_points, box, threshold, device))
 
     @classmethod
-    def clipseg(cls, image: picture.Source, text: str | Sequence[str], model: Any, threshold: float = 0.5) -> Mask:
+    def clipseg(
+        cls,
+        image: picture.Source,
+        text: str | Sequence[str],
+        model: Any,
+        threshold: float = 0.5,
+        device: str | None = None,
+    ) -> Mask:
         """Repaint what a text names, found by CLIPSeg.
 
         Args:
@@ -432,6 +441,7 @@ class Mask:
             text: the name of a thing, or a list of names, any of which is taken.
             model: a folder, a hub id, or the result of `sdinpaint.masks.prompting.load_segmenter`.
             threshold: probability from which a pixel belongs to the thing.
+            device: device that computes, such as "cuda"; by default where the model is.
 
         Returns:
             The mask.
@@ -444,7 +454,7 @@ class Mask:
         """
         from sdinpaint.masks import prompting  # noqa: PLC0415 - as in sam
 
-        return cls(prompting.clipseg(_pixels(image), text, model, threshold))
+        return cls(prompting.clipseg(_pixels(image), text, model, threshold, device))
 
     def invert(self) -> Mask:
         """Repaint what was kept, and keep what was repainted; the same as `~mask`."""

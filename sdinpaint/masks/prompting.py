@@ -111,6 +111,7 @@ def sam(
     keep_points: Sequence[Point] = (),
     box: Sequence[float] | None = None,
     threshold: float = 0.0,
+    device: str | None = None,
 ) -> Hole:
     """Find the object at points or in a box with SAM or SAM 2; of the proposed masks, take the one with the best score.
 
@@ -121,6 +122,7 @@ def sam(
         keep_points: points (x, y) beside it.
         box: (left, top, right, bottom) around the object.
         threshold: logit above which a pixel belongs to the object.
+        device: device that computes, such as "cuda"; None for where the model is; one that is loaded is on the CPU.
 
     Returns:
         The object as a hole (H, W).
@@ -142,7 +144,7 @@ def sam(
         for name, given in (("points", points), ("keep_points", keep_points))
     )
     corners = None if box is None else require_box_inside("Mask.sam: box", box, size)
-    segmenter = _segmenter(model, SAM_CLASSES)
+    segmenter = _segmenter(model, SAM_CLASSES, device)
     prompts = _prompts(segmenter, size, clicks, keep_clicks, corners)
     with torch.no_grad(), segmenter.model.device:
         output = segmenter.model(pixel_values=segmenter.pixels(rgb), multimask_output=True, **prompts)
@@ -151,10 +153,16 @@ def sam(
     if segmenter.kind == "sam":
         height, width = segmenter.fitted(size)
         best = _resized(best, (segmenter.side, segmenter.side))[..., :height, :width]
-    return (_resized(best, size)[0, 0] > level).numpy()
+    return (_resized(best, size)[0, 0] > level).cpu().numpy()
 
 
-def clipseg(rgb: Rgb, text: str | Sequence[str], model: Segmenter | Path | str, threshold: float = 0.5) -> Hole:
+def clipseg(
+    rgb: Rgb,
+    text: str | Sequence[str],
+    model: Segmenter | Path | str,
+    threshold: float = 0.5,
+    device: str | None = None,
+) -> Hole:
     """Find what a text names with CLIPSeg.
 
     Args:
@@ -162,6 +170,7 @@ def clipseg(rgb: Rgb, text: str | Sequence[str], model: Segmenter | Path | str, 
         text: the name of a thing, or a list of names, any of which is taken.
         model: a folder, a hub id, or the result of `load_segmenter`, which saves loading it for every mask.
         threshold: probability from which a pixel belongs to the thing.
+        device: device that computes, such as "cuda"; None for where the model is; one that is loaded is on the CPU.
 
     Returns:
         The thing as a hole (H, W).
@@ -180,13 +189,13 @@ def clipseg(rgb: Rgb, text: str | Sequence[str], model: Segmenter | Path | str, 
         raise MaskError(
             "MASK_NO_TEXT", "Mask.clipseg: text", f"{text!r}", expected=expected, hint="name the thing: 'a dog'"
         )
-    segmenter = _segmenter(model, CLIPSEG_CLASSES)
+    segmenter = _segmenter(model, CLIPSEG_CLASSES, device)
     tokens = _tokens(segmenter, texts)
     pixels = segmenter.pixels(rgb).expand(len(texts), -1, -1, -1)
     with torch.no_grad(), segmenter.model.device:
         logits = _finite(segmenter.model(pixel_values=pixels, **tokens).logits)
     probabilities = logits.sigmoid().reshape(len(texts), 1, *logits.shape[-2:])
-    return (_resized(probabilities, rgb.shape[:2]) >= level).any(dim=0)[0].numpy()
+    return (_resized(probabilities, rgb.shape[:2]) >= level).any(dim=0)[0].cpu().numpy()
 
 
 def load_segmenter(source: Path | str) -> Segmenter:
@@ -204,13 +213,19 @@ def load_segmenter(source: Path | str) -> Segmenter:
     return _load(source, SAM_CLASSES | CLIPSEG_CLASSES)
 
 
-def _segmenter(model: Segmenter | nn.Module | Path | str, classes: Mapping[str, str]) -> Segmenter:
+def _segmenter(model: Segmenter | nn.Module | Path | str, classes: Mapping[str, str], device: str | None) -> Segmenter:
     if isinstance(model, Path | str):
-        return _load(model, classes)
+        model = _load(model, classes)
     segmenter = Segmenter(model) if isinstance(model, torch.nn.Module) else model
     kind = segmenter.kind if isinstance(segmenter, Segmenter) else type(model).__name__
     if kind not in classes:
         raise _refusal("model", f"of type {kind}", classes)
+    if device is not None:
+        try:
+            segmenter.model.to(device)
+        except (RuntimeError, AssertionError) as error:
+            found = f"{device!r}: {str(error).splitlines()[0]}"
+            raise SettingError("SETTING_DEVICE", "device", found, expected="'cpu', 'cuda' or 'cuda:1'") from error
     return segmenter
 
 

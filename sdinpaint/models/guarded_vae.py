@@ -15,7 +15,7 @@ from sdinpaint.models.layers import is_plain
 from sdinpaint.models.vae import Direction
 from sdinpaint.models.weights import Snapshot, all_weights
 
-__all__ = ["TILE", "WHOLE_PIXELS", "Autoencoding"]
+__all__ = ["TILE", "WHOLE_PIXELS", "GuardedVAE"]
 
 WHOLE_PIXELS = 1024 * 1024
 """The largest image, in pixels, that runs at once by default; larger ones run in row strips, slower in less memory."""
@@ -25,7 +25,7 @@ TILE = 256
 _WIDENING = threading.Lock()
 
 
-class Autoencoding:
+class GuardedVAE:
     """Encodes and decodes with one VAE. A direction that has overflowed once uses a float32 copy from then on.
 
     SDXL's official VAE overflows in float16. The copy is float32 rather than bfloat16, which has the same range: 8 bits

@@ -15,7 +15,7 @@ from sdinpaint.models.layers import is_plain, needs_gradients
 from sdinpaint.models.weights import Model, Places, Snapshot
 
 Context = Tensor | Sequence[tuple[Tensor, float]]
-"""What cross-attention attends to: text embeddings (B, L, D), or several such sources, each with its weight."""
+"""The input of cross-attention: text embeddings (B, L, D), or several such sources, each with its weight."""
 
 Precomputed = dict[object, Any]
 """The precomputed conditioning by block: the projected time embedding, or for each source its keys and values, stacked
@@ -65,7 +65,7 @@ class PreparedUNet:
     unet: Conditioned
     blocks: Sequence[fused.ResBlock]
     texts: Sequence[fused.Attention]
-    kept: list[Tensor]
+    conditioning_cache: list[Tensor]
     """Keys and values (2, B, L, C) of each source, for each of `texts`."""
     weights: Sequence[float]
     """The weight of each source."""
@@ -125,13 +125,15 @@ class PreparedUNet:
         emb = self.unet.embed(t)[:, None] + label
         return torch.cat([fused.addend(block, emb) for block in self.blocks], dim=-1)
 
-    def __call__(self, x: Tensor, emb: Tensor, kept: Sequence[Tensor], control: Sequence[Tensor] | None) -> Tensor:
+    def __call__(
+        self, x: Tensor, emb: Tensor, conditioning_cache: Sequence[Tensor], control: Sequence[Tensor] | None
+    ) -> Tensor:
         """Predict the noise (or v) from precomputed conditioning.
 
         Args:
             x: noisy latents (B, in_channels, H, W); the batch may be half of that of the conditioning.
             emb: one timestep's row of `embed`.
-            kept: keys and values, as in the attribute `kept`.
+            conditioning_cache: keys and values, as in the attribute of this name.
             control: residuals of a ControlNet, or None.
 
         Returns:
@@ -140,6 +142,7 @@ class PreparedUNet:
         addends = emb.split([block.out_layers[-1].out_channels for block in self.blocks], dim=-1)
         projected: Precomputed = dict(zip(self.blocks, addends, strict=True))
         count = len(self.weights)
-        by_text = [kept[start : start + count] for start in range(0, len(kept), count)]
+        starts = range(0, len(conditioning_cache), count)
+        by_text = [conditioning_cache[start : start + count] for start in starts]
         sources = [list(zip(one, self.weights, strict=True)) for one in by_text]
         return self.unet(x, projected, dict(zip(self.texts, sources, strict=True)), None, control)

@@ -508,6 +508,6 @@ class UNet(Conditioned):
         if not all(block.is_fusible() for block in blocks):
             return None
         used = Snapshot(PreparedUNet.precomputed_from(self, blocks, texts))
-        kept = [layer.keys_values(one) for layer in texts for one, _ in sources]
+        cache = [layer.keys_values(one) for layer in texts for one, _ in sources]
         weights = [weight for _, weight in sources]
-        return PreparedUNet(self, blocks, texts, kept, weights, vector, Places(self), used)
+        return PreparedUNet(self, blocks, texts, cache, weights, vector, Places(self), used)

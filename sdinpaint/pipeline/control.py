@@ -1,4 +1,4 @@
-"""A ControlNet beside a UNet: its configuration, the hint that it is shown, and the steps in which it is asked."""
+"""A ControlNet beside a UNet: its configuration, its conditioning image, and the steps in which it is active."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ __all__ = ["Control", "inpaint_hint"]
 
 
 def inpaint_hint(image: Tensor, hole: Tensor) -> Tensor:
-    """image (B, 3, 8H, 8W) in [-1, 1], hole (B, 1, 8H, 8W) -> RGB in [0, 1], and -1 where it is repainted.
+    """Make the conditioning image of an inpainting ControlNet.
+
+    Args:
+        image: (B, 3, 8H, 8W) in [-1, 1].
+        hole: (B, 1, 8H, 8W), 1 = repaint.
+
+    Returns:
+        RGB (B, 3, 8H, 8W) in [0, 1], and -1 where it is repainted.
 
     Source: the model card of lllyasviel/control_v11p_sd15_inpaint.
     """
@@ -26,10 +33,16 @@ def inpaint_hint(image: Tensor, hole: Tensor) -> Tensor:
 
 
 class Control:
-    """control(x, t, context, vector, sigma) -> what a `Denoiser` takes: residuals, or None where it is off.
+    """A ControlNet with its conditioning image, as a function that a `Denoiser` calls in each step.
 
-    hint (B, 3, 8H, 8W): see `inpaint_hint`; sigmas (n + 1,): those of the run. Step i of n is on if i / n >= start and
-    (i + 1) / n <= end. scale: factor of every residual. With `graphs`, it is recorded on a GPU and replayed.
+    Args:
+        net: the ControlNet, or a module that wraps one.
+        hint: conditioning image (B, 3, 8H, 8W), see `inpaint_hint`.
+        sigmas: noise levels of the run, falling, (steps + 1,).
+        scale: factor of every residual; 0 turns the ControlNet off.
+        start: share of the steps before it is active: step i of n is left out where i / n < start.
+        end: share of the steps after which it is not active: step i of n is left out where (i + 1) / n > end.
+        graphs: where its calls on a GPU are captured; without it they are not.
     """
 
     def __init__(
@@ -54,7 +67,18 @@ class Control:
     def __call__(
         self, x: Tensor, t: Tensor, context: Tensor, vector: Tensor | None, sigma: float
     ) -> Sequence[Tensor] | None:
-        """x (m B, 4, H, W) as the UNet sees it: m halves of guidance, one after the other."""
+        """Compute the residuals of a step.
+
+        Args:
+            x: scaled noisy latents (m B, 4, H, W) as the UNet sees them: m halves of guidance, one after the other.
+            t: training indices (m B,).
+            context: text embeddings (m B, L, D).
+            vector: pooled text with size and crop conditioning (m B, V), for SDXL.
+            sigma: noise level of the step.
+
+        Returns:
+            The residuals for the UNet's skip connections and middle block; None where the ControlNet is not active.
+        """
         if self._scale == 0 or not schedules.is_between(self._sigmas, sigma, self._start, self._end):
             return None
         features = self._features()
@@ -67,13 +91,13 @@ class Control:
             return self._residuals([x, t], constant)
         places = self._places = self._places or Places(self._net)
         residuals = self._graphs(f"{shapes(constant)} {self._scale} {places.key}", self._residuals, [x, t], constant)
-        if is_plain(self._net) and places.hold(self._net):  # asked while a GPU is computing, and not before
+        if is_plain(self._net) and places.hold(self._net):  # checked while a GPU is computing, and not before
             return residuals
         self._places = None
         return self(x, t, context, vector, sigma)
 
     def _features(self) -> Tensor:
-        """Return the features of the hint; made anew only where its layers changed, are not plain or are trained."""
+        """Return the hint's features, computed again where its layers changed, are not plain or are trained."""
         net = _find_controlnet(self._net)
         layers, kept = net.input_hint_block, self._of_hint
         trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in layers.parameters())
@@ -89,13 +113,13 @@ class Control:
         return features
 
     def _residuals(self, varying: Tensors, constant: Tensors) -> list[Tensor]:
-        """varying: x and t; constant: features, context and, for XL, vector."""
+        """Compute the residuals; `varying` is x and t, `constant` features, context and, for SDXL, vector."""
         (x, t), (features, context, *vector) = varying, constant
         return [self._scale * residual for residual in self._net(x, features, t, context, *vector)]
 
 
 def _find_controlnet(net: nn.Module) -> ControlNet:
-    """Return the network itself, also of one that was wrapped or compiled. Raises: SettingError."""
+    """Return the ControlNet in a module that may wrap or compile it."""
     for module in net.modules():
         if isinstance(module, ControlNet):
             return module

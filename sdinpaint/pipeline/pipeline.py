@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sdinpaint.errors import Remark, keeping_warnings, warn
+from sdinpaint.errors import keeping_warnings, warn
 from sdinpaint.images.blending import Blend
 from sdinpaint.images.canvas import OVERLAP, Anchor, ExtendingFill
 from sdinpaint.images.fills import Fill
@@ -251,9 +251,27 @@ class Pipeline(LatentDiffusion):
         Raises:
             SdInpaintError: the request does not fit the model, or a model overflows.
         """
+        request = request.fitted(self.family)
+        settings = request.settings.resolved()
+        if self.controlnet is None:
+            require_no_control(
+                settings, any(item is not None and item.control_image is not None for item in request.items)
+            )
+        check_again(request.manifest, self, [None if item is None else item.inputs for item in request.items])
+        made_with = environment(self)  # now: weights may change after the run, and the images are made of these
         with keeping_warnings() as warnings, event_bars(request.kind, show=progress) as bars:
-            listeners = [bars] if on_event is None else [bars, on_event]
-            return self._run(request.fitted(self.family), progress, on_step, listeners, warnings)
+            repaint = Repaint(self, request, settings, [bars, *filter(None, [on_event])], on_step)
+            for index, message in _doubts(request, settings):
+                warn(message, index)
+            canvases = repaint()
+            if on_step is not None and weights_of(self) != made_with["weights"]:
+                warn("weights were changed during the run; the manifest names those that it began with")
+        made = [_made(canvases.get(index), settings) for index in range(len(request))]
+
+        def again(request: Request, **watching: Any) -> Result:
+            return self.run(request, **{"progress": progress, **watching})
+
+        return Result(request, made, made_with, again, [*request.warnings, *warnings])
 
     def encode_image(
         self, image: Any, mask: Any, *, draws: Draws | None = None, latents: bool = True, cover: Cover = "max"
@@ -287,59 +305,32 @@ class Pipeline(LatentDiffusion):
         given = {name: value for name, value in arguments.items() if name != "self"}
         return self.run(Request(kind=kind, **given), **watching)
 
-    def _run(
-        self,
-        request: Request,
-        progress: bool,
-        on_step: OnStep | None,
-        listeners: Sequence[Listener],
-        warnings: list[Remark],
-    ) -> Result:
-        settings = request.settings.resolved()
-        if self.controlnet is None:
-            controls = [item.control_image for item in request.items if item is not None]
-            require_no_control(settings, next((one for one in controls if one is not None), None))
-        inputs: list[Any] = [
-            None if item is None else {"image": item.picture, "mask": item.mask} for item in request.items
-        ]
-        check_again(request.manifest, self, inputs)
-        made_with = environment(self)  # now: weights may change after the run, and the images are made of these
-        repaint = Repaint(self, request, settings, listeners, on_step)
-        for message in _doubts_of_run(settings):
-            warn(message)
-        for index, item in enumerate(request.items):
-            for message in [] if item is None else _doubts(item, settings):
-                warn(f"image {index + 1} of {len(request)}: {message}", index)
-        canvases = repaint()
-        if on_step is not None and weights_of(self) != made_with["weights"]:
-            warn("weights were changed during the run; the manifest names those that it began with")
-        made = [self._made(canvases[index], settings) if index in canvases else None for index in range(len(request))]
 
-        def again(request: Request, **watching: Any) -> Result:
-            return self.run(request, **{"progress": progress, **watching})
-
-        return Result(request, made, made_with, again, [*request.warnings, *warnings])
-
-    def _made(self, canvas: Canvas, settings: Settings) -> Repainted:
-        replaced = canvas.replaced(whole=not settings.paste_back)
-        image = paste(canvas.item.picture, canvas.rgb, replaced)
-        return Repainted(image, canvas.item, settings.cover, tuple(canvas.boxes))
+def _made(canvas: Canvas | None, settings: Settings) -> Repainted | None:
+    """Paste what was repainted into the image."""
+    if canvas is None:
+        return None
+    replaced = canvas.replaced(whole=not settings.paste_back)
+    image = paste(canvas.item.picture, canvas.rgb, replaced)
+    return Repainted(image, canvas.item, settings.cover, tuple(canvas.boxes))
 
 
-def _doubts_of_run(settings: Settings) -> Iterator[str]:
-    """Say what of the settings the caller may not have meant."""
+def _doubts(request: Request, settings: Settings) -> Iterator[tuple[int | None, str]]:
+    """Say what the caller may not have meant: of the settings, and of each image by its index."""
     if settings.guidance_scale > HIGH_GUIDANCE:
-        yield f"guidance_scale {settings.guidance_scale:g} is very high: colours will burn out; 5 to 10 is usual"
+        yield None, f"guidance_scale {settings.guidance_scale:g} is very high: colours will burn out; 5 to 10 is usual"
     if 0 < settings.strength * settings.steps < 1:
         share = f"strength {settings.strength:g} of {settings.steps} steps is less than one step"
-        yield f"{share}: one is run, as with strength {1 / settings.steps:g}"
-
-
-def _doubts(item: Item, settings: Settings) -> Iterator[str]:
-    """Say what of one image the caller may not have meant."""
-    if settings.strength == 0:
-        yield "strength is 0, so it comes back unchanged"
-    elif not item.hole.any():
-        yield f"the mask is empty, so it comes back unchanged: {item.mask.report().warnings[0]}"
-    elif item.picture.old is None and not settings.soft:
-        yield from (f"mask: {warning}" for warning in item.mask.report(settings.cover).warnings)
+        yield None, f"{share}: one is run, as with strength {1 / settings.steps:g}"
+    for index, item in enumerate(request.items):
+        if item is None:
+            continue
+        name = f"image {index + 1} of {len(request)}"
+        if settings.strength == 0:
+            yield index, f"{name}: strength is 0, so it comes back unchanged"
+        elif not item.hole.any():
+            reason = item.mask.report().warnings[0]
+            yield index, f"{name}: the mask is empty, so it comes back unchanged: {reason}"
+        elif item.picture.old is None and not settings.soft:
+            for warning in item.mask.report(settings.cover).warnings:
+                yield index, f"{name}: mask: {warning}"

@@ -50,7 +50,7 @@ class Item:
 
     @property
     def inputs(self) -> dict[str, Picture | Mask]:
-        """What a manifest records of the item."""
+        """The inputs of the item that a manifest records."""
         return {"image": self.picture, "mask": self.mask}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -120,9 +120,9 @@ class Request:
         self.settings = Settings(**settings)
         self._require_mask(mask)
         self.errors: dict[int, SdInpaintError] = {}
-        """For `on_error="skip"`: what is wrong with the images that are left out, by their indices."""
+        """Index of an image that `on_error="skip"` leaves out -> its error."""
         self.warnings: list[Remark] = []
-        """What was said while the images were read."""
+        """Warnings that were issued while the images were read."""
         given = {
             "images": unbatched(image),
             "masks": unbatched(mask),

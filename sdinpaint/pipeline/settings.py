@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import copy
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
 
 from sdinpaint.checks import check_choice, check_number, check_switch, check_whole
@@ -61,11 +61,12 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         name, _ = resolve(self.sampler, self.spacing)
         _put(self, "steps", check_whole("steps", self.steps, 1, MAX_STEPS))
-        _check_numbers(self, guidance_scale=(-math.inf, math.inf), guidance_rescale=(0, 1), strength=(0, 1))
-        _check_numbers(self, guidance_start=(0, 1), guidance_end=(0, 1))
-        Guidance(self.guidance_scale, self.guidance_rescale, self.guidance_start, self.guidance_end)
+        guidance = Guidance(self.guidance_scale, self.guidance_rescale, self.guidance_start, self.guidance_end)
+        for field, value in vars(guidance).items():
+            _put(self, f"guidance_{field}", value)
+        _put(self, "strength", check_number("strength", self.strength, 0, 1))
         if self.eta is not None:
-            _check_numbers(self, eta=(0, math.inf))
+            _put(self, "eta", check_number("eta", self.eta, 0))
         if self.eta and not find_sampler(name).stochastic:
             found, expected = f"{self.eta!r} with {name}, which draws no noise", "0"
             raise SettingError("SETTING_ETA", "eta", found, expected=expected, hint="use ddim or euler_ancestral")
@@ -125,7 +126,9 @@ class ControlSettings:
     control_end: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_numbers(self, control_scale=(-math.inf, math.inf), control_start=(0, 1), control_end=(0, 1))
+        _put(self, "control_scale", check_number("control_scale", self.control_scale))
+        _put(self, "control_start", check_number("control_start", self.control_start, 0, 1))
+        _put(self, "control_end", check_number("control_end", self.control_end, 0, 1))
         if self.control_start >= self.control_end:
             found = f"{self.control_start:g}, and control_end is {self.control_end:g}"
             raise SettingError("SETTING_CONTROL_START", "control_start", found, expected="less than control_end")
@@ -176,7 +179,9 @@ class Settings(ControlSettings, MaskSettings, SamplingSettings):
         """Return the settings with the sampler's own in place of what was not given."""
         name, spacing = resolve(self.sampler, self.spacing)
         eta = find_sampler(name).eta if self.eta is None else self.eta
-        return replace(self, sampler=name, spacing=spacing, eta=eta)
+        known = copy.copy(self)  # which was checked: not again
+        vars(known).update(sampler=name, spacing=spacing, eta=eta)
+        return known
 
     @property
     def given(self) -> dict[str, Any]:
@@ -201,18 +206,18 @@ def names_of(*groups: type) -> tuple[str, ...]:
     return tuple(one.name for group in groups for one in fields(group))
 
 
-def require_no_control(settings: Settings, control_image: Any) -> None:
+def require_no_control(settings: Settings, has_image: bool) -> None:
     """Refuse settings of a ControlNet where there is none.
 
     Args:
         settings: settings of a run.
-        control_image: conditioning image of the run, None where none was given.
+        has_image: whether a conditioning image was given.
 
     Raises:
         SettingError: something was given that only a ControlNet uses.
     """
     given = [name for name in names_of(ControlSettings) if name in settings.given]
-    given += ["control_image"] * (control_image is not None)
+    given += ["control_image"] * has_image
     if given:
         hint = "load the model with controlnet=PATH"
         raise SettingError("SETTING_NO_CONTROLNET", given[0], "given without a ControlNet", hint=hint)
@@ -257,11 +262,6 @@ def common_length(**lists: Sequence[Any]) -> int:
 
 def _put(settings: Any, name: str, value: Any) -> None:
     object.__setattr__(settings, name, value)
-
-
-def _check_numbers(settings: Any, **bounds: tuple[float, float]) -> None:
-    for name, (low, high) in bounds.items():
-        _put(settings, name, check_number(name, getattr(settings, name), low, high))
 
 
 def _crop(value: Any) -> int | str | None:

@@ -1,1 +1,1 @@
-"""Where an image came from: the manifest that a result and its files carry."""
+"""The provenance of an image: the manifest that a result and its files carry."""

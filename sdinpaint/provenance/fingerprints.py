@@ -1,4 +1,4 @@
-"""Fingerprints: the sha256 of weights, vocabularies and pixels."""
+"""Compute fingerprints: SHA-256 digests of weights, vocabularies and pixels."""
 
 from __future__ import annotations
 
@@ -24,19 +24,26 @@ __all__ = ["fingerprint", "weights_of"]
 
 _THREADS = 4
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[Snapshot, str]] = WeakKeyDictionary()
-"""The weights with which a module was seen last, and their fingerprint."""
+"""Network -> the state of its weights when their fingerprint was computed last, and that fingerprint."""
 _VOCABULARIES: WeakKeyDictionary[Tokenizer, str] = WeakKeyDictionary()
 COMPILED = "_orig_mod."
-"""The part of a weight's name that `torch.compile` adds; the weight stays the same."""
+"""The part that `torch.compile` adds to the names of weights."""
 
 
 def fingerprint(module: nn.Module) -> str:
-    """sha256 of a model's weights by name, dtype, shape and bytes, wherever and in whatever layout they are.
+    """Compute a SHA-256 digest of a network's weights: their names, dtypes, shapes and bytes.
 
-    Beside the weights, a few of them at a time are copied, where they are not contiguous and on the CPU.
+    Device and memory layout do not change the digest. Weights that are on a GPU or not contiguous are copied, a few
+    at a time.
+
+    Args:
+        module: the network.
+
+    Returns:
+        The digest in hexadecimal digits.
     """
     state = sorted((name.replace(COMPILED, ""), tensor) for name, tensor in module.state_dict().items())
-    with ThreadPoolExecutor(_THREADS) as pool:  # hashlib lets them run side by side
+    with ThreadPoolExecutor(_THREADS) as pool:  # hashlib releases the interpreter's lock
         digests = pool.map(_bytes_sha256, (tensor for _, tensor in state))
         rows = [
             (name, str(getattr(tensor, "dtype", "")), list(getattr(tensor, "shape", ())), digest)
@@ -46,9 +53,15 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def weights_of(pipe: LatentDiffusion) -> dict[str, str]:
-    """The fingerprint of each component by its name, and of the vocabulary, as they are now.
+    """Compute the fingerprint of every component as it is now, and of the vocabulary.
 
-    What was taken before serves again where the weights are known to be the same, bit for bit.
+    A fingerprint from before is returned again while the weights are known to be the same, bit for bit.
+
+    Args:
+        pipe: the model with its components.
+
+    Returns:
+        Component name -> fingerprint, with "controlnet" where there is one, and "tokenizer".
     """
     modules: dict[str, nn.Module] = dict(zip(COMPONENTS, (pipe.unet, pipe.vae, *pipe.condition.encoders), strict=False))
     if pipe.controlnet is not None:
@@ -67,7 +80,7 @@ def weights_of(pipe: LatentDiffusion) -> dict[str, str]:
 
 
 def _bytes_sha256(tensor: Any) -> str:
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_quantized:  # what quantized layers hold in their state
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_quantized:  # the state of a quantized layer
         buffer = io.BytesIO()
         torch.save(tensor, buffer)
         return hashlib.sha256(buffer.getbuffer()).hexdigest()

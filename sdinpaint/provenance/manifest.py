@@ -1,7 +1,7 @@
-"""The manifest of a picture: what it was made of and with, as plain JSON values, so that it can be made again.
+"""The manifest of an image: its inputs, model and versions, as plain JSON values, so that it can be made again.
 
-It holds what `environment` says, the kind of the run, and records of what went in by their names. It lies as "manifest"
-among the settings of the run, in a `Result` and in the picture files that are written of it.
+It holds the values of `environment`, the kind of the run, and a record of each input by its name. It is stored as
+"manifest" among the settings of a run, in a `Result` and in the image files that are written from it.
 """
 
 from __future__ import annotations
@@ -30,24 +30,32 @@ __all__ += ["require_same_weights"]
 Manifest = Mapping[str, Any]
 
 FORM = 1
-"""Raised when what a manifest holds is no longer understood by versions before."""
+"""Version of the manifest's form, which rises when older versions of sdinpaint no longer understand it."""
 DRAWS = "torch CPU mt19937, one generator per picture: picture's latents, start, masked picture's latents, steps"
-"""How noise is drawn, and in which order."""
+"""The generator of noise and the order of draws. The text is compared with that of older manifests: never reword it."""
 COMPARED = ("family", "dtype", "device", "draws", "torch", "sdinpaint")
-"""What may change a picture, beside the weights."""
-EDITED = "the picture was saved by another version of sdinpaint, or its settings were edited: run it from its prompt"
+"""Entries of a manifest that may change an image, beside the weights."""
+EDITED = "the image was saved by another version of sdinpaint, or its settings were edited: run it from its prompt"
 
 _INPUT: dict[str, Any] = {"path": (str, NoneType), "size": [int, int], "sha256": str}
 _INPUTS = {"inpaint": ("image", "mask"), "vary": ("image",), "outpaint": ("image",)}
-"""What went in, by the kind of the run, which is the name of the pipeline's method."""
+"""Kind of the run, which is the name of the pipeline's method -> the inputs that its manifest records."""
 _MANIFEST: dict[str, Any] = {"form": int, "kind": str, "model": str, "weights": {}, **dict.fromkeys(COMPARED, str)}
 _SETTINGS: dict[str, Any] = {"prompt": str, "negative_prompt": (str, NoneType), "seed": int, "manifest": {}}
 ALSO = ("noise", "control_image", "prompt", "negative_prompt")
-"""Inputs that no file holds; a prompt is one where it was given as conditioning."""
+"""Inputs that an image file does not hold; a prompt is one where it was given as conditioning."""
 
 
 def environment(pipe: LatentDiffusion) -> dict[str, Any]:
-    """What a pipeline makes pictures with: versions, device, dtype, model, and the fingerprint of every component."""
+    """Describe what a pipeline makes images with.
+
+    Args:
+        pipe: the pipeline.
+
+    Returns:
+        Versions, device, dtype, family and source of the model, the fingerprint of every component, and the load
+        options that differ from their defaults.
+    """
     cuda = pipe.device.type == "cuda"
     load = {} if pipe.loaded is None else pipe.loaded.to_manifest()
     return {
@@ -65,13 +73,30 @@ def environment(pipe: LatentDiffusion) -> dict[str, Any]:
 
 
 def picture_record(picture: Picture, path: str | Path | None = None) -> dict[str, Any]:
-    """Path as given, size (height, width), and sha256 of the pixels with their alpha."""
+    """Record an image that a run is given.
+
+    Args:
+        picture: the image.
+        path: the file that it was read from, if any.
+
+    Returns:
+        The path as given, the size [height, width], and the SHA-256 digest of the pixels with their alpha.
+    """
     given = None if path is None else str(path)
     return {"path": given, "size": list(picture.size), "sha256": pixels_sha256(picture)}
 
 
 def mask_record(mask: Soft, path: str | Path | None = None) -> dict[str, Any]:
-    """As of a picture; the share that is repainted; and where that is small enough, the mask itself as `png`."""
+    """Record a mask that a run is given.
+
+    Args:
+        mask: (H, W), 1 = repaint.
+        path: the file that it was read from, if any.
+
+    Returns:
+        Path, size and digest as for an image, the share of the pixels that are repainted, and a small enough mask
+        itself as `png`.
+    """
     given, png = None if path is None else str(path), mask_to_text(mask)
     share = round(float(binarize(mask).mean()), 6)
     record = {"path": given, "size": list(mask.shape), "sha256": pixels_sha256(mask), "share": share}
@@ -88,17 +113,19 @@ def record(
     mask_path: str | None,
     **results: Any,
 ) -> dict[str, Any]:
-    """Describe an image that the method `kind` of a pipeline made, by all that went into it.
+    """Describe an image that a method of a pipeline made by all that went into it.
 
     Args:
         made_with: the pipeline's `environment` when the run began.
-        kind: "inpaint", "vary" or "outpaint".
-        also: names of what else went in.
-        image: the image that was given, or that one extended.
-        mask: the mask that was given, from the file `mask_path` if from any.
-        results: what is to be said of the image that was made.
+        kind: name of the method: "inpaint", "vary" or "outpaint".
+        also: names of further inputs, as in `ALSO`.
+        image: the image that was given, perhaps extended.
+        mask: the mask that was given.
+        mask_path: the file that the mask was read from, if any.
+        results: further entries, about the image that was made.
 
-    Returns: the manifest, as plain JSON values.
+    Returns:
+        The manifest, as plain JSON values.
     """
     inputs: dict[str, Any] = {"image": picture_record(as_given(image), image.path)}
     if kind == "inpaint":
@@ -111,7 +138,17 @@ def check_again(
     pipe: LatentDiffusion,
     inputs: Sequence[Mapping[str, Picture | Mask] | None],
 ) -> None:
-    """Refuse to repeat a run with other weights, pictures or masks. Raises: CheckpointError, SettingError."""
+    """Refuse to repeat a run with other weights, images or masks.
+
+    Args:
+        manifest: manifest of the run, a list with one for each image, or None, which checks nothing.
+        pipe: the pipeline that is to repeat it.
+        inputs: for each image its inputs by name, or None where the image is left out.
+
+    Raises:
+        CheckpointError: the weights are other ones.
+        SettingError: a manifest is broken or missing, or an image or mask is another one.
+    """
     if manifest is None:
         return
     manifests = [manifest] if isinstance(manifest, Mapping) else manifest
@@ -119,7 +156,7 @@ def check_again(
         expected = "result.settings['manifest']"
         raise SettingError("MANIFEST_BROKEN", "manifest", f"a {type(manifest).__name__}", expected=expected)
     if len(manifests) != len(inputs):
-        found, expected = f"of {len(manifests)} pictures", f"one for each of {len(inputs)}"
+        found, expected = f"{len(manifests)} manifests", f"one for each of {len(inputs)} images"
         raise SettingError("MANIFEST_COUNT", "manifest", found, expected=expected)
     for made, given in zip(manifests, inputs, strict=True):
         if made is None or given is None:  # an image that could not be made, then or now
@@ -132,7 +169,14 @@ def check_again(
 
 
 def as_given(picture: Picture) -> Picture:
-    """The picture before it was extended."""
+    """Cut the image that was given out of an extended one.
+
+    Args:
+        picture: the image, perhaps extended by a canvas.
+
+    Returns:
+        The image before it was extended.
+    """
     if picture.old is None:
         return picture
     part = picture.old.slices
@@ -140,13 +184,20 @@ def as_given(picture: Picture) -> Picture:
 
 
 def manifest_of(settings: Any) -> Manifest:
-    """The manifest among the settings that a picture file holds, once these are known to be whole.
+    """Check the settings that an image file holds, and return their manifest.
 
-    Raises: SettingError naming the key.
+    Args:
+        settings: settings of the file.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        SettingError: a key is missing or broken, which the error names, or the settings were shortened.
     """
     _require(settings, {}, "settings")
     if SHORTENED in settings:
-        found, expected = "shortened, because they did not fit into the picture", "whole settings"
+        found, expected = "shortened, because they did not fit into the image file", "whole settings"
         hint = "run it again from its prompt, seed and settings"
         raise SettingError("MANIFEST_SHORTENED", "settings", found, expected=expected, hint=hint)
     _require(settings, {"manifest": {}}, "settings")
@@ -157,7 +208,17 @@ def manifest_of(settings: Any) -> Manifest:
 
 
 def check_manifest(manifest: Any) -> Manifest:
-    """The manifest, once all that is asked of it here is known to be there. Raises: SettingError naming the key."""
+    """Check that a manifest is complete.
+
+    Args:
+        manifest: the manifest as it was stored.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        SettingError: a key is missing or broken, which the error names, or the manifest has another form.
+    """
     _require(manifest, {"form": int}, "manifest")
     if manifest["form"] != FORM:
         found, hint = str(manifest["form"]), f"replay it with the version that wrote it: this is {__version__}"
@@ -195,31 +256,60 @@ def arguments(settings: Any, known: Sequence[str]) -> dict[str, Any]:
 
 
 def differences(manifest: Manifest, pipe: LatentDiffusion) -> list[str]:
-    """What of a manifest is not so here, in words, weights first. Raises: SettingError naming a broken key."""
+    """List the differences between a manifest and a pipeline on this machine.
+
+    Args:
+        manifest: manifest of an image.
+        pipe: the pipeline to compare.
+
+    Returns:
+        A sentence for each difference, those of weights first.
+
+    Raises:
+        SettingError: the manifest is broken.
+    """
     made, here = check_manifest(manifest), environment(pipe)
     other = [f"{key}: made with {made[key]}, here {here[key]}" for key in COMPARED if made[key] != here[key]]
     return _weight_differences(made["weights"], here["weights"]) + other
 
 
 def require_same_weights(manifest: Manifest, pipe: LatentDiffusion) -> None:
-    """Refuse a manifest of other weights. Raises: CheckpointError that says which differ; SettingError."""
+    """Refuse a pipeline whose weights are not those of a manifest.
+
+    Args:
+        manifest: manifest of an image.
+        pipe: the pipeline.
+
+    Raises:
+        CheckpointError: the weights are other ones; the error names the components.
+        SettingError: the manifest is broken.
+    """
     made = check_manifest(manifest)
     if different := _weight_differences(made["weights"], weights_of(pipe)):
-        expected, hint = "the weights that made the picture", f"load them: {made['model']!r}, with what it had beside"
+        expected, hint = "the weights that made the image", f"load them: {made['model']!r}, with the same load options"
         raise CheckpointError(
             "MANIFEST_WEIGHTS", pipe.source or "model", "; ".join(different), expected=expected, hint=hint
         )
 
 
 def check_input(record: Mapping[str, Any], given: Picture | Soft, argument: str) -> None:
-    """Refuse another picture or mask than the recorded one. Raises: SettingError naming `argument`."""
+    """Refuse an image or mask other than the recorded one.
+
+    Args:
+        record: record of the image or mask in a manifest.
+        given: the image, or the mask (H, W).
+        argument: name that an error gives to it.
+
+    Raises:
+        SettingError: the pixels differ, or the record is broken.
+    """
     _require(record, _INPUT, argument)
     digest, (height, width) = pixels_sha256(given), given.size if isinstance(given, Picture) else given.shape
     if digest != record["sha256"]:
-        found = f"other pixels than then: {height} rows, {width} columns, sha256 {_short(digest)}"
+        found = f"pixels that differ from the recorded ones: {height} rows, {width} columns, sha256 {_short(digest)}"
         rows, columns = record["size"]
         expected = f"{rows} rows, {columns} columns, sha256 {_short(record['sha256'])}"
-        hint = f"give the file that was used, {record['path'] or 'of which no path is known'}"
+        hint = f"give the file that was used, {record['path'] or 'whose path is not known'}"
         raise SettingError("MANIFEST_INPUT", argument, found, expected=expected, hint=hint)
 
 

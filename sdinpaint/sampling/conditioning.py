@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -83,16 +84,21 @@ def stack(conditions: Sequence[Conditioning]) -> Conditioning:
         SettingError: their widths, vectors or weights do not fit together.
     """
     _require_alike("context", "widths", [source.shape[2] for one in conditions for source, _ in one.sources])
-    _require_alike("context", "weights of sources", [tuple(weight for _, weight in one.others) for one in conditions])
     vectors = [one.vector for one in conditions if one.vector is not None]
     if len(vectors) not in (0, len(conditions)):
         found, expected = "given for one prompt alone", "both, or neither"
         raise SettingError("SETTING_CONDITIONS", "vector", found, expected=expected)
     _require_alike("vector", "widths", [one.shape[1] for one in vectors])
-    sources = [
-        (_joined([source for source, _ in same]), same[0][1])
-        for same in zip(*(one.sources for one in conditions), strict=True)
-    ]
+    sources = []
+    for same in zip_longest(*(one.sources for one in conditions)):
+        weights = [source[1] for source in same if source is not None]
+        _require_alike("context", "weights of one source", weights)
+        # a source of zeros adds nothing to attention, whose values have no bias
+        contexts = [
+            one.context.new_zeros(len(one), 1, one.context.shape[2]) if source is None else source[0]
+            for one, source in zip(conditions, same, strict=True)
+        ]
+        sources.append((_joined(contexts), weights[0]))
     return Conditioning(sources[0][0], torch.cat(vectors) if vectors else None, tuple(sources[1:]))
 
 

@@ -1,4 +1,4 @@
-"""CUDA graphs: a function of tensors is recorded once, and from then on launched whole."""
+"""CUDA graphs: the kernels of a function are captured once, and from then on launched together."""
 
 from __future__ import annotations
 
@@ -16,64 +16,88 @@ from sdinpaint.errors import SettingError, warn
 Tensors = Sequence[Tensor]
 Out = TypeVar("Out", bound=Tensor | list[Tensor])
 Function = Callable[[Tensors, Tensors], Out]
-"""function(varying, constant): `varying` are others at every call, `constant` is one tuple for many calls."""
+"""function(varying, constant): `varying` differs from call to call, `constant` is one tuple for many calls."""
 
 SWITCH = "SDINPAINT_GRAPH"
 KEPT = 4
-"""Recordings that are kept at a time; they share their memory."""
-_one_recorder = threading.Lock()
+"""The number of captured graphs that are kept at a time; they share their memory."""
+_one_capture = threading.Lock()
 
 
 class Graphs:
-    """What one pipeline has recorded, by shapes; with `enabled` False, or SDINPAINT_GRAPH=0, it records nothing.
+    """The CUDA graphs of one pipeline, by the shapes of their inputs.
 
-    Calls from several threads wait for each other. A copy of it is empty. Raises: SettingError for another value.
+    Calls from several threads wait for each other. A copy is empty.
+
+    Args:
+        enabled: capture graphs; by default they are, unless the environment variable SDINPAINT_GRAPH is 0.
+
+    Raises:
+        SettingError: SDINPAINT_GRAPH is neither 0 nor 1.
     """
 
     def __init__(self, enabled: bool | None = None) -> None:
         self.enabled = _switched_on() if enabled is None else enabled
-        self._recordings: dict[Hashable, Recording[Any]] = {}
+        self._captured: dict[Hashable, CapturedGraph[Any]] = {}
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[Graphs], tuple[bool]]:
         return Graphs, (self.enabled,)
 
     def can_capture(self, tensors: Tensors) -> bool:
-        """Tell whether a function of these tensors would be captured."""
-        return self.enabled and _recordable(tensors)
+        """Tell whether a function of these tensors would be captured.
+
+        Args:
+            tensors: arguments of the function.
+
+        Returns:
+            True where capture is enabled, all tensors are on a GPU, and no gradient is needed.
+        """
+        return self.enabled and _capturable(tensors)
 
     def __call__(self, key: str, function: Function[Out], varying: Tensors, constant: tuple[Tensor, ...]) -> Out:
-        """function(varying, constant), replayed if it was recorded with this key for tensors of these shapes.
+        """Compute a function, by replaying its CUDA graph if it was captured for inputs of these shapes.
 
-        `key`: which function it is, and the `shapes` of its constants. Nothing is recorded without CUDA, or where
-        gradients are needed. Where recording fails, a warning says so, and from then on functions run as they are.
+        Where `can_capture` is False, the function is called directly. Where capture fails, a warning says so, and from
+        then on nothing is captured.
+
+        Args:
+            key: name of the function, with the `shapes` of its constants.
+            function: function(varying, constant) -> a tensor or a list of tensors.
+            varying: tensors that differ from call to call.
+            constant: tensors that stay the same for many calls, as one tuple.
+
+        Returns:
+            The result of the function; a replay copies it into new tensors.
         """
         if self.can_capture([*varying, *constant]):
             shaped = key, *((one.shape, one.dtype, one.device) for one in varying)
-            # Recordings hold plain tensors, so that they serve inside of inference mode and outside.
+            # Captured graphs hold plain tensors, so that they serve inside of inference mode and outside.
             with self._lock, torch.inference_mode(False), torch.no_grad():
-                recording = self._recordings.pop(shaped, None) or self._record(function, varying, constant)
-                if recording is not None:
-                    self._recordings[shaped] = recording  # in the order of their last use
-                    return recording(varying, constant)
+                captured = self._captured.pop(shaped, None) or self._capture(function, varying, constant)
+                if captured is not None:
+                    self._captured[shaped] = captured  # in the order of their last use
+                    return captured(varying, constant)
         return function(varying, constant)
 
-    def _record(self, function: Function[Out], varying: Tensors, constant: tuple[Tensor, ...]) -> Recording[Out] | None:
-        memory = next((one.graph.pool() for one in self._recordings.values()), None)
-        while len(self._recordings) >= KEPT:
-            del self._recordings[next(iter(self._recordings))]
+    def _capture(
+        self, function: Function[Out], varying: Tensors, constant: tuple[Tensor, ...]
+    ) -> CapturedGraph[Out] | None:
+        memory = next((one.graph.pool() for one in self._captured.values()), None)
+        while len(self._captured) >= KEPT:
+            del self._captured[next(iter(self._captured))]
         try:
-            return Recording(function, varying, constant, memory)
+            return CapturedGraph(function, varying, constant, memory)
         except RuntimeError as error:
             self.enabled = False
             reason = str(error).partition("\n")[0]
-            message = f"no CUDA graph can be made of the step, which is launched piece by piece instead: {reason}"
+            message = f"the step cannot be captured as a CUDA graph, so its kernels are launched one by one: {reason}"
             warn(message)
             return None
 
 
-class Recording(Generic[Out]):
-    """A function, recorded with tensors of its own, into which those of every call are copied."""
+class CapturedGraph(Generic[Out]):
+    """A captured CUDA graph of a function, with its own input tensors, into which those of a call are copied."""
 
     def __init__(self, function: Function[Out], varying: Tensors, constant: tuple[Tensor, ...], memory: Any) -> None:
         self.graph = torch.cuda.CUDAGraph()
@@ -82,13 +106,13 @@ class Recording(Generic[Out]):
         self._loaded = constant
         before = torch.cuda.current_stream(varying[0].device)
         stream = _stream(varying[0].device)
-        # The stream's context gives the caller its own back also where recording fails, which the graph's does not.
-        with _one_recorder, torch.cuda.stream(stream):
+        # This context restores the caller's stream also where capture fails, which that of the graph does not.
+        with _one_capture, torch.cuda.stream(stream):
             stream.wait_stream(before)
             benchmark = torch.backends.cudnn.benchmark
             try:
                 torch.backends.cudnn.benchmark = not torch.backends.cudnn.deterministic
-                function(self._varying, self._constant)  # kernels are compiled and chosen
+                function(self._varying, self._constant)  # compiles and chooses kernels
                 stream.synchronize()
                 with torch.cuda.graph(self.graph, memory, stream, capture_error_mode="thread_local"):
                     self._out = function(self._varying, self._constant)
@@ -98,10 +122,10 @@ class Recording(Generic[Out]):
         self._done = before.record_event()
 
     def __call__(self, varying: Tensors, constant: tuple[Tensor, ...]) -> Out:
-        """The function's value for these tensors, which have the shapes of the first ones."""
+        """Return the result of the function for tensors that have the shapes of those at capture."""
         with torch.cuda.device(self._varying[0].device):
             stream = torch.cuda.current_stream()
-            stream.wait_event(self._done)  # perhaps of another thread, on another stream
+            stream.wait_event(self._done)  # another thread may have replayed it on another stream
             if constant is not self._loaded:
                 _copy(constant, self._constant)
                 self._loaded = constant
@@ -113,19 +137,33 @@ class Recording(Generic[Out]):
 
 
 def cloned(out: Out) -> Out:
-    """A tensor, or each of several, as new ones: the next replay overwrites those of the recording."""
+    """Copy tensors that the next replay of a graph overwrites.
+
+    Args:
+        out: a tensor, or a list of tensors.
+
+    Returns:
+        The same as new tensors.
+    """
     new: Any = out.clone() if isinstance(out, Tensor) else [one.clone() for one in out]
     return new
 
 
 def shapes(tensors: Tensors) -> str:
-    """What of tensors a recording depends on."""
+    """Describe the properties of tensors that a captured graph depends on.
+
+    Args:
+        tensors: the tensors.
+
+    Returns:
+        Dtype, shape and device of each, as a string.
+    """
     return ", ".join(f"{one.dtype} {tuple(one.shape)} on {one.device}" for one in tensors)
 
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Where all recordings on a device are made: torch keeps memory for matrix products by stream, for good."""
+    """Return the stream of all captures: torch keeps memory for matrix products of each stream for good."""
     return torch.cuda.Stream(device)
 
 
@@ -136,7 +174,7 @@ def _switched_on() -> bool:
     return value == "1"
 
 
-def _recordable(tensors: Tensors) -> bool:
+def _capturable(tensors: Tensors) -> bool:
     needs_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     return all(tensor.is_cuda for tensor in tensors) and not needs_gradients
 

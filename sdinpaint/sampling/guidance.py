@@ -68,10 +68,11 @@ class Guidance:
     end: float = 1.0
 
     def __post_init__(self) -> None:
-        check_number("guidance_scale", self.scale)
-        check_number("guidance_rescale", self.rescale, 0, 1)
-        check_number("guidance_start", self.start, 0, 1)
-        check_number("guidance_end", self.end, 0, 1)
+        put = object.__setattr__
+        put(self, "scale", check_number("guidance_scale", self.scale, code="SETTING_GUIDANCE"))
+        put(self, "rescale", check_number("guidance_rescale", self.rescale, 0, 1))
+        put(self, "start", check_number("guidance_start", self.start, 0, 1))
+        put(self, "end", check_number("guidance_end", self.end, 0, 1))
         if self.start >= self.end:
             found = f"{self.start:g}, and guidance_end is {self.end:g}"
             raise SettingError("SETTING_GUIDANCE_START", "guidance_start", found, expected="less than guidance_end")

@@ -1,4 +1,4 @@
-"""Keeping what is known of a picture while a model samples: by a mask, or by one for every step."""
+"""Known latents are kept while a model samples, by one mask or by one for every step."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ ROUNDING = 1e-4
 
 @dataclass(frozen=True)
 class Known:
-    """What the picture says: `mask` (B, 1, H, W), 1 = repaint; `masked_latents` and `latents` (B, 4, H, W).
+    """Inpainting conditioning: the mask, and latents of the image.
 
-    `latents` are those of the whole picture, encoded where strength < 1 or a 4-channel model needs them.
+    Args:
+        mask: mask on the latent grid (B, 1, H, W), 1 = repaint.
+        masked_latents: latents of the image without its hole (B, 4, H, W).
+        latents: latents of the whole image (B, 4, H, W), needed where strength < 1 or by a 4-channel model.
     """
 
     mask: Tensor
@@ -29,10 +32,22 @@ class Known:
 
 
 def blend_known(denoise: Denoise, known: Known, noise: Tensor, sigmas: Tensor) -> Denoise:
-    """Let a 4-channel model inpaint: where the mask is 0, it sees the picture under always the same `noise`.
+    """Let a 4-channel model inpaint: where the mask is 0, it sees the image, always under the same noise.
 
-    At sigmas[0] x is as the run's start made it. A sampler's own x is not touched, so end with `restore_known`.
-    For a binary mask both together equal what diffusers does: blend x after every step, with clean latents at the last.
+    A sampler's own x is not touched, so end with `restore_known`. For a binary mask both together equal what diffusers
+    does: blend x after every step, with clean latents at the last.
+
+    Args:
+        denoise: denoise(x, sigma) -> x0.
+        known: mask and latents of the whole image.
+        noise: unit noise (B, 4, H, W), that of the run's start.
+        sigmas: noise levels of the run, falling (n + 1,).
+
+    Returns:
+        A function like `denoise`.
+
+    Raises:
+        SettingError: `known` has no latents of the whole image.
     """
     first = float(sigmas[0])
     latents = _whole_latents(known)
@@ -46,9 +61,17 @@ def blend_known(denoise: Denoise, known: Known, noise: Tensor, sigmas: Tensor) -
 
 
 def soft_masks(amounts: Tensor, steps: int) -> list[Tensor]:
-    """How much of each cell is to change, (B, 1, H, W) in [0, 1] -> for every step the cells that change in it.
+    """Turn the strength of each cell into a binary mask for every step.
 
-    A cell of amount a changes in the last floor(a * steps) steps, as a whole picture does with a as its strength.
+    A cell of strength s changes in the last floor(s * steps) steps, as a whole image does with s as its strength.
+
+    Args:
+        amounts: strength of each cell (B, 1, H, W) in [0, 1].
+        steps: number of steps of the run.
+
+    Returns:
+        One mask (B, 1, H, W) for each step, 1 where a cell changes.
+
     Source: Levin and Fried 2023, Differential Diffusion, section 3.
     """
     runs = (amounts * steps + ROUNDING).floor()
@@ -56,17 +79,37 @@ def soft_masks(amounts: Tensor, steps: int) -> list[Tensor]:
 
 
 def start_soft(x: Tensor, latents: Tensor, noise: Tensor, mask: Tensor, sigmas: Tensor) -> Tensor:
-    """A run's start x, with the picture under its noise where the first step's `mask` is 0."""
+    """Return the start of a run, with the noised image where the first step's mask is 0.
+
+    Args:
+        x: start of the run (B, 4, H, W).
+        latents: latents of the image (B, 4, H, W).
+        noise: unit noise (B, 4, H, W).
+        mask: mask of the first step (B, 1, H, W).
+        sigmas: noise levels of the run, falling (n + 1,).
+
+    Returns:
+        The start (B, 4, H, W).
+    """
     return _keep(schedules.start_from(latents, noise, sigmas), x, mask)
 
 
 def blend_soft(
     denoise_at: Callable[[int], Denoise], masks: Sequence[Tensor], latents: Tensor, sigmas: Tensor
 ) -> Denoise:
-    """Denoise with `denoise_at(step)` where that step's mask is 1; elsewhere x0 is the picture, as if it were perfect.
+    """Denoise where each step's mask is 1; elsewhere the image itself is the prediction.
 
-    From `start_soft`, a cell is so the picture under the noise of its sigma until its first step, whatever the sampler.
-    End with `restore_known` by the last mask.
+    From `start_soft` on, a cell is so the image under the noise of its sigma until its first step, whatever the
+    sampler. End with `restore_known` by the last mask.
+
+    Args:
+        denoise_at: denoise_at(step) -> denoise(x, sigma).
+        masks: one mask (B, 1, H, W) for each step.
+        latents: latents of the image (B, 4, H, W).
+        sigmas: noise levels of the run, falling (n + 1,).
+
+    Returns:
+        A function denoise(x, sigma) -> x0.
     """
 
     def blended(x: Tensor, sigma: float) -> Tensor:
@@ -77,7 +120,18 @@ def blend_soft(
 
 
 def restore_known(latents: Tensor, known: Known) -> Tensor:
-    """Finished latents (B, 4, H, W), with the picture's own where the mask is 0."""
+    """Put the image's own latents back where the mask is 0.
+
+    Args:
+        latents: finished latents (B, 4, H, W).
+        known: mask and latents of the whole image.
+
+    Returns:
+        The latents (B, 4, H, W).
+
+    Raises:
+        SettingError: `known` has no latents of the whole image.
+    """
     return _keep(_whole_latents(known), latents, known.mask)
 
 
@@ -91,7 +145,7 @@ def _whole_latents(known: Known) -> Tensor:
             "SETTING_KNOWN_LATENTS",
             "known.latents",
             "None",
-            expected="the latents of the whole picture",
-            hint="a 4-channel model keeps the known area by its latents: encode the picture with them",
+            expected="the latents of the whole image",
+            hint="a 4-channel model keeps the known area by its latents: encode the image with them",
         )
     return known.latents

@@ -24,14 +24,14 @@ class Spacing:
 
     sigmas: Callable[..., Tensor]
     unit_variance: bool = True
-    """As in `schedules.start`."""
+    """Whether noise is scaled to unit variance, see `schedules.start`."""
     takes_offset: bool = False
     """Whether the family's `steps_offset` applies."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """What a user-facing sampler name stands for: a step rule, its spacings and its end point."""
+    """The meaning of a sampler's name: a step rule, its spacings and its end point."""
 
     run: samplers.SamplerFunction
     eta: float
@@ -120,9 +120,11 @@ def resolve(sampler: object, spacing: str | None = None) -> tuple[str, str]:
             "Karras" names the spacing.
         spacing: a name in the sampler's `spacings`; None for the one that the name says, or the sampler's own.
 
-    Returns: the names of the sampler and the spacing.
+    Returns:
+        The names of the sampler and the spacing.
 
-    Raises: SettingError that suggests the closest name.
+    Raises:
+        SettingError: a name is unknown; it suggests the closest one.
     """
     name, said = _split(sampler)
     if name is None:
@@ -141,9 +143,11 @@ def resolve(sampler: object, spacing: str | None = None) -> tuple[str, str]:
 
 
 def _split(sampler: object) -> tuple[str | None, str | None]:
-    """The name in the registry and the spacing that a name says; None for what it does not say."""
+    """Return the name in the registry and the spacing that a name says; None for what it does not say."""
     if not isinstance(sampler, str):
         return None, None
+    if sampler in SAMPLERS:
+        return sampler, None
     names = {_spelling(alias): name for name, one in SAMPLERS.items() for alias in (name, *one.aliases)}
     words = re.split(r"[\s_-]+", sampler.strip())
     spacing = _SPACING_SUFFIXES.get(words[-1].lower()) if len(words) > 1 else None
@@ -152,23 +156,57 @@ def _split(sampler: object) -> tuple[str | None, str | None]:
 
 
 def _spelling(name: str) -> str:
-    """A name without what programs write differently: case, spaces, dashes, and "++" for "pp"."""
+    """Return a name without what programs write differently: case, spaces, dashes, and "++" for "pp"."""
     return re.sub(r"[\s_-]", "", name.lower().replace("++", "pp"))
 
 
 def find_sampler(name: str) -> Sampler:
-    """The entry of `SAMPLERS` for a name or an alias. Raises: SettingError that suggests the closest name."""
+    """Find the entry of `SAMPLERS` for a name.
+
+    Args:
+        name: name of the sampler, also another program's.
+
+    Returns:
+        The entry.
+
+    Raises:
+        SettingError: the name is unknown; it suggests the closest one.
+    """
     return SAMPLERS[resolve(name)[0]]
 
 
 def find_spacing(sampler: str, spacing: str | None = None) -> Spacing:
-    """A sampler's spacing, its default where None. Raises: SettingError that lists the names."""
+    """Find a spacing of a sampler.
+
+    Args:
+        sampler: name of the sampler, also another program's.
+        spacing: name of the spacing; None for the sampler's own.
+
+    Returns:
+        The spacing.
+
+    Raises:
+        SettingError: a name is unknown; it lists the names.
+    """
     name, spacing = resolve(sampler, spacing)
     return SAMPLERS[name].spacings[spacing]
 
 
 def schedule(sampler: str, spacing: str | None, config: ScheduleConfig, steps: int) -> Tensor:
-    """The sigmas (steps + 1,) of a sampler and a spacing (its default where None) for one family."""
+    """Compute the noise levels of a run.
+
+    Args:
+        sampler: name of the sampler.
+        spacing: name of the spacing; None for the sampler's own.
+        config: noise schedule of the family.
+        steps: number of steps.
+
+    Returns:
+        Noise levels, falling (steps + 1,).
+
+    Raises:
+        SettingError: a name is unknown, or `steps` is out of its bounds.
+    """
     found = find_spacing(sampler, spacing)
     sigmas = schedules.train_sigmas(config)
     end = 0.0 if find_sampler(sampler).ends_at_zero or config.end_at_zero else float(sigmas[0])

@@ -42,7 +42,7 @@ class SamplerFunction(Protocol):
         noise: Noise | None = ...,
         on_step: OnStep | None = ...,
     ) -> Tensor:
-        """x at sigmas[0] -> x at sigmas[-1]."""
+        """Sample from x at sigmas[0] to x at sigmas[-1]."""
 
 
 def euler(
@@ -54,9 +54,23 @@ def euler(
     noise: Noise | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """First order: walk towards x0 in a straight line; `eta` replaces part of the noise by fresh noise.
+    """Euler's method: step towards x0 in a straight line; `eta` replaces part of the noise by new noise.
 
-    Raises: SettingError where eta > 0 comes without `noise`; NumericError where a prediction is not finite.
+    Args:
+        denoise: denoise(x, sigma) -> x0.
+        x: noisy latents at sigmas[0] (B, 4, H, W).
+        sigmas: noise levels of the run, falling (n + 1,).
+        eta: stochasticity; 0 is deterministic, 1 as much as in training.
+        noise: noise(x) -> unit noise of the shape of x, for eta > 0.
+        on_step: called as on_step(step, x, x0) after every step; a tensor that it returns takes the place of x.
+
+    Returns:
+        Latents at sigmas[-1] (B, 4, H, W).
+
+    Raises:
+        SettingError: eta > 0 without `noise`, or sigmas that do not fall.
+        NumericError: a prediction is not finite.
+
     Source: Karras et al. 2022, alg. 1; crowsonkb/k-diffusion sampling.py get_ancestral_step.
     """
     _check_eta(eta, noise)
@@ -80,7 +94,19 @@ def euler_ancestral(
     noise: Noise | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """`euler` with as much fresh noise as the training process has."""
+    """Euler's method with as much new noise in each step as the training process has.
+
+    Args:
+        denoise: as in `euler`.
+        x: as in `euler`.
+        sigmas: as in `euler`.
+        eta: as in `euler`.
+        noise: as in `euler`.
+        on_step: as in `euler`.
+
+    Returns:
+        Latents at sigmas[-1] (B, 4, H, W).
+    """
     return euler(denoise, x, sigmas, eta=eta, noise=noise, on_step=on_step)
 
 
@@ -93,9 +119,20 @@ def ddim(
     noise: Noise | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """`euler`: divided by sqrt(alpha_cumprod), DDIM's step (Song et al. 2021, eq. 12 and 16) is Euler's, eta included.
+    """DDIM: divided by sqrt(alpha_cumprod), its step is that of `euler`, eta included; its schedule is in `SAMPLERS`.
 
-    What users know as DDIM is the schedule that `SAMPLERS` pairs with it.
+    Args:
+        denoise: as in `euler`.
+        x: as in `euler`.
+        sigmas: as in `euler`.
+        eta: as in `euler`.
+        noise: as in `euler`.
+        on_step: as in `euler`.
+
+    Returns:
+        Latents at sigmas[-1] (B, 4, H, W).
+
+    Source: Song et al. 2021, eq. 12 and 16.
     """
     return euler(denoise, x, sigmas, eta=eta, noise=noise, on_step=on_step)
 
@@ -109,10 +146,25 @@ def dpmpp_2m(
     noise: Noise | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Second order: Euler's step towards an x0 extrapolated in log sigma from the last two predictions.
+    """DPM-Solver++ (2M): Euler's step towards an x0 that is extrapolated in log sigma from the last two predictions.
 
     The first step, and one to sigma 0, are Euler's.
-    Raises: SettingError where eta is not 0; NumericError where a prediction is not finite.
+
+    Args:
+        denoise: as in `euler`.
+        x: as in `euler`.
+        sigmas: as in `euler`.
+        eta: 0; this sampler adds no noise.
+        noise: not used.
+        on_step: as in `euler`.
+
+    Returns:
+        Latents at sigmas[-1] (B, 4, H, W).
+
+    Raises:
+        SettingError: eta is not 0.
+        NumericError: a prediction is not finite.
+
     Source: Lu et al. 2022, DPM-Solver++, alg. 2 (multistep, midpoint).
     """
     if eta != 0:
@@ -138,7 +190,7 @@ def dpmpp_2m(
 
 
 def _run(denoise: Denoise, x: Tensor, sigmas: Tensor, advance: Advance, on_step: OnStep | None) -> Tensor:
-    """Denoise and advance along the schedule: what all samplers share."""
+    """Denoise and advance along the schedule, as all samplers do."""
     path = _path(sigmas)
     for step, (sigma, sigma_to) in enumerate(pairwise(path)):
         x0 = denoise(x, sigma)
@@ -162,7 +214,7 @@ def _stepped(changed: object, x: Tensor) -> Tensor:
 
 
 def _towards(x0: Tensor, x: Tensor, sigma: float, sigma_to: float) -> Tensor:
-    """The point at sigma_to on the line from x at sigma to x0 at 0."""
+    """Return the point at sigma_to on the line from x at sigma to x0 at 0."""
     return x0 + (sigma_to / sigma) * (x - x0)
 
 
@@ -180,7 +232,7 @@ def _check_eta(eta: float, noise: Noise | None) -> None:
 
 
 def _path(sigmas: Tensor) -> list[float]:
-    """The sigmas as numbers. Raises: SettingError where they do not fall strictly from a finite one to at least 0."""
+    """Return the sigmas as numbers, once they are known to fall strictly from a finite one to at least 0."""
     path: list[float] = sigmas.tolist()
     falling = len(path) > 1 and all(high > low for high, low in pairwise(path))
     if not falling or not math.isfinite(path[0]) or path[-1] < 0:

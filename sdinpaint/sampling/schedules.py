@@ -21,7 +21,13 @@ else:
 
 
 def train_sigmas(schedule: ScheduleConfig) -> Tensor:
-    """Sigma at every training index t, rising: CPU float64 (train_steps,).
+    """Compute the noise level at every training index.
+
+    Args:
+        schedule: noise schedule of the training.
+
+    Returns:
+        sigma at t = 0, 1, ..., rising, CPU float64 (train_steps,).
 
     Source: Ho et al. 2020, eq. 4; betas linear in their square roots as in CompVis/latent-diffusion
     ldm/modules/diffusionmodules/util.py make_beta_schedule("linear").
@@ -34,9 +40,22 @@ def train_sigmas(schedule: ScheduleConfig) -> Tensor:
 
 
 def leading(train_sigmas: Tensor, steps: int, *, steps_offset: int = 1, spare: int = 0, end: float = 0.0) -> Tensor:
-    """Multiples of train_steps // steps, plus `steps_offset`: what DDIM and the released configs use.
+    """Space steps by multiples of train_steps // steps, plus an offset, as DDIM and the released configs do.
 
-    The largest sigmas of training are not visited. `spare` more points are spaced out, and the lowest are left out.
+    The largest sigmas of training are not visited.
+
+    Args:
+        train_sigmas: noise levels of training, rising (train_steps,).
+        steps: number of steps.
+        steps_offset: training index of the last step.
+        spare: further points that are spaced out, of which the lowest are left out.
+        end: sigma at which the run ends.
+
+    Returns:
+        Noise levels of the run, falling (steps + 1,).
+
+    Raises:
+        SettingError: `steps` is not a whole number from 1 to train_steps.
     """
     count = _train_count(train_sigmas, steps)
     points = min(steps + spare, count)
@@ -46,9 +65,20 @@ def leading(train_sigmas: Tensor, steps: int, *, steps_offset: int = 1, spare: i
 
 
 def linspace(train_sigmas: Tensor, steps: int, *, whole: bool = False, spare: int = 0, end: float = 0.0) -> Tensor:
-    """Evenly spaced t from the last trained one to 0; `whole` rounds each t to one that was trained.
+    """Space steps evenly in t, from the last trained one to 0.
 
-    `spare` more points are spaced out, and the lowest are left out.
+    Args:
+        train_sigmas: noise levels of training, rising (train_steps,).
+        steps: number of steps.
+        whole: whether each t is rounded to one that was trained.
+        spare: further points that are spaced out, of which the lowest are left out.
+        end: sigma at which the run ends.
+
+    Returns:
+        Noise levels of the run, falling (steps + 1,).
+
+    Raises:
+        SettingError: `steps` is not a whole number from 1 to train_steps.
     """
     count = _train_count(train_sigmas, steps)
     points = min(steps + spare, count)
@@ -62,7 +92,21 @@ def linspace(train_sigmas: Tensor, steps: int, *, whole: bool = False, spare: in
 
 
 def trailing(train_sigmas: Tensor, steps: int, *, end: float = 0.0) -> Tensor:
-    """Multiples of train_steps / steps counted down from the last t (Lin et al. 2023, table 2)."""
+    """Space steps by multiples of train_steps / steps, counted down from the last t.
+
+    Args:
+        train_sigmas: noise levels of training, rising (train_steps,).
+        steps: number of steps.
+        end: sigma at which the run ends.
+
+    Returns:
+        Noise levels of the run, falling (steps + 1,).
+
+    Raises:
+        SettingError: `steps` is not a whole number from 1 to train_steps.
+
+    Source: Lin et al. 2023, table 2.
+    """
     count = _train_count(train_sigmas, steps)
     stride = (count - count / steps) - count  # as numpy.arange computes it: its rounding decides ties
     t = (count + torch.arange(steps, dtype=torch.float64, device="cpu") * stride).round().long() - 1
@@ -70,7 +114,22 @@ def trailing(train_sigmas: Tensor, steps: int, *, end: float = 0.0) -> Tensor:
 
 
 def karras(train_sigmas: Tensor, steps: int, *, rho: float = 7.0, end: float = 0.0) -> Tensor:
-    """Evenly spaced sigma ** (1 / rho) over the whole trained range (Karras et al. 2022, eq. 5)."""
+    """Space steps evenly in sigma ** (1 / rho) over the whole trained range.
+
+    Args:
+        train_sigmas: noise levels of training, rising (train_steps,).
+        steps: number of steps.
+        rho: the higher, the more steps at low noise.
+        end: sigma at which the run ends.
+
+    Returns:
+        Noise levels of the run, falling (steps + 1,).
+
+    Raises:
+        SettingError: `steps` is not a whole number from 1 to train_steps.
+
+    Source: Karras et al. 2022, eq. 5.
+    """
     _train_count(train_sigmas, steps)
     highest, lowest = train_sigmas[-1], train_sigmas[0]
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
@@ -81,33 +140,73 @@ def karras(train_sigmas: Tensor, steps: int, *, rho: float = 7.0, end: float = 0
 
 
 def start(noise: Tensor, sigmas: Tensor, *, unit_variance: bool = True) -> Tensor:
-    """Pure noise at the first sigma, from unit noise (B, 4, H, W): noise * sqrt(1 + sigma^2).
+    """Scale unit noise to the first noise level of a run.
 
-    Input scaling makes that unit variance, as in training; noise * sigma where `unit_variance` is False, 0.2 % less.
+    Args:
+        noise: unit noise (B, 4, H, W).
+        sigmas: noise levels of the run (n + 1,).
+        unit_variance: noise * sqrt(1 + sigma^2), which the input scaling makes unit variance, as in training; False for
+            noise * sigma, which is 0.2% less.
+
+    Returns:
+        The start x (B, 4, H, W).
     """
     sigma = float(sigmas[0])
     return noise * (math.hypot(1, sigma) if unit_variance else sigma)
 
 
 def start_from(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
-    """`latents` (B, 4, H, W) noised to the first sigma, where a run of strength < 1 begins."""
+    """Add noise to latents, where a run of strength < 1 begins.
+
+    Args:
+        latents: latents of an image (B, 4, H, W).
+        noise: unit noise (B, 4, H, W).
+        sigmas: noise levels of the run (n + 1,).
+
+    Returns:
+        The start x at sigmas[0] (B, 4, H, W).
+    """
     return latents + float(sigmas[0]) * noise
 
 
 def finish(x: Tensor, sigmas: Tensor) -> Tensor:
-    """Latents (B, 4, H, W) from x at the end point; a run that ends above zero keeps a trace of noise, as DDIM does."""
+    """Turn x at the end point into latents; a run that ends above zero keeps a trace of noise, as DDIM does.
+
+    Args:
+        x: noisy latents at sigmas[-1] (B, 4, H, W).
+        sigmas: noise levels of the run (n + 1,).
+
+    Returns:
+        Latents (B, 4, H, W).
+    """
     return x / math.hypot(1, float(sigmas[-1]))
 
 
 def steps_run(steps: int, strength: float) -> int:
-    """How many of a run's steps are left by `strength`: steps * strength, rounded down, but at least one."""
+    """Count the steps that a strength leaves of a run: steps * strength, rounded down, but at least one.
+
+    Args:
+        steps: number of steps of the whole run.
+        strength: share of them, from 0 to 1.
+
+    Returns:
+        The number of steps that run.
+    """
     return max(1, math.floor(steps * strength + 1e-9))  # 50 * 0.58 is 28.999999999999996
 
 
 def for_strength(sigmas: Tensor, strength: float) -> Tensor:
-    """The last `steps_run` steps of a schedule; strength is in (0, 1].
+    """Slice a schedule to its last `steps_run` steps.
 
-    Raises: SettingError where strength is outside of that.
+    Args:
+        sigmas: noise levels of the whole run (n + 1,).
+        strength: share of the steps, above 0 and at most 1.
+
+    Returns:
+        The last noise levels.
+
+    Raises:
+        SettingError: the strength is out of its bounds.
     """
     if not 0 < strength <= 1:
         raise SettingError("SETTING_STRENGTH", "strength", f"{strength!r}", expected="a number above 0, at most 1")
@@ -116,7 +215,15 @@ def for_strength(sigmas: Tensor, strength: float) -> Tensor:
 
 
 def step_at(sigmas: Tensor, sigma: float) -> int:
-    """The index of the step that starts at `sigma`, or passes it."""
+    """Find a step by its noise level.
+
+    Args:
+        sigmas: noise levels of the run, falling (n + 1,).
+        sigma: noise level at which a step starts, or which it passes.
+
+    Returns:
+        Index of the step.
+    """
     return max(int((sigmas[:-1] >= sigma).sum()), 1) - 1
 
 
@@ -137,7 +244,15 @@ def is_between(sigmas: Tensor, sigma: float, start: float, end: float) -> bool:
 
 
 def timestep(train_sigmas: Tensor, sigma: float) -> float:
-    """The training index t of a sigma: exact where it was trained, log-linear in between, clamped to the ends."""
+    """Find the training index of a noise level.
+
+    Args:
+        train_sigmas: noise levels of training, rising (train_steps,).
+        sigma: a noise level.
+
+    Returns:
+        t, exact where sigma was trained, log-linear in between, clamped to the ends.
+    """
     above = int(torch.searchsorted(train_sigmas, train_sigmas.new_tensor(sigma)))
     if above == 0:
         return 0.0
@@ -148,7 +263,7 @@ def timestep(train_sigmas: Tensor, sigma: float) -> float:
 
 
 def _train_count(train_sigmas: Tensor, steps: int) -> int:
-    """How many sigmas were trained, once `steps` is known to be one of 1 .. that many."""
+    """Count the trained noise levels, once `steps` is known to be a whole number of at most that."""
     count = len(train_sigmas)
     if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= count:
         raise SettingError("SETTING_STEPS", "steps", f"{steps!r}", expected=f"a whole number from 1 to {count}")
@@ -156,7 +271,7 @@ def _train_count(train_sigmas: Tensor, steps: int) -> int:
 
 
 def _falling(points: int, steps: int) -> Tensor:
-    """points - 1, points - 2, ..., the first `steps` of them."""
+    """Return points - 1, points - 2, ..., the first `steps` of them."""
     return torch.arange(points - 1, points - 1 - steps, -1, dtype=torch.int64, device="cpu")
 
 

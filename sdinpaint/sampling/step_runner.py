@@ -36,7 +36,7 @@ class Prepared(Protocol):
         """A name for how it computes and where its weights lie; None where that is unknown, and nothing is captured."""
 
     @property
-    def kept(self) -> Tensors:
+    def conditioning_cache(self) -> Tensors:
         """The conditioning cache: keys and values, or the conditioning itself."""
 
     def is_current(self) -> bool:
@@ -45,7 +45,7 @@ class Prepared(Protocol):
     def embed(self, t: Tensor) -> Tensor:
         """Embed training indices t (S,) -> (S, ...)."""
 
-    def __call__(self, x: Tensor, emb: Tensor, kept: Tensors, control: Tensors | None) -> Tensor:
+    def __call__(self, x: Tensor, emb: Tensor, conditioning_cache: Tensors, control: Tensors | None) -> Tensor:
         """Compute the output (B or 2 B, 4, H, W) for x (B, C, H, W), which serves both halves of a guided batch."""
 
 
@@ -54,7 +54,7 @@ class _Called:
     """Any function as a UNet of which nothing is precomputed: its layers see all of their inputs in every step."""
 
     unet: UNetFunction
-    kept: Tensors
+    conditioning_cache: Tensors
     """The sources of attention, and vector if there is one."""
     weights: Sequence[float]
     """The weight of each source."""
@@ -66,8 +66,9 @@ class _Called:
     def embed(self, t: Tensor) -> Tensor:
         return t
 
-    def __call__(self, x: Tensor, emb: Tensor, kept: Tensors, control: Tensors | None) -> Tensor:
-        sources, vector = kept[: len(self.weights)], kept[len(self.weights) :]
+    def __call__(self, x: Tensor, emb: Tensor, conditioning_cache: Tensors, control: Tensors | None) -> Tensor:
+        count = len(self.weights)
+        sources, vector = conditioning_cache[:count], conditioning_cache[count:]
         batch = len(sources[0])
         x = torch.cat([x] * (batch // len(x)))
         context = _context(list(zip(sources, self.weights, strict=True)))
@@ -82,13 +83,13 @@ def _context(sources: list[tuple[Tensor, float]]) -> Any:
 def _prepared(unet: Any, sources: list[tuple[Tensor, float]], vector: Tensor | None) -> Prepared:
     # asked of the class: a wrapper may hand out the method of what it wraps, past its own call
     prepared: Prepared | None = unet.prepare(_context(sources), vector) if hasattr(type(unet), "prepare") else None
-    kept = [one for one, _ in sources] + ([] if vector is None else [vector])
-    return prepared or _Called(unet, kept, [weight for _, weight in sources])
+    cache = [one for one, _ in sources] + ([] if vector is None else [vector])
+    return prepared or _Called(unet, cache, [weight for _, weight in sources])
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """What all steps for B items have in common."""
+    """The tensors and the preparation that all steps for B items share."""
 
     context: Tensor
     vector: Tensor | None
@@ -96,7 +97,7 @@ class _Batch:
     constant: tuple[Tensor, ...]
     """The extra channels, then the conditioning cache."""
     key: str | None
-    """What else a captured graph of the step depends on."""
+    """Properties of the step that a captured graph depends on; None where it is not captured."""
     step_constants: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """By sigma: the constants of the formula, and the embedding of t."""
 
@@ -163,34 +164,31 @@ class StepRunner:
             x0 (B, 4, H, W).
         """
         with self._using():
-            return self._run(x, sigma)
+            batch = self._batches.get(self._key(x)) or self._prepare(x)
+            captured = self._graphs is not None and batch.key is not None and self._graphs.can_capture([x])
+            if not captured and not batch.prepared.is_current():
+                batch = self._prepare(x)
+            if sigma not in batch.step_constants:
+                sigmas = self._sigmas if sigma in self._sigmas else [sigma]
+                batch.step_constants.update(zip(sigmas, self._step_constants(batch.prepared, sigmas, x), strict=True))
+            varying = [x, *batch.step_constants[sigma], *self._residuals(batch, x, sigma)]
 
-    def _run(self, x: Tensor, sigma: float) -> Tensor:
-        batch = self._batches.get(self._key(x)) or self._prepare(x)
-        captured = self._graphs is not None and batch.key is not None and self._graphs.can_capture([x])
-        if not captured and not batch.prepared.is_current():
-            batch = self._prepare(x)
-        if sigma not in batch.step_constants:
-            sigmas = self._sigmas if sigma in self._sigmas else [sigma]
-            batch.step_constants.update(zip(sigmas, self._step_constants(batch.prepared, sigmas, x), strict=True))
-        varying = [x, *batch.step_constants[sigma], *self._residuals(batch, x, sigma)]
+            def step(varying: Tensors, constant: Tensors) -> Tensor:
+                x, constants, emb, *control = varying
+                extra, cache = constant[: len(self._extra)], constant[len(self._extra) :]
 
-        def step(varying: Tensors, constant: Tensors) -> Tensor:
-            x, constants, emb, *control = varying
-            extra, kept = constant[: len(self._extra)], constant[len(self._extra) :]
+                def unet(latents: Tensor) -> Tensor:
+                    return batch.prepared(latents, emb, cache, control or None)
 
-            def unet(latents: Tensor) -> Tensor:
-                return batch.prepared(latents, emb, kept, control or None)
+                return self._formula(unet, x, constants, extra)
 
-            return self._formula(unet, x, constants, extra)
-
-        if self._graphs is None or batch.key is None or not captured:
-            return step(varying, batch.constant)
-        x0 = self._graphs(batch.key, step, varying, batch.constant)
-        if batch.prepared.is_current():  # asked while the GPU is computing; a replay calls no layer
-            return x0
-        del self._batches[self._key(x)]
-        return self._run(x, sigma)
+            if self._graphs is None or batch.key is None or not captured:
+                return step(varying, batch.constant)
+            x0 = self._graphs(batch.key, step, varying, batch.constant)
+            if batch.prepared.is_current():  # asked while the GPU is computing; a replay calls no layer
+                return x0
+            del self._batches[self._key(x)]
+            return self(x, sigma)
 
     def showing(self, extra: Sequence[Tensor]) -> StepRunner:
         """Return this runner with other extra channels of the same shapes.
@@ -206,7 +204,7 @@ class StepRunner:
         other._batches = {}
         for key, batch in self._batches.items():
             shown = [spread("extra channels", one, key[0], 1) for one in other._extra]
-            other._batches[key] = replace(batch, constant=(*shown, *batch.prepared.kept))
+            other._batches[key] = replace(batch, constant=(*shown, *batch.prepared.conditioning_cache))
         return other
 
     def _key(self, x: Tensor) -> tuple[Any, ...]:
@@ -220,7 +218,7 @@ class StepRunner:
         prepared = _prepared(self._unet, sources, vector)
         # both halves see the same image: guidance is over the text alone
         extra = [spread("extra channels", one, len(x), 1) for one in self._extra]
-        constant = (*extra, *prepared.kept)
+        constant = (*extra, *prepared.conditioning_cache)
         known = f"{self._copies} {self._dtype} {self._formula_key} {shapes(constant)} {prepared.key}"
         key = None if prepared.key is None else known
         begun = self._batches[self._key(x)] = _Batch(sources[0][0], vector, prepared, constant, key)

@@ -1,4 +1,4 @@
-"""The benchmark suite: what it writes, and that nothing is timed that fails its check; no test looks at a time."""
+"""The benchmark suite: its rows, and that nothing is timed that fails its check; no test depends on a time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from importlib import import_module
 from itertools import product
 from math import nan
 
@@ -13,19 +14,25 @@ import pytest
 import torch
 from builders import as_sdxl
 from click.testing import CliRunner
+from sdinpaint_kernels import backend
 
 from sdinpaint import cli
-from sdinpaint.bench import child, parts, suite
+from sdinpaint.bench import child, kernels, parts, seams, startup, suite, tuning
 from sdinpaint.bench.cases import Case, StepInputs
 from sdinpaint.bench.checkpoints import random_pipeline
+from sdinpaint.bench.estimate import Planned, duration, estimated_seconds
 from sdinpaint.bench.peers.commands import Command
-from sdinpaint.bench.peers.systems import OURS, PEERS, Peer, SdInpaint
+from sdinpaint.bench.peers.systems import OURS, PEERS, Peer, SdInpaint, open_system
 from sdinpaint.bench.report.pages import Places, write_pages
-from sdinpaint.bench.report.rows import spread
+from sdinpaint.bench.report.rows import environment, spread
 from sdinpaint.bench.suite import Options, Outcome, run
+from sdinpaint.bench.timing import first_round_told, interleaved, rounds_of
+from sdinpaint.bench.tuning import candidates_of
 from sdinpaint.checkpoints.opening import DEMO
-from sdinpaint.errors import NumericError, SettingError
+from sdinpaint.errors import NumericError, SdInpaintError, SettingError
+from sdinpaint.images.blending import BLENDS
 from sdinpaint.loading import save_diffusers
+from sdinpaint.models import unet
 
 TOLD = "print('took 1.25 s')"
 FIELDS = {"part", "what", "family", "dtype", "device", "size", "steps", "system", "unit", "values", "ratio", "check"}
@@ -150,6 +157,7 @@ def test_a_peer_that_differs_is_refused_and_the_command_says_so(tmp_path, peer, 
     flags = ["bench", "step", "--families", "demo", "--quick", "--peers", peer, "--out", str(tmp_path)]
     result = CliRunner().invoke(cli.main, flags)
     assert result.exit_code == 1
+    assert "Time: unknown, the first round tells" in result.output
     assert "Refused: step, demo in float32 with another: guided step differs from ours by 0.001" in result.output
     assert "guided step" not in {row["what"] for row in rows_in(tmp_path, "step")}
 
@@ -204,7 +212,7 @@ def test_an_interrupted_run_keeps_the_rows_that_are_done(tmp_path, monkeypatch):
 def test_a_checkout_keeps_all_but_quick_rows_apart_from_what_shows_them(tmp_path, monkeypatch, flags, rows, pages):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs" / "benchmarks").mkdir(parents=True)
-    (tmp_path / "docs" / "benchmarks" / "leads.toml").touch()
+    (tmp_path / "docs" / "benchmarks" / "reasons.toml").touch()
     (tmp_path / "README.md").write_text("# A library\n")
     monkeypatch.setattr(SdInpaint, "step", lambda self: torch.ones(1, 4, 8, 8))
     result = CliRunner().invoke(cli.main, ["bench", "step", "--families", "demo", "--rounds", "1", *flags])
@@ -216,7 +224,7 @@ def test_a_checkout_keeps_all_but_quick_rows_apart_from_what_shows_them(tmp_path
 
 
 def test_growth_runs_only_by_its_name_and_keeps_every_curve(tmp_path, monkeypatch):
-    assert not {"growth", "modes"} & set(options(tmp_path, "all").parts)
+    assert not {*suite.BY_NAME} & set(options(tmp_path, "all").parts)
 
     def curves(case, most_seconds, most_bytes, progress):
         yield {"case": case.family, "limits": [most_seconds, most_bytes]}
@@ -302,3 +310,204 @@ def test_random_weights_are_the_same_for_the_same_seed_and_finite_through_a_step
     x0 = system.step()
     assert x0.isfinite().all()
     assert 0.1 < x0.std() / StepInputs.draw(one.family, demo_case()).x.std() < 10
+
+
+# What is said before and during a run
+
+
+def test_a_run_says_the_machine_and_that_the_time_is_unknown_or_estimated_by_earlier_rows(tmp_path):
+    chosen = options(tmp_path, rounds=3)
+    said = []
+    for _ in range(2):
+        run(chosen, Outcome(), progress=False, say=said.append)
+    first, second = said
+    assert first.startswith("Machine: ")
+    assert "device cpu" in first
+    assert first.endswith("Time: unknown, the first round tells")
+    assert second.endswith("by earlier rows of this machine")
+
+
+def planned(**changes):
+    given = {"part": "step", "family": "demo", "dtype": "float32", "stored": None, "device": "cpu"}
+    return Planned(**{**given, "quick": False, "rounds": 4, "steps": 10, **changes})
+
+
+def earlier(what, p50, unit="s", system=OURS, **changes):
+    fields = {name: getattr(planned(**changes), name) for name in ("part", "family", "dtype", "stored", "device")}
+    row = {**fields, "what": what, "quick": False, "size": 128, "steps": 20, "system": system, "p50": p50, "unit": unit}
+    return {**row, "environment": environment()}
+
+
+@pytest.mark.parametrize(
+    ("plan", "rows", "seconds"),
+    [
+        ({}, [earlier("guided step", 2.0), earlier("VAE decode", 3.0)], 5 * (2 + 3)),
+        ({"peers": ("another",)}, [earlier("guided step", 2.0)], None),
+        ({"peers": ("another",)}, [earlier("guided step", 2.0), earlier("guided step", 3.0, system="another")], 25),
+        ({}, [earlier("guided step", 2.0), earlier("guided step", 3.0, system="another")], 10),
+        ({}, [earlier("guided step", 2.0, dtype="bfloat16")], None),
+        ({}, [{**earlier("guided step", 2.0), "environment": {"processor": "another", "cores": 1}}], None),
+        (
+            {"part": "picture"},
+            [
+                earlier("picture", 4.0, part="picture"),
+                earlier("pictures a minute", 15.0, "1/min", part="picture"),
+                earlier("first picture, new process", 6.0, part="picture"),
+            ],
+            (5 * 4 + 2 * 6) / 2,  # half as many steps
+        ),
+        ({"part": "kernels"}, [earlier("linear", 20.0, "ms", part="kernels")], 6 * 0.02),
+        ({"part": "memory"}, [earlier("step, peak memory", 5.0, "GB", part="memory")], None),
+    ],
+)
+def test_time_is_estimated_by_counted_runs_and_rows_of_the_same_machine(plan, rows, seconds):
+    assert estimated_seconds(planned(**plan), rows) == (seconds and pytest.approx(seconds))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.2, "1 s"), (59.2, "60 s"), (100, "2 min"), (5399, "90 min"), (5400, "1.5 h")]
+)
+def test_durations_are_short(seconds, said):
+    assert duration(seconds) == said
+
+
+def test_the_first_round_of_a_measurement_is_told_and_rounds_within_it_are_not():
+    told = []
+    with first_round_told(lambda seconds, left: told.append(left)):
+        for _ in rounds_of(range(3)):
+            assert interleaved({"one": lambda: 1.0}, 5) == {"one": [1.0] * 5}
+        with pytest.raises(ValueError, match="it fails"):
+            interleaved({"one": fail}, 2)
+        interleaved({"one": lambda: 1.0}, 2)
+    interleaved({"one": lambda: 1.0}, 2)
+    assert told == [2, 1]
+
+
+def fail():
+    raise ValueError("it fails")
+
+
+def test_a_long_measurement_says_after_its_first_round_how_long_it_still_takes():
+    said = []
+    tell = suite._teller("step, demo in float32", said.append)
+    tell(20.0, 3)
+    tell(1.0, 3)
+    assert said == ["step, demo in float32: round 1 of 4 took 20 s, about 60 s left"]
+
+
+@pytest.mark.parametrize(("available", "device"), [(True, "cuda"), (False, "cpu")])
+def test_a_gpu_is_taken_where_there_is_one(tmp_path, monkeypatch, available, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    assert options(tmp_path).device == device
+    assert options(tmp_path, device="cpu").device == "cpu"
+
+
+# Parts that run once
+
+
+def test_startup_is_the_ratio_of_medians_to_importing_torch(tmp_path, monkeypatch):
+    taken = {"--help": 0.5, "samplers": 3.0}
+    ran = []
+
+    def seconds(*arguments):
+        ran.append(arguments)
+        first = 100.0 * (len(ran) <= 1 + len(startup.COMMANDS))  # fills the page cache
+        return first + (2.0 if arguments[1] == "import torch" else taken.get(" ".join(arguments[2:]), 1.0))
+
+    monkeypatch.setattr(startup, "process_seconds", seconds)
+    rows = measure(options(tmp_path, "startup", families=("sd15", "sdxl"), rounds=2)).rows
+    assert len(ran) == 3 * (1 + len(startup.COMMANDS))
+    assert [(row["what"], row["system"]) for row in rows] == [*product(startup.COMMANDS, (OURS, "torch"))]
+    assert [row["ratio"] for row in rows] == [None, 0.25, None, 0.5, None, 0.5, None, 1.5]
+    assert all(row.keys() >= FIELDS and row["family"] == "none" for row in rows)
+    write_pages(Places(tmp_path, tmp_path))
+    assert (tmp_path / "startup-none-cpu.png").is_file()
+    assert "| startup | --help | none | float32 |" in (tmp_path / "bench.md").read_text()
+    assert [row["dtype"] for row in rows_in(tmp_path, "startup")] == ["float32"] * len(rows)
+
+
+def test_a_command_that_fails_has_no_start_up_time():
+    assert startup.process_seconds("-c", "pass") > 0
+    with pytest.raises(SdInpaintError, match="ended with code 3: no"):
+        startup.process_seconds("-c", "import sys; sys.exit((sys.stderr.write('no'), 3)[1])")
+
+
+def test_seams_have_a_row_for_every_way_of_joining_and_known_pixels_unchanged(tmp_path, monkeypatch):
+    monkeypatch.setattr(seams, "QUICK_SCENES", 2)
+    rows = measure(options(tmp_path, "seams")).rows
+    ways = {(row["cover"], row["blend"], row["match_color"]) for row in rows}
+    assert ways == {*product(seams.COVERS, BLENDS, (False, True))}
+    assert len({row["what"] for row in rows}) == len(rows)
+    assert all(row["p50"] == row["seam"] and row["known_error"] == 0 for row in rows)
+    monkeypatch.setattr(seams, "compose", lambda image, after, hole, **options: 255 - image)
+    assert "known pixels are changed" in measure(options(tmp_path, "seams")).refused[0]
+
+
+# Variants of sdinpaint
+
+
+def test_variants_of_sdinpaint_are_baselines_that_make_the_same_step(tmp_path):
+    variants = ("sdinpaint-torch", "sdinpaint-uncaptured")
+    outcome = measure(options(tmp_path, peers=variants))
+    assert outcome.refused == []
+    assert {row["system"] for row in outcome.rows} == {OURS, *variants}
+    assert backend.SETTING == "auto"
+
+
+def test_without_kernels_every_operation_is_torchs(monkeypatch):
+    system = open_system("sdinpaint-torch", demo_case())
+    seen = []
+    monkeypatch.setattr(SdInpaint, "decode", lambda self: seen.append(backend.SETTING))
+    system.decode()
+    assert seen == ["torch"]
+
+
+def test_tuning_needs_a_gpu(tmp_path):
+    with pytest.raises(SettingError, match="tuning"):
+        measure(options(tmp_path, "tuning"))
+
+
+@pytest.mark.parametrize(
+    ("operation", "given"),
+    [
+        ("attention", [torch.empty(2, 64, 8, 40), torch.empty(2, 64, 8, 40)]),
+        ("attention", [torch.empty(2, 1024, 8, 160), torch.empty(2, 1024, 8, 160)]),
+        ("group_norm", [torch.empty(2, 320, 64, 64), 32]),
+        ("group_norm", [torch.empty(2, 1280, 8, 8), 32]),
+        ("geglu", [torch.empty(8, 64)]),
+        ("add_layer_norm", [torch.empty(8, 64)]),
+    ],
+)
+def test_configurations_are_distinct_and_of_one_kind_with_the_shipped_one_first(operation, given):
+    shipped, *others = candidates_of(operation, given)
+    assert len(others) >= 4
+    assert shipped not in others
+    assert {type(one) for one in others} == {type(shipped)}
+    assert len(set(others)) == len(others)
+
+
+def test_tuning_compares_each_configuration_with_the_shipped_one(monkeypatch):
+    """On the CPU, with a launch that takes any configuration."""
+    geglu = import_module("sdinpaint_kernels.geglu")
+    called = []
+
+    def launch(x, tile):
+        called.append(tile)
+        if tile.warps == 8:
+            raise RuntimeError("out of registers")
+        return geglu.reference(x) + (tile.rows == 2)
+
+    monkeypatch.setattr(geglu, "launch", launch)
+    monkeypatch.setattr(
+        tuning, "milliseconds", lambda calls, device: lambda: 1.0 if calls[0].args[1].rows == 8 else 2.0
+    )
+    with kernels.recording() as calls:
+        unet.geglu(torch.randn(2, 4, 32))
+    [(what, call, line)] = kernels.heaviest_first("UNet step", calls, demo_case())
+    found = list(tuning._tuned(what, call, line, demo_case(device="cpu")))
+    rows = [row for row in found if not isinstance(row, str)]
+    assert rows[0]["system"] == OURS
+    assert all((row["ratio"] == 2.0) == ("rows=8" in row["system"]) for row in rows[1:])
+    right = {str(one) for one in called if one.warps < 8 and one.rows != 2 and one != geglu.TILE}
+    assert {row["system"] for row in rows} == {OURS, *right}
+    assert len([one for one in found if isinstance(one, str)]) == 3  # a wrong result is told

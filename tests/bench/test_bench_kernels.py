@@ -1,4 +1,4 @@
-"""The operations of a step and a decoding: that all of them are recorded, and that nothing wrong is timed."""
+"""Operations of a step and of decoding: all are recorded, and nothing wrong is timed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from sdinpaint.bench import kernels
 from sdinpaint.bench.cases import Case
-from sdinpaint.bench.floors import flop_count
 from sdinpaint.bench.kernels import OPERATIONS, TORCH, Recorder, measure_kernels, recorded_calls, recording
 from sdinpaint.bench.peers.systems import OURS, SdInpaint
+from sdinpaint.bench.roofline import flop_count
 from sdinpaint.checkpoints.opening import DEMO
 from sdinpaint.errors import NumericError
 from sdinpaint.models import VAE, UNet, layers, unet
@@ -43,8 +43,8 @@ def calls():
 def quickly(monkeypatch):
     """No clock is waited for, and no rate of the machine is measured."""
     monkeypatch.setattr(kernels, "SHORTEST", 1e-9)
-    monkeypatch.setattr("sdinpaint.bench.floors.peak_flops", lambda dtype, device: 1e12)
-    monkeypatch.setattr("sdinpaint.bench.floors.peak_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr("sdinpaint.bench.roofline.peak_flops", lambda dtype, device: 1e12)
+    monkeypatch.setattr("sdinpaint.bench.roofline.peak_bandwidth", lambda device: 1e10)
     return monkeypatch
 
 
@@ -170,8 +170,8 @@ def test_rows_hold_their_fields_and_those_with_most_to_do_come_first(calls, quic
         assert (row["ratio"] is None) == (row["system"] == OURS or row["check"] == kernels.SAME)
     for where in (STEP, DECODE):
         of_it = [row for row in ours if row["what"].startswith(where)]
-        floors_ = [row["count"] * row["percent_of_floor"] * row["p50"] for row in of_it]
-        assert floors_ == pytest.approx(sorted(floors_, reverse=True))
+        times = [row["count"] * row["percent_of_floor"] * row["p50"] for row in of_it]
+        assert times == pytest.approx(sorted(times, reverse=True))
     beside_torch = {row["what"] for row in rows if row["system"] == TORCH}
     left_to_torch = {row["what"] for row in ours if row["check"] == "torch's own"}
     assert beside_torch | left_to_torch == {row["what"] for row in ours}

@@ -1,18 +1,34 @@
-"""What a person reads of the benchmarks: the tables, where a peer leads and why, the pictures, the README."""
+"""Pages made of rows: tables, summary, where a baseline is faster and why, plots, README; and removal of old rows."""
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image, ImageColor
 from places import ROOT
 
-from sdinpaint.bench.report.bars import MOST_CALLS, draw_bars, draw_floors, draw_modes
+from sdinpaint import cli
+from sdinpaint.bench.report.bars import MOST_CALLS, draw_bars, draw_modes, draw_roofline, draw_seams
 from sdinpaint.bench.report.figures import COLORS
-from sdinpaint.bench.report.leads import UNWRITTEN, leads, read_reasons
-from sdinpaint.bench.report.pages import BEGIN, END, Places, headline, tables, with_headline, write_pages
+from sdinpaint.bench.report.pages import (
+    BEGIN,
+    END,
+    Places,
+    headline,
+    pages,
+    prune,
+    read_rows,
+    tables,
+    with_headline,
+    write_pages,
+)
 from sdinpaint.bench.report.rows import append, latest
-from sdinpaint.bench.report.tables import number, table
+from sdinpaint.bench.report.slower import UNWRITTEN, read_reasons, where_slower
+from sdinpaint.bench.report.summary import summary
+from sdinpaint.bench.report.tables import baseline_is_faster, number, table
 from sdinpaint.errors import SdInpaintWarning, SettingError
 
 README = f"# A library\n\n{BEGIN}\nan older table\n{END}\n\nmore\n"
@@ -67,12 +83,12 @@ def lines(said):
 # Tables
 
 
-def test_a_table_has_a_line_for_every_row_ours_first_and_a_worse_ratio_bold():
+def test_a_table_has_a_line_for_every_row_ours_first_and_ratios_above_one_bold():
     rows = [*BESIDE, row(dtype="bfloat16", p50=1234.5, percent_of_floor=81.26, stored=None)]
     found = lines(table(rows))
     assert [line["system"] for line in found] == ["sdinpaint", "diffusers", "openvino", "sdinpaint"]
-    assert [line["sdinpaint / it"] for line in found] == ["", "0.800", "**1.01**", ""]
-    assert [line["% of floor"] for line in found] == ["", "", "", "81.3"]
+    assert [line["ratio to baseline"] for line in found] == ["", "0.800", "**1.01**", ""]
+    assert [line["% of roofline"] for line in found] == ["", "", "", "81.3"]
     assert found[1]["p50 (p20-p80)"] == "10.0 (9.00-11.0)"
     assert found[3]["p50 (p20-p80)"] == "1234 (1111-1358)"
 
@@ -97,7 +113,7 @@ def test_curves_tell_their_powers_and_where_they_end():
     [line] = lines(table([curve()]))
     assert (line["from"], line["to"]) == ("256 x 256", "512 x 512")
     assert line["power of time; of its last two points"] == "1.25; 1.75"
-    assert line["of memory"] == ""
+    assert line["power of memory"] == ""
     assert line["ended by"] == "seconds"
     assert line["where the power meets the limits"] == "300 s at 1000 x 1000"
 
@@ -109,11 +125,11 @@ def test_numbers_are_short(value, said):
     assert number(value) == said
 
 
-# Where a peer leads
+# Where a baseline is faster
 
 
 @pytest.mark.parametrize(
-    ("changes", "leads_in"),
+    ("changes", "faster"),
     [
         ({"ratio": 1.01}, True),
         ({"ratio": 1.0}, False),
@@ -123,12 +139,14 @@ def test_numbers_are_short(value, said):
         ({"ratio": 0.8, "unit": "1/min"}, True),
     ],
 )
-def test_a_peer_leads_where_ours_takes_more_or_brings_less(changes, leads_in):
-    assert ("| diffusers |" in leads([row("diffusers", **changes)], [])) == leads_in
+def test_a_baseline_is_faster_where_ours_takes_more_or_has_a_lower_rate(changes, faster):
+    one = row("diffusers", **changes)
+    assert baseline_is_faster(one) == faster
+    assert ("| diffusers |" in where_slower([one], [])) == (faster and "unit" not in changes)
 
 
-def test_every_lead_has_the_first_reason_that_is_for_it_or_says_that_there_is_none():
-    led = [
+def test_every_faster_baseline_has_the_first_reason_that_agrees_or_says_that_there_is_none():
+    slower = [
         row("openvino", ratio=1.1, dtype=dtype, part=part)
         for part, dtype in [("step", "float32"), ("step", "bfloat16"), ("load", "float32"), ("vae", "float32")]
     ]
@@ -137,7 +155,7 @@ def test_every_lead_has_the_first_reason_that_is_for_it_or_says_that_there_is_no
         {"part": "step", "system": "openvino", "reason": "wide", "next": "two"},
         {"part": "load", "system": "diffusers", "reason": "another's", "next": "three"},
     ]
-    found = lines(leads(led, reasons))
+    found = lines(where_slower(slower, reasons))
     assert [line["reason"] for line in found] == ["wide", "narrow", UNWRITTEN, UNWRITTEN]
     assert [line["next idea"] for line in found] == ["two", "one", "", ""]
 
@@ -145,25 +163,25 @@ def test_every_lead_has_the_first_reason_that_is_for_it_or_says_that_there_is_no
 @pytest.mark.parametrize(
     "text",
     [
-        '[[lead]]\nreason = "it is"\n',
-        '[[lead]]\nreason = "it is"\nnext = ""\nsytem = "openvino"\n',
-        '[lead]\nreason = "it is"\nnext = ""\n',
-        "[[lead]\n",
+        '[[case]]\nreason = "it is"\n',
+        '[[case]]\nreason = "it is"\nnext = ""\nsytem = "openvino"\n',
+        '[case]\nreason = "it is"\nnext = ""\n',
+        "[[case]\n",
     ],
 )
 def test_a_file_of_reasons_that_cannot_be_used_is_an_error(text, tmp_path):
-    (tmp_path / "leads.toml").write_text(text)
+    (tmp_path / "reasons.toml").write_text(text)
     with pytest.raises(SettingError) as caught:
-        read_reasons(tmp_path / "leads.toml")
+        read_reasons(tmp_path / "reasons.toml")
     assert caught.value.code == "BENCH_REASONS"
 
 
 def test_the_reasons_of_the_repository_can_be_read():
-    read_reasons(ROOT / "docs" / "benchmarks" / "leads.toml")
-    assert (ROOT / "docs" / "benchmarks" / "leads.toml").is_file()
+    read_reasons(ROOT / "docs" / "benchmarks" / "reasons.toml")
+    assert (ROOT / "docs" / "benchmarks" / "reasons.toml").is_file()
 
 
-# The page and its pictures
+# The page and its plots
 
 
 @pytest.fixture
@@ -177,22 +195,22 @@ def places(tmp_path):
     return found
 
 
-def test_a_page_shows_all_rows_their_pictures_the_leads_and_where_they_come_from(places):
-    reason = '[[lead]]\npart = "step"\nreason = "fewer copies"\nnext = "none"\n'
-    (places.pages / "leads.toml").write_text(reason)
+def test_a_page_shows_all_rows_their_plots_the_reasons_and_the_environments(places):
+    reason = '[[case]]\npart = "step"\nreason = "fewer copies"\nnext = "none"\n'
+    (places.pages / "reasons.toml").write_text(reason)
     write_pages(places, ["step: it differs"])
     said = (places.pages / "bench.md").read_text()
-    assert tables(BESIDE).split("\n", 1)[1] in said
+    assert table(BESIDE) in said
     assert "fewer copies" in said
     assert UNWRITTEN not in said
     assert "- step: sdinpaint 0" in said
     assert "Refused: step: it differs" in said
     assert "(step-sd15-cpu.png)" in said
-    assert {path.name for path in places.pages.iterdir()} == {"bench.md", "leads.toml", "step-sd15-cpu.png"}
+    assert {path.name for path in places.pages.iterdir()} == {"bench.md", "reasons.toml", "step-sd15-cpu.png"}
     assert headline(BESIDE) in places.readme.read_text()
 
 
-def test_a_checkpoint_of_any_name_has_a_picture(places):
+def test_a_checkpoint_of_any_name_has_a_plot(places):
     append(places.rows / "step.jsonl", row(family="mine (2)/é.ckpt"))
     write_pages(places)
     assert (places.pages / "step-mine__2__é.ckpt-cpu.png").is_file()
@@ -241,9 +259,9 @@ def call(index, percent=20.0, **changes):
     return row(part="kernels", what=f"call {index}", percent_of_floor=percent, **{"count": 1, **changes})
 
 
-def test_bars_of_kernels_are_percent_of_floor(tmp_path):
-    draw_floors([call(1, 80.0, p50=3.0), call(1, 40.0, p50=5.0, system="torch")], tmp_path / "floors.png")
-    ours, torchs, *_ = bar_lengths(tmp_path / "floors.png")
+def test_bars_of_kernels_are_percent_of_roofline(tmp_path):
+    draw_roofline([call(1, 80.0, p50=3.0), call(1, 40.0, p50=5.0, system="torch")], tmp_path / "roofline.png")
+    ours, torchs, *_ = bar_lengths(tmp_path / "roofline.png")
     assert torchs / ours == pytest.approx(0.5, abs=0.02)
 
 
@@ -251,14 +269,14 @@ def test_bars_of_kernels_are_percent_of_floor(tmp_path):
 def test_bars_of_kernels_are_of_the_calls_that_take_most(tmp_path, p50, count, shown):
     rows = [call(index, p50=1.0) for index in range(MOST_CALLS)]
     beside = [call("one more", p50=p50, count=count), call("one more", system="torch")]
-    draw_floors([*beside, *rows] if not shown else [*rows, *beside], tmp_path / "floors.png")
-    assert (bar_lengths(tmp_path / "floors.png")[1] > 0) == shown
+    draw_roofline([*beside, *rows] if not shown else [*rows, *beside], tmp_path / "roofline.png")
+    assert (bar_lengths(tmp_path / "roofline.png")[1] > 0) == shown
 
 
 # The README
 
 
-def test_the_readme_shows_ours_and_the_ratio_to_each_peer():
+def test_the_readme_shows_ours_and_the_ratio_to_each_baseline():
     rows = [
         *BESIDE,
         row(part="load", what="load, with the weights in memory", dtype="bfloat16", stored="float16", p50=1.2),
@@ -314,3 +332,100 @@ def test_the_table_of_the_repository_is_what_its_rows_give():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme == with_headline(readme, rows)
     assert BEGIN in readme or not headline(rows)
+
+
+def test_the_pages_of_the_repository_are_what_its_rows_give():
+    places = Places(ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks")
+    made = pages(read_rows(places), places)
+    assert {
+        name: (places.pages / name).read_text(encoding="utf-8") == text for name, text in made.items()
+    } == dict.fromkeys(made, True)
+    assert UNWRITTEN not in made["bench.md"]
+
+
+# The summary
+
+
+def test_the_summary_has_a_line_for_each_part_family_and_machine_with_ratios_by_dtype():
+    here, gpu = {"processor": "EPYC", "cores": 2}, {"processor": "EPYC", "cores": 2, "gpu": "H200"}
+    rows = [
+        *({**one, "environment": here} for one in BESIDE),
+        row("diffusers", ratio=0.5, dtype="bfloat16", environment=here),
+        row("diffusers", ratio=0.25, device="cuda", environment=gpu),
+        row("diffusers-captured", ratio=1.5, device="cuda", environment=gpu),
+        row("diffusers", ratio=3.0, what="VAE decode", environment=here),
+        row(part="modes", what="inpaint", environment=here),
+        row("diffusers", part="picture", what="picture", steps=20, ratio=0.75, environment=here),
+    ]
+    found = lines(summary(rows))
+    assert [line["machine"] for line in found] == ["EPYC, 2 cores", "H200", "EPYC, 2 cores"]
+    assert [line["/ diffusers"] for line in found] == ["0.800, 0.500", "0.250", "0.750"]
+    assert [line["/ openvino"] for line in found] == ["**1.01**, -", "", ""]
+    assert [line["other baselines"] for line in found] == ["", "diffusers-captured **1.50**", ""]
+
+
+def test_calls_of_kernels_are_added_up():
+    rows = [call(1, p50=2.0, count=3), call(1, p50=4.0, count=3, system="torch"), call(2, p50=5.0), call(3, p50=100.0)]
+    rows.append(call(2, p50=1.0, system="torch", ratio=5.0))
+    [line] = lines(summary(rows))
+    assert line["/ torch"] == f"{(3 * 2 + 5) / (3 * 4 + 1):.3f}"
+
+
+def test_nothing_is_summed_up_where_nothing_was_compared():
+    assert summary([row(), call(1)]) == ""
+
+
+def test_a_long_table_is_a_file_of_its_own(places):
+    for index in range(50):
+        append(places.rows / "kernels.jsonl", call(index))
+    write_pages(places)
+    assert "[kernels-sd15-cpu.md](kernels-sd15-cpu.md)" in (places.pages / "bench.md").read_text()
+    assert (places.pages / "kernels-sd15-cpu.md").read_text().count("| call ") == 50
+
+
+def test_defects_have_a_column_for_each_system():
+    given = {"part": "defects", "what": "empty mask", "unit": "steps", "how": "by default"}
+    rows = [
+        row("diffusers", **given, found=[10, 99.9]),
+        row(**given, found=[]),
+        row(**given | {"what": "NaN"}, found="an error"),
+    ]
+    assert lines(table(rows)) == [
+        {"what": "empty mask", "unit": "steps", "sdinpaint": "none", "diffusers": "10; 99.9", "how": "by default"},
+        {"what": "NaN", "unit": "steps", "sdinpaint": "an error", "diffusers": "", "how": "by default"},
+    ]
+
+
+def test_seams_are_drawn(tmp_path):
+    rows = [
+        row(part="seams", what=f"blend {seam}", seam=seam, ring_delta_e=2 * seam, unit="delta E") for seam in (1.0, 4.0)
+    ]
+    draw_seams(rows, tmp_path / "seams.png")
+    assert bar_lengths(tmp_path / "seams.png")[0] > 300
+
+
+# Superseded rows
+
+
+def test_prune_keeps_the_latest_row_of_each_measurement_on_each_machine_and_says_how_many_went(places):
+    other = '{"what": "of another benchmark"}'
+    file = places.rows / "step.jsonl"
+    elsewhere = row(p50=1.0, environment={"processor": "another", "cores": 4})
+    with file.open("a") as rows:
+        rows.write(f"{other}\n{json.dumps(elsewhere)}\n")
+    append(file, row(p50=6.0))
+    append(file, row(p50=7.0))
+    append(places.rows / "load.jsonl", row(part="load"))
+    result = CliRunner().invoke(cli.main, ["bench", "prune", "--out", str(places.rows)])
+    assert result.output == f"2 superseded rows removed from {places.rows}, 2 of step.jsonl\n"
+    kept = file.read_text().splitlines()
+    assert other in kept
+    assert [one["p50"] for one in map(json.loads, kept) if one.get("system") == "sdinpaint"] == [1.0, 7.0]
+    assert (places.rows / "bench.md").is_file()
+    assert prune(Places(places.rows, places.pages)) == {}
+
+
+def test_pages_measures_nothing(places):
+    result = CliRunner().invoke(cli.main, ["bench", "pages", "--out", str(places.rows)])
+    assert result.exit_code == 0
+    assert "guided step" in (places.rows / "bench.md").read_text()

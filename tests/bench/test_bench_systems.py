@@ -1,4 +1,4 @@
-"""The benchmark suite's peers: each makes what ours makes of the same inputs, and one that cannot is left out."""
+"""The suite's baselines: each computes the same as ours from the same inputs, and one that fails is left out."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ from sdinpaint.bench.cases import Case
 from sdinpaint.bench.checkpoints import random_pipeline
 from sdinpaint.bench.checks import check_tensor
 from sdinpaint.bench.child import first_picture, import_seconds
-from sdinpaint.bench.floors import flop_count
 from sdinpaint.bench.parts import measure_load, measure_step
+from sdinpaint.bench.peers.diffusers_peer import captured
 from sdinpaint.bench.peers.systems import OURS, PEERS, Peer, SdInpaint, open_system
+from sdinpaint.bench.roofline import flop_count
 from sdinpaint.checkpoints.opening import DEMO
 from sdinpaint.errors import SdInpaintError, SettingError
 from sdinpaint.loading import save_diffusers
 from sdinpaint.metrics import psnr
+from sdinpaint.sampling.graphs import Graphs
 
 ROUNDS = 2
 
@@ -98,7 +100,7 @@ def test_openvino_tells_sdxl_the_sizes_and_computes_in_bfloat16(sdxl):
 def test_openvino_is_refused_where_it_is_not_run(changes):
     with pytest.raises(SettingError, match="expected: float32 or bfloat16 on the CPU") as caught:
         open_system("openvino", case_of(DEMO, **changes))
-    assert caught.value.subject == "the peer openvino"
+    assert caught.value.subject == "the baseline openvino"
 
 
 @pytest.mark.peer
@@ -129,6 +131,29 @@ def test_what_is_compiled_is_the_unet_and_the_decoder(sd1, monkeypatch):
     peer.ready()
     assert ran == ["UNet2DConditionModel", "Decoder"]
     compare(peer, ours)
+
+
+# diffusers with a CUDA graph
+
+
+@pytest.mark.peer
+def test_a_captured_unet_is_called_as_diffusers_calls_it(sdxl):
+    ours, peer = (open_system(name, case_of(sdxl)) for name in (OURS, "diffusers"))
+    seen, graphs = [], Graphs(True)
+
+    def forward(x, t, context, **options):
+        seen.append(options)
+        return plain(x, t, context, **options)
+
+    plain, peer.pipe.unet.forward = peer.pipe.unet.forward, captured(forward, graphs)
+    compare(peer, ours, ["guided step"])
+    assert [set(options["added_cond_kwargs"]) for options in seen] == [{"text_embeds", "time_ids"}]
+
+
+@pytest.mark.peer
+def test_without_a_gpu_nothing_is_captured(sd1):
+    with pytest.raises(SettingError, match="expected: on cuda"):
+        open_system("diffusers-captured", case_of(sd1))
 
 
 # What is left out
@@ -227,7 +252,7 @@ def test_ours_is_never_left_out_quietly(sd1, monkeypatch):
         list(measure_step(case_of(sd1), ()))
 
 
-# The floor
+# The roofline
 
 
 def test_every_system_is_held_against_the_same_arithmetic(sd1, peers):

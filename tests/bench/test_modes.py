@@ -39,13 +39,13 @@ def test_a_row_for_every_size_mode_and_figure(monkeypatch):
     assert len({(row["what"], row["size"]) for row in rows}) == len(rows)
     for row in rows:
         assert row.keys() >= FIELDS
-        assert row["values"] == [1.0 if "no file" in row["what"] else 2.0]
+        assert row["values"] == [1.0 if "anonymous" in row["what"] else 2.0]
         assert row["check"] == ("finite" if DEFAULT in row["what"] else "as by default, bit for bit")
 
 
-def test_an_offloaded_model_that_makes_another_picture_is_refused(monkeypatch):
+def test_an_offloaded_model_that_makes_another_image_is_refused(monkeypatch):
     monkeypatch.setattr(modes, "in_child", lambda *given: figures(*given, offload={"digest": 2.0}))
-    with pytest.raises(NumericError, match="inpaint, offload: another picture"):
+    with pytest.raises(NumericError, match="inpaint, offload: another image"):
         list(measure_modes(demo_case(), []))
 
 

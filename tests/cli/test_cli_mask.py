@@ -175,13 +175,14 @@ def test_points_reach_the_model(models):
     given = ["--at", "50,35", "--at", "60,30", "--not", "3,4", "--box", "30,20,70,50", "--model", "some/sam"]
     assert np.array_equal(made("points", "photo.png", *given), levels(Mask.box(SIZE, BOX)))
     points, keep_points = ((50, 35), (60, 30)), ((3, 4),)
-    assert models == [(SIZE, {"points": points, "keep_points": keep_points, "box": BOX, "model": "some/sam"})]
+    told = {"points": points, "keep_points": keep_points, "box": BOX, "model": "some/sam", "device": None}
+    assert models == [(SIZE, told)]
 
 
 def test_text_reaches_the_model(models):
     mask = made("text", "photo.png", "the dog", "--model", "folder", "--threshold", 0.3, "--grow", 4)
     assert np.array_equal(mask, levels(Mask.box(SIZE, BOX).grow(4)))
-    assert models == [(SIZE, {"text": "the dog", "model": "folder", "threshold": 0.3})]
+    assert models == [(SIZE, {"text": "the dog", "model": "folder", "threshold": 0.3, "device": None})]
 
 
 # changing

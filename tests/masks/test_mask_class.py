@@ -348,8 +348,8 @@ def test_models_are_passed_the_pixels_and_every_argument(monkeypatch):
     assert mask == Mask(HOLE)
     assert Mask.clipseg(Image.fromarray(PHOTO), "a dog", "another", threshold=0.75) == Mask(HOLE)
     assert [rest for _, *rest in calls] == [
-        ["a folder", [(1, 2)], [(3, 4)], (5, 6, 7, 8), 0.25],
-        ["a dog", "another", 0.75],
+        ["a folder", [(1, 2)], [(3, 4)], (5, 6, 7, 8), 0.25, None],
+        ["a dog", "another", 0.75, None],
     ]
     assert all(np.array_equal(rgb, PHOTO) for rgb, *_ in calls)
 

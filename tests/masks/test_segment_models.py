@@ -583,3 +583,13 @@ def test_what_is_no_such_model_is_refused(source, own_cache):
 def test_folders_of_the_other_kind_are_refused(folders):
     refused(SettingError, "SETTING_SEGMENTER", lambda: sam(RGB, folders["clipseg"], POINTS), "type clipseg", "sam2")
     refused(SettingError, "SETTING_SEGMENTER", lambda: clipseg(RGB, "a fox", folders["sam"]), "type sam", "clipseg")
+
+
+@pytest.mark.parametrize("kind", ["sam", "sam2"])
+def test_the_device_is_that_of_the_model_unless_another_is_given(kind):
+    rgb = np.zeros((96, 128, 3), np.uint8)
+    model = Drawing(kind)
+    alone = sam(rgb, Segmenter(model), [(40, 40)])
+    assert np.array_equal(sam(rgb, Segmenter(model), [(40, 40)], device="cpu"), alone)
+    error = refused(SettingError, "SETTING_DEVICE", lambda: sam(rgb, Segmenter(model), [(40, 40)], device="warp"))
+    assert "'warp'" in error.found

@@ -152,15 +152,17 @@ def test_the_prepared_step_is_the_plain_one(unet, batch, size, guided, controlle
 
 
 def keys_of_another_text(prepared):
-    return replace(prepared, kept=prepared.unet.prepare(draw(99, *(4, 11, 28)), prepared.vector).kept)
+    return replace(
+        prepared, conditioning_cache=prepared.unet.prepare(draw(99, *(4, 11, 28)), prepared.vector).conditioning_cache
+    )
 
 
 def keys_and_values_exchanged(prepared):
-    return replace(prepared, kept=[kept.flip(0) for kept in prepared.kept])
+    return replace(prepared, conditioning_cache=[one.flip(0) for one in prepared.conditioning_cache])
 
 
 def halves_exchanged(prepared):
-    return replace(prepared, kept=[kept.roll(len(kept[0]) // 2, 1) for kept in prepared.kept])
+    return replace(prepared, conditioning_cache=[one.roll(len(one[0]) // 2, 1) for one in prepared.conditioning_cache])
 
 
 def blocks_out_of_order(prepared):
@@ -484,7 +486,7 @@ def test_attention_to_several_sources_is_their_weighted_sum(unet):
         t = torch.full((2,), 300.0)
         plain = unet(fed, t, sources, vector)
         prepared = unet.prepare(sources, vector)
-        found = prepared(fed, prepared.embed(t[:1])[0], prepared.kept, None)
+        found = prepared(fed, prepared.embed(t[:1])[0], prepared.conditioning_cache, None)
         assert close(found, plain)
         assert close(unet(fed, t, [(one, 1.0)], vector), unet(fed, t, one, vector))
         hook = attend.to_k.register_forward_hook(lambda *_: None)

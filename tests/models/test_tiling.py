@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from sdinpaint.errors import SdInpaintWarning
 from sdinpaint.families import SD15_INPAINT
 from sdinpaint.models import VAE, guarded_vae, tiling
-from sdinpaint.models.guarded_vae import Autoencoding
+from sdinpaint.models.guarded_vae import GuardedVAE
 
 HALVES = "encode", "decode"
 SIZES = [  # latent height and width, tile
@@ -163,7 +163,7 @@ def test_large_pictures_alone_are_run_in_bands(vae, half, monkeypatch, substitut
 
     def run(given, **tile):
         in_bands.clear()
-        out = getattr(Autoencoding(vae), half)(given, **tile)
+        out = getattr(GuardedVAE(vae), half)(given, **tile)
         return out if half == "decode" else torch.cat(out, dim=1)
 
     substitute(guarded_vae, WHOLE_PIXELS=64 * 16 * 9, TILE=32)
@@ -181,7 +181,7 @@ def test_what_overflows_is_run_in_float32_bands(vae, half):
     layer.weight.mul_(30_000 / layer.weight.abs().max())
     given = draw(half, 17, 9)
     with pytest.warns(SdInpaintWarning, match=f"the image is {half}d in float32"):
-        found = getattr(Autoencoding(loud.half()), half)(given, tile=32)
+        found = getattr(GuardedVAE(loud.half()), half)(given, tile=32)
     found = found if half == "decode" else torch.cat(found, dim=1)
     expected = tiled(copy.deepcopy(loud).float(), half, given, 32)
     assert close(found, expected)

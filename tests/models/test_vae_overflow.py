@@ -69,7 +69,7 @@ def test_the_result_is_that_of_float32(tame, half):
 def test_the_guard_is_needed(tame, half, sabotage):
     """Without it, the same autoencoder makes no picture at all."""
     pipe = loud(tame, half)
-    sabotage(guarded_vae.Autoencoding, "_widened", lambda self, *_: self.vae)
+    sabotage(guarded_vae.GuardedVAE, "_widened", lambda self, *_: self.vae)
     with pytest.raises(NumericError, match="NaN or infinite"):
         run(pipe, half)
 

@@ -233,16 +233,16 @@ def test_the_float32_copy_of_a_vae_is_of_the_present_weights(tiny, vocabulary, c
     latents = draw(1, 1, 4, 4, 4)
     with pytest.raises(ArithmeticError), pytest.warns(SdInpaintWarning):
         pipe.decode(latents)
-    wide = pipe._autoencoding._wide[0]
+    wide = pipe._guarded_vae._wide[0]
     if change is not through_numpy:  # numpy has no bfloat16
         change(pipe.vae)
         with pytest.raises(ArithmeticError):
             pipe.decode(latents)
-        assert pipe._autoencoding._wide[0] is not wide
+        assert pipe._guarded_vae._wide[0] is not wide
     else:
         with pytest.raises(ArithmeticError):
             pipe.decode(latents)
-        assert pipe._autoencoding._wide[0] is wide  # made once as long as nothing changes
+        assert pipe._guarded_vae._wide[0] is wide  # made once as long as nothing changes
 
 
 @every_way

@@ -90,4 +90,4 @@ def test_pictures_are_the_same(tiny, vocabulary, net, replays, options):
     ours = [np.asarray(pipe.inpaint(IMAGE, mask, text, **runs).image) for text in ("a fox", "a cube")]
     assert same_pictures(ours, expected)
     assert apart(*ours) > 1
-    assert len(pipe.control_graphs._recordings) == 1
+    assert len(pipe.control_graphs._captured) == 1

@@ -301,8 +301,8 @@ def test_the_recorded_inputs_are_taken(stored):
         ("image", Picture(rgb=PICTURE.rgb[:, ::-1]), ["40 rows, 56 columns", "photo.png"]),
         ("image", Picture(rgb=PICTURE.rgb[:32]), ["32 rows, 56 columns"]),
         ("image", Picture(rgb=PICTURE.rgb, alpha=PICTURE.rgb[..., 0]), ["photo.png"]),
-        ("mask", 1 - MASK, ["no path is known"]),
-        ("mask", np.where(MASK > 0, np.float32(0.99), 0).astype(np.float32), ["no path is known"]),
+        ("mask", 1 - MASK, ["path is not known"]),
+        ("mask", np.where(MASK > 0, np.float32(0.99), 0).astype(np.float32), ["path is not known"]),
     ],
 )
 def test_other_inputs_are_refused(stored, argument, other, words):

@@ -76,12 +76,10 @@ def test_threads_wait_for_each_other(replays):
     assert wrong == []
 
 
-def test_what_cannot_be_recorded_runs_as_it_is(replays, failing):
-    failing(graphs, "Recording", RuntimeError("operation not permitted when stream is capturing\nand more"))
+def test_what_cannot_be_captured_runs_as_it_is(replays, failing):
+    failing(graphs, "CapturedGraph", RuntimeError("operation not permitted when stream is capturing\nand more"))
     found = Graphs(True)
-    with pytest.warns(
-        SdInpaintWarning, match=r"launched piece by piece instead: operation not permitted .* capturing$"
-    ):
+    with pytest.warns(SdInpaintWarning, match=r"launched one by one: operation not permitted .* capturing$"):
         assert found("a", product, numbers(2.0), numbers(3.0)).item() == 8
     with warnings.catch_warnings():
         warnings.simplefilter("error")

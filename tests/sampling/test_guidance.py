@@ -147,5 +147,20 @@ def test_sources_go_through_stacking_slicing_and_processes():
     stacked = stack([both[:1], both[1:]])
     assert torch.equal(stacked.others[0][0], both.others[0][0])
     assert stacked.others[0][1] == 0.5
-    with pytest.raises(SettingError, match="weights of sources"):
-        stack([both, Conditioning(both.context)])
+    with pytest.raises(SettingError, match="weights of one source"):
+        stack([both, Conditioning(both.context, None, ((both.context, 0.25),))])
+
+
+def test_a_condition_without_a_source_is_not_changed_by_that_of_the_other():
+    """Its own half of the batch gets a source of zeros, to which attention without a bias gives zeros."""
+    with_source = Conditioning(draw(18, 1, 3, 4), None, ((draw(19, 1, 2, 4), 0.5),))
+    alone = Conditioning(draw(20, 1, 3, 4))
+    x = draw(21, 2, 4, 6, 5)
+
+    def unet(x, t, context, vector, control):
+        sources = [(context, 1.0)] if isinstance(context, torch.Tensor) else context
+        return sum(weight * attention_unet(x, t, source, vector, control) for source, weight in sources)
+
+    both = Denoiser(unet, TRAINED, "eps", with_source, alone)(x, 2.0)
+    expected = guide(*(Denoiser(unet, TRAINED, "eps", one)(x, 2.0) for one in (alone, with_source)), 7.5)
+    assert close(both, expected)

@@ -136,7 +136,7 @@ def test_the_recorded_step_is_as_exact_as_plain_torch(unet, batch, size, control
     assert relative(recorded[0], exact) <= allowed
     assert relative(eager, exact) <= allowed
     assert torch.equal(*recorded)
-    assert len(found._recordings) == 1
+    assert len(found._captured) == 1
 
 
 def test_one_recording_serves_other_texts_pictures_and_sigmas(unet):
@@ -147,7 +147,7 @@ def test_one_recording_serves_other_texts_pictures_and_sigmas(unet):
     for which, sigma in ((0, 9.0), (1, 9.0), (0, 9.0), (1, 0.4), (0, 0.4)):
         out, expected = (denoisers[which](cases[which].x, sigma) for denoisers in (recorded, eager))
         assert relative(out, expected.double()) < HALF
-    assert len(found._recordings) == 1
+    assert len(found._captured) == 1
     assert relative(eager[0](cases[0].x, 9.0), eager[1](cases[1].x, 9.0).double()) > 0.1
 
 
@@ -162,7 +162,7 @@ def test_another_shape_is_recorded_anew_and_the_first_one_stays(unet):
     ]
     for case in [*cases, *cases]:
         assert relative(case.step(half, torch.float16, found), case.step(half, torch.float16).double()) < HALF
-    assert len(found._recordings) == 4
+    assert len(found._captured) == 4
 
 
 def test_recordings_serve_inside_and_outside_of_inference_mode(unets):
@@ -172,7 +172,7 @@ def test_recordings_serve_inside_and_outside_of_inference_mode(unets):
         with context:
             outs.append(case.step(half, torch.float16, found))
     assert all(torch.equal(out, outs[0]) for out in outs)
-    assert len(found._recordings) == 1
+    assert len(found._captured) == 1
     case.x.requires_grad_()
     case.step(half, torch.float16, found).sum().backward()
     assert case.x.grad.isfinite().all()
@@ -204,9 +204,9 @@ def test_threads_on_streams_of_their_own(unets):
 class Waits(PreparedUNet):
     """Looks at a value on the GPU, which no recording can."""
 
-    def __call__(self, x, emb, kept, control):
+    def __call__(self, x, emb, conditioning_cache, control):
         assert float(x.sum()) != 0
-        return super().__call__(x, emb, kept, control)
+        return super().__call__(x, emb, conditioning_cache, control)
 
 
 def test_a_step_that_cannot_be_recorded_is_launched_piece_by_piece(unets):
@@ -214,7 +214,7 @@ def test_a_step_that_cannot_be_recorded_is_launched_piece_by_piece(unets):
     expected = case.step(half, torch.float16)
     prepare = half.prepare
     half.prepare = lambda *given: Waits(**vars(prepare(*given)))
-    with pytest.warns(SdInpaintWarning, match="piece by piece"):
+    with pytest.warns(SdInpaintWarning, match="launched one by one"):
         out = case.step(half, torch.float16, found)
     assert relative(out, expected.double()) < HALF
     assert relative(case.step(half, torch.float16, found), expected.double()) < HALF
@@ -303,4 +303,4 @@ def test_a_recorded_controlnet_is_the_one_launched_piece_by_piece(config):
             for sigma in (9.0, 6.0):
                 both = zip(recorded(*inputs, sigma), eager(*inputs, sigma), strict=True)
                 assert all(relative(one, other.double()) < HALF for one, other in both)
-    assert len(found._recordings) == 1
+    assert len(found._captured) == 1

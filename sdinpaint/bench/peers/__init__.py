@@ -1,1 +1,1 @@
-"""The systems that the suite compares, each behind one interface: sdinpaint, diffusers, OpenVINO and commands."""
+"""The systems that the suite compares behind one interface: sdinpaint, diffusers, OpenVINO and commands."""

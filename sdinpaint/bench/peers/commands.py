@@ -1,4 +1,4 @@
-"""A peer that is a command line: it is run as it is, and tells the seconds in its output."""
+"""A baseline that is a command line: it is run as it is, and prints its seconds."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ from sdinpaint.errors import SettingError
 __all__ = ["COMMAND", "Command"]
 
 COMMAND = "command"
-"""What this peer is called in the table."""
+"""The name of such a baseline in the tables, before its number."""
 FIELDS = ("checkpoint", "image", "mask", "out", "prompt", "size", "steps", "seed", "guidance")
 TAIL = 300
-"""Characters of a command's output that an error shows."""
+"""The number of characters of a command's output that an error shows."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """`line` may hold {checkpoint} {image} {mask} {out} {prompt} {size} {steps} {seed} {guidance}; the first group of
-    `time` finds the seconds.
+    """A command line with placeholders.
 
-    Raises: SettingError where `time` is no regular expression with one group, or `line` names anything else.
+    Raises:
+        SettingError: `time` is no regular expression with one group, or `line` has another placeholder.
     """
 
     line: str
+    """May hold {checkpoint} {image} {mask} {out} {prompt} {size} {steps} {seed} {guidance}."""
     time: str
+    """A regular expression whose group finds the seconds in the output."""
 
     def __post_init__(self) -> None:
         try:
@@ -46,12 +48,16 @@ class Command:
 
     @property
     def program(self) -> str:
-        """Its name in the table."""
+        """The program's name in the tables."""
         return Path(shlex.split(self.line)[0]).name
 
     @contextmanager
     def inputs(self, case: Case) -> Iterator[dict[str, str]]:
-        """What stands for the names in braces; the picture and its mask are files for as long as this lasts."""
+        """Provide the values of the placeholders; image and mask are files for as long as the block lasts.
+
+        Args:
+            case: checkpoint, size and steps.
+        """
         with TemporaryDirectory(prefix="sdinpaint-bench-") as name:
             folder = Path(name)
             files = {kind: str(folder / f"{kind}.png") for kind in ("image", "mask", "out")}
@@ -66,7 +72,17 @@ class Command:
             }
 
     def seconds(self, inputs: dict[str, str]) -> float:
-        """Run it once -> the seconds that it tells. Raises: SettingError where it fails, or tells none."""
+        """Run the command once.
+
+        Args:
+            inputs: the values of the placeholders.
+
+        Returns:
+            The seconds that it prints.
+
+        Raises:
+            SettingError: it fails, or prints no seconds.
+        """
         words = self._filled(inputs)
         try:
             done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
@@ -85,12 +101,12 @@ class Command:
             raise SettingError("BENCH_PEER_TIME", "peer-time", found, hint=hint) from error
 
     def _filled(self, inputs: dict[str, str]) -> list[str]:
-        """The words of the line. Raises: SettingError for another name in braces, or a quote that is left open."""
+        """Split the line into words. Raises: SettingError for another placeholder, or an unclosed quote."""
         try:
             words = [word.format_map(inputs) for word in shlex.split(self.line)]
         except (AttributeError, KeyError, IndexError, ValueError) as error:
             expected = "words with " + ", ".join(f"{{{name}}}" for name in FIELDS)
-            hint = "other braces are doubled: {{ and }}"
+            hint = "write other braces twice: {{ and }}"
             found = f"{self.line!r}: {error}"
             raise SettingError("BENCH_PEER_COMMAND", "peer-command", found, expected=expected, hint=hint) from error
         if not words:

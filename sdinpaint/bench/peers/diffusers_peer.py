@@ -1,8 +1,9 @@
-"""diffusers as a peer: its inpainting pipeline over the checkpoint's folder, as it comes, channels-last or compiled."""
+"""diffusers as a baseline: its inpainting pipeline with defaults, channels-last, compiled, or with a CUDA graph."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -17,32 +18,44 @@ from sdinpaint.checkpoints.opening import open_checkpoint
 from sdinpaint.checks import quietly, require_extra
 from sdinpaint.errors import SettingError
 from sdinpaint.load_options import LoadOptions
+from sdinpaint.sampling.graphs import Graphs, Tensors
 
-__all__ = ["ChannelsLast", "Compiled", "Diffusers", "library"]
+__all__ = ["Captured", "ChannelsLast", "Compiled", "Diffusers", "library", "silence"]
 
 IMPORTS = "from diffusers import StableDiffusionInpaintPipeline"
 
 
 def library() -> Any:
-    """diffusers, with its pipeline, which it imports when asked. Raises: SettingError where something is missing."""
+    """Import diffusers with its pipeline.
+
+    Returns:
+        The package.
+
+    Raises:
+        SettingError: diffusers or transformers is missing.
+    """
     transformers()
-    diffusers = require_extra("diffusers", extra="bench", what="the peer diffusers")
+    diffusers = require_extra("diffusers", extra="bench", what="the baseline diffusers")
     diffusers.StableDiffusionInpaintPipeline  # noqa: B018
     return diffusers
 
 
 def transformers() -> Any:
-    """transformers. Raises: SettingError where it is missing."""
-    return require_extra("transformers", extra="bench", what="the peer diffusers")
+    """Import transformers. Raises: SettingError where it is missing."""
+    return require_extra("transformers", extra="bench", what="the baseline diffusers")
 
 
 def silence() -> AbstractContextManager[None]:
-    """Both say nothing meanwhile."""
+    """Silence the log of diffusers and transformers within a block."""
     return quietly(library(), transformers())
 
 
 class Diffusers:
-    """As it comes; it takes a folder alone."""
+    """diffusers with its defaults, over a folder in its own layout.
+
+    Raises:
+        SettingError: the checkpoint is a single file.
+    """
 
     def __init__(self, case: Case) -> None:
         if not Path(case.checkpoint).is_dir():
@@ -66,31 +79,31 @@ class Diffusers:
         return pipe
 
     def ready(self) -> None:
-        """Nothing is put off."""
+        """Do nothing: nothing is put off."""
 
     def parameters(self) -> list[Tensor]:
-        """The weights of UNet, VAE and text encoders."""
+        """Return the weights of UNet, VAE and text encoders."""
         models = [self.pipe.unet, self.pipe.vae, *self.encoders]
         return [weight for model in models for weight in model.parameters()]
 
     @property
     def encoders(self) -> list[Any]:
-        """The text encoder; for SDXL both of them."""
+        """The text encoder; both of them for SDXL."""
         found = [self.pipe.text_encoder, getattr(self.pipe, "text_encoder_2", None)]
         return [encoder for encoder in found if encoder is not None]
 
     @cached_property
     def inputs(self) -> StepInputs:
-        """Those of the case."""
+        """The inputs of the case."""
         return StepInputs.draw(self.family, self.case)
 
     @property
     def scaled(self) -> Tensor:
-        """The noisy latents as the UNet is shown them."""
+        """The noisy latents scaled as the UNet's input."""
         return self.inputs.x / math.hypot(1, self.inputs.sigma)
 
     def fed(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor] | None]:
-        """What its pipelines give the UNet in a guided step, both halves in one batch."""
+        """Return the UNet's inputs in a guided step, a batch of 2: x, t, context, further conditioning."""
         given, dtype = self.inputs, self.case.torch_dtype
         t = torch.tensor(TIMESTEP, device=given.x.device)
         takes_mask = self.family.unet.in_channels > given.x.shape[1]
@@ -102,7 +115,7 @@ class Diffusers:
 
     @torch.inference_mode()
     def step(self) -> Tensor:
-        """As its pipelines do it: both halves of the batch through the UNet, then guidance."""
+        """Run one guided step as its pipelines do, both halves in one batch, and return x0 (1, 4, H, W)."""
         x, t, contexts, added = self.fed()
         output = self.pipe.unet(x, t, contexts, added_cond_kwargs=added, return_dict=False)[0]
         uncond, cond = output.float().chunk(2)
@@ -114,25 +127,25 @@ class Diffusers:
 
     @torch.inference_mode()
     def decode(self) -> Tensor:
-        """Through its autoencoder."""
+        """Decode the latents to an image, float32 (1, 3, 8H, 8W)."""
         latents = self.inputs.latents / self.family.vae.scaling_factor
         return self.pipe.vae.decode(latents.to(self.case.torch_dtype), return_dict=False)[0].float()
 
     @torch.inference_mode()
     def encode(self) -> Tensor:
-        """The mean of its autoencoder's posterior."""
+        """Encode the image to the mean of its latents, float32 (1, 4, H, W)."""
         posterior = self.pipe.vae.encode(self.inputs.image.to(self.case.torch_dtype)).latent_dist
         return posterior.mode().float() * self.family.vae.scaling_factor
 
     @torch.inference_mode()
     def encode_text(self) -> Tensor:
-        """By its pipeline."""
+        """Encode both prompts to text embeddings (2, 77, D)."""
         options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": True, "negative_prompt": ""}
         cond, uncond, *_ = self.pipe.encode_prompt(PROMPT, device=self.case.device, **options)
         return torch.cat([uncond, cond]).float()
 
     def picture(self) -> Image.Image:
-        """By its pipeline."""
+        """Inpaint the image of the case by its pipeline."""
         image, mask = picture_and_mask(self.case.size)
         made = self.pipe(
             PROMPT,
@@ -150,7 +163,7 @@ class Diffusers:
 
 
 class ChannelsLast(Diffusers):
-    """With UNet and autoencoder in the memory format that convolutions prefer."""
+    """diffusers with UNet and VAE in channels-last memory format."""
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
@@ -159,15 +172,58 @@ class ChannelsLast(Diffusers):
 
 
 class Compiled(Diffusers):
-    """With UNet and decoder through torch.compile, which does its work when each is first run."""
+    """diffusers with UNet and VAE decoder through torch.compile."""
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
-        torch.compiler.reset()  # after some models of one class in a process it would give up, and say nothing
+        torch.compiler.reset()  # after several models of one class torch.compile silently gives up
         for model in (self.pipe.unet, self.pipe.vae.decoder):
             model.compile()
 
     def ready(self) -> None:
-        """Compile, by running both."""
+        """Compile, by running both once."""
         self.step()
         self.decode()
+
+
+class Captured(Diffusers):
+    """diffusers with the UNet in a CUDA graph.
+
+    Raises:
+        SettingError: the device has no CUDA graphs.
+    """
+
+    def __init__(self, case: Case) -> None:
+        if not case.device.startswith("cuda"):
+            raise SettingError("BENCH_PEER", "the baseline diffusers-captured", f"on {case.device}", expected="on cuda")
+        super().__init__(case)
+        self.pipe.unet.forward = captured(self.pipe.unet.forward, Graphs(True))
+
+    def ready(self) -> None:
+        """Capture the graph, by running a step."""
+        self.step()
+
+
+def captured(forward: Callable[..., Any], graphs: Graphs) -> Callable[..., tuple[Tensor]]:
+    """Wrap the forward of diffusers' UNet so that it is replayed from a CUDA graph.
+
+    Args:
+        forward: the UNet's own.
+        graphs: keeps the graph; tensors on a CPU are run as they are.
+
+    Returns:
+        A function that its pipelines can call in place of `forward`.
+    """
+
+    def run(x: Tensor, t: Tensor, encoder_hidden_states: Tensor, **options: Any) -> tuple[Tensor]:
+        added = options.get("added_cond_kwargs") or {}
+
+        def function(varying: Tensors, constant: Tensors) -> Tensor:
+            x, t, context, *values = varying
+            conditioning = dict(zip(added, values, strict=True)) or None
+            output: Tensor = forward(x, t, context, added_cond_kwargs=conditioning, return_dict=False)[0]
+            return output
+
+        return (graphs("unet", function, [x, t, encoder_hidden_states, *added.values()], ()),)
+
+    return run

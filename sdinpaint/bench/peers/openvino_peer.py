@@ -1,4 +1,4 @@
-"""OpenVINO as a peer: diffusers' pipeline, whose networks it converts and compiles for the CPU at the case's shapes."""
+"""OpenVINO as a baseline: diffusers' pipeline with networks converted and compiled for the CPU at the case's shapes."""
 
 from __future__ import annotations
 
@@ -21,32 +21,40 @@ from sdinpaint.errors import SettingError
 __all__ = ["OpenVino", "library"]
 
 SILENT = "openvino_telemetry"
-"""Where this cannot be imported, OpenVINO does without it: it would report imports and conversions over the net."""
+"""The package by which OpenVINO would report usage over the network; it works without it."""
 IMPORTS = f"import sys; sys.modules['{SILENT}'] = None; {diffusers_peer.IMPORTS}; import openvino"
 ADDED = ("text_embeds", "time_ids")
-"""What SDXL's UNet is told beside the text."""
+"""The names of SDXL's further conditioning."""
 Run = Callable[..., Iterable[Tensor]]
-"""run(forward of a network, *tensors) -> tensors."""
+"""A function run(forward of a network, *tensors) that returns tensors."""
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 def library() -> Any:
-    """OpenVINO, beside diffusers. Raises: SettingError where one of them is missing."""
+    """Import OpenVINO and diffusers.
+
+    Returns:
+        The package openvino.
+
+    Raises:
+        SettingError: one of them is missing.
+    """
     diffusers_peer.library()
     sys.modules.setdefault(SILENT, None)  # type: ignore[arg-type]
-    return require_extra("openvino", extra="bench", what="the peer openvino")
+    return require_extra("openvino", extra="bench", what="the baseline openvino")
 
 
 class OpenVino(diffusers_peer.Diffusers):
-    """A network is converted when it is first run, so that a step takes no autoencoder.
+    """diffusers' pipeline run by OpenVINO. A network is converted when it first runs, so that a step needs no VAE.
 
-    Raises: SettingError for a device or dtype that OpenVINO is not run in here.
+    Raises:
+        SettingError: the device or dtype is not supported here.
     """
 
     def __init__(self, case: Case) -> None:
         if case.device != "cpu" or case.torch_dtype not in PRECISIONS:
             found = f"{case.dtype} on {case.device}"
-            raise SettingError("BENCH_PEER", "the peer openvino", found, expected="float32 or bfloat16 on the CPU")
+            raise SettingError("BENCH_PEER", "the baseline openvino", found, expected="float32 or bfloat16 on the CPU")
         super().__init__(case)
         precision = PRECISIONS[case.torch_dtype]
         vae = self.pipe.vae
@@ -70,25 +78,25 @@ class OpenVino(diffusers_peer.Diffusers):
             text.convert(torch.zeros(1, self.family.text.context_length, dtype=torch.long))
 
     def parameters(self) -> list[Tensor]:
-        """None: it holds them in forms of its own."""
+        """Return nothing: OpenVINO keeps the weights in a layout of its own."""
         return []
 
     def _run_unet(
         self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, *, added_cond_kwargs: Any = None, **_: object
     ) -> tuple[Tensor]:
-        """As diffusers' pipelines call it."""
+        """Run the UNet in place of diffusers' forward."""
         [output] = self.unet(x, t.float(), encoder_hidden_states, *_added(added_cond_kwargs))
         return (output.to(x.dtype),)
 
     def _run_text(self, text: Converted, ids: Tensor, **_: object) -> Any:
-        """As diffusers' pipelines call it."""
+        """Run a text encoder in place of its forward."""
         first, states = (tensor.to(self.case.torch_dtype) for tensor in text(ids))
         outputs = diffusers_peer.transformers().modeling_outputs
         return outputs.BaseModelOutput(last_hidden_state=first, hidden_states=(states, first))
 
 
 class Converted:
-    """A network that OpenVINO runs from its first call on, at the shapes of that call; torch's weights are let go."""
+    """A network that OpenVINO runs from its first call on, at the shapes of that call; torch's weights are released."""
 
     def __init__(self, module: nn.Module, run: Run, precision: str) -> None:
         self._module, self._run, self._precision = module, run, precision
@@ -96,20 +104,23 @@ class Converted:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether it was converted."""
+        """Tell whether the network was converted."""
         return self._compiled is not None
 
     def __call__(self, *given: Tensor) -> list[Tensor]:
-        """As `run`; floating point numbers are float32 here, whatever is computed in."""
+        """Run the network; floating point inputs and outputs are float32, whatever precision it computes in."""
         self.convert(*given)
         found = self._compiled([_plain(tensor).numpy() for tensor in given])
         return [torch.from_numpy(found[index]) for index in range(len(found))]
 
     def convert(self, *given: Tensor) -> None:
-        """For inputs of these shapes, once.
+        """Convert and compile the network for inputs of these shapes, once.
 
-        Through a file, as OpenVINO's users do: it stays mapped, where a model in memory would be held beside what is
-        compiled of it.
+        The model goes through a file, as OpenVINO's users do: a file is memory-mapped, while a model in memory would
+        be held beside the compiled one.
+
+        Args:
+            given: inputs, of which only shapes and dtypes count.
         """
         if self.is_compiled:
             return
@@ -117,7 +128,7 @@ class Converted:
         options = {"INFERENCE_PRECISION_HINT": self._precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         with TemporaryDirectory(prefix="sdinpaint-bench-") as folder:
             path = Path(folder) / "network.xml"
-            # what bfloat16 tells apart float16 does too, if it is not tiny
+            # float16 represents every bfloat16 number that is not tiny
             openvino.save_model(self._converted(given), path, compress_to_fp16=dtype == torch.bfloat16)
             for weight in self._module.parameters():
                 weight.data = torch.empty(0, dtype=dtype)
@@ -126,15 +137,15 @@ class Converted:
     @torch.no_grad()
     def _converted(self, given: Iterable[Tensor]) -> Any:
         openvino, plain = library(), tuple(_plain(tensor) for tensor in given)
-        self._module.float()  # OpenVINO itself turns to less precision; a network in bfloat16 it cannot always run
-        with warnings.catch_warnings(action="ignore"), diffusers_peer.silence():  # of what a trace fixes: the shapes
-            # here rather than in OpenVINO, which would run it three times in order to compare
+        self._module.float()  # OpenVINO reduces precision itself, and cannot run every network in bfloat16
+        with warnings.catch_warnings(action="ignore"), diffusers_peer.silence():  # about constants in a trace: shapes
+            # OpenVINO would trace it itself, and run it three times to compare
             traced = torch.jit.trace(_Traced(self._module, self._run), plain, check_trace=False, strict=False)
         return openvino.convert_model(traced, example_input=plain, input=[tuple(tensor.shape) for tensor in plain])
 
 
 class _Traced(nn.Module):
-    """A network as `run` calls its class' own forward, which the instance's no longer is."""
+    """A network whose class' own forward is called by `run`; the instance's was replaced."""
 
     def __init__(self, module: nn.Module, run: Run) -> None:
         super().__init__()
@@ -154,7 +165,7 @@ def _unet(call: Callable[..., Any], x: Tensor, t: Tensor, contexts: Tensor, *add
 
 
 def _text(call: Callable[..., Any], ids: Tensor) -> list[Tensor]:
-    """What diffusers' pipelines read of it: its first output, and the states before the last layer."""
+    """Return what diffusers' pipelines use: the first output, and the hidden states before the last layer."""
     told = call(ids, output_hidden_states=True)
     return [told[0], told.hidden_states[-2]]
 

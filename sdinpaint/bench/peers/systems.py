@@ -1,14 +1,16 @@
-"""This library and its peers over one checkpoint, by the same verbs; a peer is imported when it is opened."""
+"""sdinpaint and the baselines behind one interface; the packages of a baseline are imported when it is opened."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
+from sdinpaint_kernels import backend
 from torch import Tensor
 
 from sdinpaint.bench.cases import GUIDANCE, PROMPT, SEED, Case, StepInputs, picture_and_mask
@@ -25,77 +27,77 @@ IMPORTS = "from sdinpaint import load"
 
 
 class System(Protocol):
-    """A program with a checkpoint loaded."""
+    """An inpainting library with a checkpoint loaded."""
 
     def ready(self) -> None:
-        """Do now what it would put off until a network first runs, as compiling."""
+        """Do what the library would put off until a network first runs, such as compiling."""
 
     def parameters(self) -> list[Tensor]:
-        """The weights of all its models; none where it holds them in forms of its own."""
+        """Return the weights of all models; none where the library keeps them in a layout of its own."""
 
     def step(self) -> Tensor:
-        """One guided step of `StepInputs` -> x0 (1, 4, H, W)."""
+        """Run one guided step of `StepInputs`, and return x0 (1, 4, H, W)."""
 
     def decode(self) -> Tensor:
-        """Its latents -> image float32 (1, 3, 8H, 8W)."""
+        """Decode the latents of `StepInputs` to an image, float32 (1, 3, 8H, 8W)."""
 
     def encode(self) -> Tensor:
-        """Its image -> the mean of the latents, float32 (1, 4, H, W)."""
+        """Encode the image of `StepInputs` to the mean of its latents, float32 (1, 4, H, W)."""
 
     def encode_text(self) -> Tensor:
-        """The empty prompt and PROMPT -> contexts (2, 77, D)."""
+        """Encode the empty prompt and PROMPT to text embeddings (2, 77, D)."""
 
     def picture(self) -> Image.Image:
-        """The whole inpainted picture of `picture_and_mask`, without pasting back, by DDIM."""
+        """Inpaint the image of `picture_and_mask` by DDIM, without pasting the known pixels back."""
 
 
 class SdInpaint:
-    """This library."""
+    """sdinpaint with its defaults."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
         self.pipe = load(case.checkpoint, device=case.device, dtype=case.dtype, progress=False)
 
     def ready(self) -> None:
-        """Nothing is put off."""
+        """Do nothing: nothing is put off."""
 
     def parameters(self) -> list[Tensor]:
-        """The weights of UNet, VAE and text encoders."""
+        """Return the weights of UNet, VAE and text encoders."""
         return [weight for model in (self.pipe.unet, self.pipe.vae, self.pipe.text) for weight in model.parameters()]
 
     @cached_property
     def inputs(self) -> StepInputs:
-        """Those of the case."""
+        """The inputs of the case."""
         return StepInputs.draw(self.pipe.family, self.case)
 
     @cached_property
     def denoiser(self) -> Denoiser:
-        """Made once, as a run does."""
+        """The denoiser, made once as in a run."""
         given = self.inputs
         uncond, cond = (self._conditioning(index) for index in range(2))
         return self.pipe.denoiser(Known(given.mask, given.masked_latents), cond, uncond, guidance_scale=GUIDANCE)
 
     def step(self) -> Tensor:
-        """Through the pipeline's denoiser."""
+        """Run one guided step, and return x0 (1, 4, H, W)."""
         return self.denoiser(self.inputs.x, self.inputs.sigma)
 
     def decode(self) -> Tensor:
-        """Through the pipeline."""
+        """Decode the latents to an image, float32 (1, 3, 8H, 8W)."""
         return self.pipe.decode(self.inputs.latents)
 
     @torch.inference_mode()
     def encode(self) -> Tensor:
-        """Through the pipeline."""
+        """Encode the image to the mean of its latents, float32 (1, 4, H, W)."""
         return self.pipe.sample_latents(self.inputs.image)
 
     @torch.inference_mode()
     def encode_text(self) -> Tensor:
-        """Through the pipeline."""
+        """Encode both prompts to text embeddings (2, 77, D)."""
         size = (self.case.size, self.case.size)
         return torch.cat([said.context for said in self.pipe.encode_prompts(["", PROMPT], size)])
 
     def picture(self) -> Image.Image:
-        """As diffusers does it: a latent cell is repainted where its first pixel is."""
+        """Inpaint as diffusers does: a latent pixel is repainted where the first pixel of its block is."""
         image, mask = picture_and_mask(self.case.size)
         options: dict[str, Any] = {"paste_back": False, "cover": "nearest", "progress": False}
         result = self.pipe.inpaint(
@@ -113,32 +115,103 @@ class SdInpaint:
         return Conditioning(context, torch.cat([pooled, sines], dim=1))
 
 
+class TorchOperations(SdInpaint):
+    """sdinpaint with torch's operations in place of its own kernels."""
+
+    def step(self) -> Tensor:
+        """Run one guided step, and return x0 (1, 4, H, W)."""
+        with _torch_operations():
+            return super().step()
+
+    def decode(self) -> Tensor:
+        """Decode the latents to an image, float32 (1, 3, 8H, 8W)."""
+        with _torch_operations():
+            return super().decode()
+
+    def encode(self) -> Tensor:
+        """Encode the image to the mean of its latents, float32 (1, 4, H, W)."""
+        with _torch_operations():
+            return super().encode()
+
+    def encode_text(self) -> Tensor:
+        """Encode both prompts to text embeddings (2, 77, D)."""
+        with _torch_operations():
+            return super().encode_text()
+
+    def picture(self) -> Image.Image:
+        """Inpaint the image of the case."""
+        with _torch_operations():
+            return super().picture()
+
+
+class Uncaptured(SdInpaint):
+    """sdinpaint without CUDA graphs: every kernel of a step is launched on its own."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.pipe.graphs.enabled = self.pipe.control_graphs.enabled = False
+
+
+@contextmanager
+def _torch_operations() -> Iterator[None]:
+    before, backend.SETTING = backend.SETTING, "torch"
+    try:
+        yield
+    finally:
+        backend.SETTING = before
+
+
 @dataclass(frozen=True)
 class Peer:
-    """How a peer is opened, and what has to be imported for it."""
+    """A baseline: how it is opened, and what has to be imported for it."""
 
     open: Callable[[Case], System]
     library: Callable[[], object]
-    """Its package. Raises: SettingError where that is missing."""
+    """Imports its package. Raises: SettingError where that is missing."""
     imports: str
-    """The statement by which its users import what they open it with."""
+    """The statement by which its users import what they load a checkpoint with."""
+
+
+def _nothing() -> None:
+    """Import nothing: the baseline is a setting of sdinpaint."""
 
 
 PEERS = {
     "diffusers": Peer(diffusers_peer.Diffusers, diffusers_peer.library, diffusers_peer.IMPORTS),
     "diffusers-channels-last": Peer(diffusers_peer.ChannelsLast, diffusers_peer.library, diffusers_peer.IMPORTS),
+    "diffusers-captured": Peer(diffusers_peer.Captured, diffusers_peer.library, diffusers_peer.IMPORTS),
     "diffusers-compiled": Peer(diffusers_peer.Compiled, diffusers_peer.library, diffusers_peer.IMPORTS),
     "openvino": Peer(openvino_peer.OpenVino, openvino_peer.library, openvino_peer.IMPORTS),
+    "sdinpaint-torch": Peer(TorchOperations, _nothing, IMPORTS),
+    "sdinpaint-uncaptured": Peer(Uncaptured, _nothing, IMPORTS),
 }
 
 
 def check_peers(names: tuple[str, ...]) -> None:
-    """Raises: SettingError for a peer that is not known or not installed, before anything is measured."""
+    """Check that every baseline is known and installed, before anything is measured.
+
+    Args:
+        names: names in PEERS.
+
+    Raises:
+        SettingError: one is not known, or a package is missing.
+    """
     for name in names:
         check_choice("peer", name, PEERS, code="BENCH_PEER")
         PEERS[name].library()
 
 
 def open_system(name: str, case: Case) -> System:
-    """Load the case's checkpoint with one system."""
+    """Load the case's checkpoint with one system.
+
+    Args:
+        name: OURS, or a name in PEERS.
+        case: checkpoint, dtype and device.
+
+    Returns:
+        The system.
+
+    Raises:
+        SettingError: it cannot be run in this way.
+    """
     return SdInpaint(case) if name == OURS else PEERS[name].open(case)

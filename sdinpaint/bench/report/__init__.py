@@ -1,1 +1,1 @@
-"""The suite's rows, and the tables, plots and pages that are made of them."""
+"""Rows of the suite, and the tables, plots and pages that are made of them."""

@@ -1,4 +1,4 @@
-"""The rows of a section as horizontal bars: ours beside its peers, or how near each comes to the floor."""
+"""Plots of a section as horizontal bars: sdinpaint beside the baselines, or each one's share of the roofline."""
 
 from __future__ import annotations
 
@@ -10,65 +10,87 @@ from typing import Any
 from sdinpaint.bench.peers.systems import OURS
 from sdinpaint.bench.report.figures import COLORS, GREY, new_figure, save
 from sdinpaint.bench.report.rows import Row, grouped
-from sdinpaint.bench.report.tables import by_case, case_of, dtypes, number
+from sdinpaint.bench.report.tables import by_case, case_of, dtypes, more_is_better, number
 
-__all__ = ["draw_bars", "draw_floors", "draw_modes"]
+__all__ = ["draw_bars", "draw_modes", "draw_roofline", "draw_seams"]
 
 BAR, GAP, AROUND = 0.21, 0.5, 0.85
-"""Inches of a bar; bars between two cases; inches of title and axis of a panel."""
+"""Inches of a bar; the gap between two cases in bars; inches of title and axis of a panel."""
 MOST_CALLS = 12
-"""Of a dtype, by the time that they take together: more cannot be read."""
+"""The number of calls that are drawn for each dtype; more could not be read."""
 
 
 @dataclass(frozen=True)
 class Bars:
-    """How rows are drawn."""
+    """The texts and numbers of a plot."""
 
     unit: Callable[[Row], str]
     spread: Callable[[Row], tuple[float, float, float]]
     """p20, p50 and p80."""
     case: Callable[[Row], str]
-    """What stands before the bars of one case."""
+    """The label before the bars of one case."""
     said: Callable[[Row], str]
-    """What stands behind a bar."""
+    """The label behind a bar."""
 
 
 MEASURED = Bars(
-    unit=lambda row: row["unit"],
+    unit=lambda row: f"{row['unit']} ({'higher' if more_is_better(row) else 'lower'} is better)".strip(),
     spread=lambda row: (row["p20"], row["p50"], row["p80"]),
     case=dtypes,
-    said=lambda row: number(row["p50"]) + ("" if row["ratio"] is None else f", ours / it {number(row['ratio'])}"),
+    said=lambda row: number(row["p50"]) + ("" if row["ratio"] is None else f", ratio {number(row['ratio'])}"),
 )
 
 
 def draw_bars(rows: Sequence[Row], target: Path) -> None:
-    """Write a PNG: a panel for all that was measured, a bar for each system by dtype, whiskers from p20 to p80.
+    """Plot a panel for each measurement, with a bar for each system and dtype, and whiskers from p20 to p80.
 
-    Raises: SettingError where matplotlib is missing; OSError.
+    Args:
+        rows: of one section.
+        target: the PNG.
+
+    Raises:
+        SettingError: matplotlib is missing.
+        OSError: the file cannot be written.
     """
-    panels = grouped(rows, lambda row: f"{case_of(row)}, {row['size']} x {row['size']}")
+    panels = grouped(rows, lambda row: ", ".join(filter(None, (case_of(row), _size(row)))))
     _draw(panels, target, MEASURED)
 
 
-def draw_modes(rows: Sequence[Row], target: Path) -> None:
-    """Write a PNG: a panel for each size, a bar for all that was measured of it.
+def _size(row: Row) -> str:
+    return "" if row["size"] is None else f"{row['size']} x {row['size']}"
 
-    Raises: SettingError where matplotlib is missing; OSError.
+
+def draw_modes(rows: Sequence[Row], target: Path) -> None:
+    """Plot a panel for each size, with a bar for each measurement.
+
+    Args:
+        rows: of one section.
+        target: the PNG.
+
+    Raises:
+        SettingError: matplotlib is missing.
+        OSError: the file cannot be written.
     """
-    panels = grouped(rows, lambda row: f"{row['size']} x {row['size']}")
+    panels = grouped(rows, _size)
     bars = replace(MEASURED, case=lambda row: f"{case_of(row)}, {dtypes(row)}")
     _draw(panels, target, bars)
 
 
-def draw_floors(rows: Sequence[Row], target: Path) -> None:
-    """Write a PNG: of the calls that take most of a dtype's time how near each system comes to the floor, in percent.
+def draw_roofline(rows: Sequence[Row], target: Path) -> None:
+    """Plot the percentage of the roofline of each system, in the calls that take most of a dtype's time.
 
-    Raises: SettingError where matplotlib is missing; OSError.
+    Args:
+        rows: of the part "kernels".
+        target: the PNG.
+
+    Raises:
+        SettingError: matplotlib is missing.
+        OSError: the file cannot be written.
     """
 
     def percents(row: Row) -> tuple[float, float, float]:
-        floor = row["percent_of_floor"] * row["p50"]
-        return floor / row["p80"], row["percent_of_floor"], floor / row["p20"]
+        shortest = row["percent_of_floor"] * row["p50"]
+        return shortest / row["p80"], row["percent_of_floor"], shortest / row["p20"]
 
     panels = {}
     for dtype, found in grouped(rows, lambda row: row["dtype"]).items():
@@ -76,12 +98,29 @@ def draw_floors(rows: Sequence[Row], target: Path) -> None:
         title = f"{dtype}: the {min(len(cases), MOST_CALLS)} calls, of {len(cases)}, that take most of the time"
         panels[title] = [row for case in cases[:MOST_CALLS] for row in case]
     bars = Bars(
-        unit=lambda row: "% of what the machine can do",
+        unit=lambda row: "% of roofline (higher is better)",
         spread=percents,
         case=lambda row: f"{row['what']}, {row['count']} times",
         said=lambda row: f"{row['percent_of_floor']:.0f}%",
     )
     _draw(panels, target, bars)
+
+
+def draw_seams(rows: Sequence[Row], target: Path) -> None:
+    """Plot the seam and the ring delta E of every way of joining.
+
+    Args:
+        rows: of the part "seams".
+        target: the PNG.
+
+    Raises:
+        SettingError: matplotlib is missing.
+        OSError: the file cannot be written.
+    """
+    panels = {}
+    for name, title in {"seam": "seam", "ring_delta_e": "ring delta E: shift of colour across the edge"}.items():
+        panels[title] = [{**row, **dict.fromkeys(("p20", "p50", "p80"), row[name])} for row in rows]
+    _draw(panels, target, replace(MEASURED, case=lambda row: row["what"]))
 
 
 def _draw(panels: Mapping[str, Sequence[Row]], target: Path, bars: Bars) -> None:

@@ -1,4 +1,4 @@
-"""What all pictures of the benchmarks share: colours, plain numbers on axes, and whole files. Needs matplotlib."""
+"""The base of all plots: colours, plain numbers on axes, and files written whole. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -14,28 +14,51 @@ from sdinpaint.checks import require_extra
 __all__ = ["COLORS", "GREY", "LINES", "MARKERS", "new_figure", "plain_numbers", "save"]
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Told apart by colour-blind readers too. Source: Okabe and Ito, 2008."""
+"""Colours that colour-blind readers can tell apart. Source: Okabe and Ito, 2008."""
 MARKERS, LINES = "osD^vP", ("-", "--", ":")
 GREY = "#666666"
 SHADES = 128
-"""Colours in a file, with those between a letter and its ground."""
+"""The number of colours in a file, those of antialiasing included."""
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty one, of so many inches. Raises: SettingError where matplotlib is missing."""
-    # not pyplot's, which would choose a window system and keep every figure
+    """Make an empty figure.
+
+    Args:
+        width: in inches.
+        height: in inches.
+
+    Returns:
+        A figure of matplotlib.
+
+    Raises:
+        SettingError: matplotlib is missing.
+    """
+    # pyplot would choose a window system and keep every figure
     return _matplotlib("figure").Figure(figsize=(width, height), layout="constrained")
 
 
 def plain_numbers(axis: Any) -> None:
-    """1, 2, 5, 10 on a logarithmic axis, which would show powers of ten."""
+    """Label a logarithmic axis 1, 2, 5, 10 in place of powers of ten.
+
+    Args:
+        axis: an axis of matplotlib.
+    """
     axis.set_major_locator(_matplotlib("ticker").LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(_matplotlib("ticker").NullLocator())
 
 
 def save(figure: Any, target: Path) -> None:
-    """Write a PNG of few colours, a third as large as one of all, whole or not at all. Raises: OSError."""
+    """Write a PNG of few colours, a third as large as one of all, whole or not at all.
+
+    Args:
+        figure: a figure of matplotlib.
+        target: the file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     drawn = BytesIO()
     figure.savefig(drawn, format="png", dpi=110)
     with Image.open(drawn) as image, atomic_write(target) as temporary:

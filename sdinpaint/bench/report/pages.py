@@ -1,7 +1,8 @@
-"""What a person reads of the rows: the page of all tables with its pictures, and the README's short version."""
+"""The pages made of the rows: a summary with plots and tables, and the short table of the README."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,22 +12,38 @@ from sdinpaint_weights.atomic import atomic_write
 
 from sdinpaint.bench.parts import PARTS
 from sdinpaint.bench.peers.systems import OURS
-from sdinpaint.bench.report.bars import draw_bars, draw_floors, draw_modes
-from sdinpaint.bench.report.leads import leads, read_reasons
+from sdinpaint.bench.report.bars import draw_bars, draw_modes, draw_roofline, draw_seams
 from sdinpaint.bench.report.plots import draw_growth, draw_quality
-from sdinpaint.bench.report.rows import Row, grouped, latest
+from sdinpaint.bench.report.rows import Row, grouped, identity, latest, machine
+from sdinpaint.bench.report.slower import read_reasons, slower_rows, where_slower
+from sdinpaint.bench.report.summary import summary
 from sdinpaint.bench.report.tables import by_case, case_of, dtypes, markdown, number, ratio_cell, sections, table, title
 from sdinpaint.errors import SettingError, warn
 
-__all__ = ["BEGIN", "CHECKOUT", "END", "Places", "headline", "tables", "with_headline", "write_pages"]
+__all__ = [
+    "BEGIN",
+    "CHECKOUT",
+    "END",
+    "Places",
+    "headline",
+    "pages",
+    "prune",
+    "read_rows",
+    "tables",
+    "with_headline",
+    "write_pages",
+]
 
 PAGE = "bench.md"
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
-"""What the README's short version stands between."""
+"""The markers of the README's table."""
+LONG = 40
+"""Lines of a table from which on it is a file of its own."""
 ABOUT = """\
-Of the latest rows in `benchmarks/results`; what the parts are and how a ratio is formed: [README.md](README.md).
-sdinpaint / it: the median over rounds of what sdinpaint takes for each one of what the system takes; bold where it
-takes more."""
+The ratio to a baseline is what sdinpaint takes over what the baseline takes: the median over interleaved rounds. Below
+1 sdinpaint is faster, or needs less memory; a ratio above 1 is bold. Several values in a cell belong to the dtypes of
+the line. What the parts measure: [README.md](README.md). The rows are in `benchmarks/results`; `sdinpaint bench pages`
+makes this page of them."""
 HEADLINES = {
     ("step", "guided step"): "guided step",
     ("step", "VAE decode"): "VAE decode",
@@ -35,21 +52,25 @@ HEADLINES = {
     ("load", "load, with the weights in memory"): "load, weights in memory",
     ("memory", "step, peak memory"): "peak memory of a step",
 }
-"""What the README shows, by part and what, in its words."""
+"""The measurements in the README's table by part and `what`, and their names there."""
 HEADLINE_OF = {"family": "sd15", "device": "cpu", "quick": False}
-"""What its rows are of."""
+"""Fields of the rows in the README's table."""
 DRAWN: Mapping[str, Callable[[Sequence[Row], Path], None]] = {
     "quality": draw_quality,
     "growth": draw_growth,
-    "kernels": draw_floors,
+    "kernels": draw_roofline,
+    "tuning": draw_roofline,
+    "seams": draw_seams,
     "modes": draw_modes,
 }
-"""How the rows of a part are drawn, where not as bars."""
+"""The functions that draw a part, where bars beside the baselines do not fit."""
+UNDRAWN = ("defects",)
+"""Parts without a plot."""
 
 
 @dataclass(frozen=True)
 class Places:
-    """The folder of the rows, that of the page and its pictures, and the README."""
+    """The folders of rows and of pages, and the README."""
 
     rows: Path
     pages: Path
@@ -57,41 +78,141 @@ class Places:
 
     @property
     def reasons(self) -> Path:
-        """Why a peer leads; written by hand."""
-        return self.pages / "leads.toml"
+        """The file that says why a baseline is faster; it is written by hand."""
+        return self.pages / "reasons.toml"
 
 
 CHECKOUT = Places(Path("benchmarks/results"), Path("docs/benchmarks"), Path("README.md"))
 
 
-def write_pages(places: Places, refused: Sequence[str] = ()) -> None:
-    """Write bench.md, a picture for every section of it, and the README's table, from the latest rows.
+def read_rows(places: Places) -> list[Row]:
+    """Read the latest rows of all parts.
 
-    What was refused is told at the end of bench.md. Without matplotlib there are no pictures, and a warning.
-    Raises: SettingError for a leads.toml that cannot be used; OSError.
+    Args:
+        places: where they are.
+
+    Returns:
+        The rows by part, in the order in which each measurement first appears.
     """
-    files = [places.rows / f"{part}.jsonl" for part in (*PARTS, "growth")]
-    rows = latest(file for file in files if file.is_file())
+    return latest(file for file in _files(places) if file.is_file())
+
+
+def write_pages(places: Places, refused: Sequence[str] = ()) -> None:
+    """Write bench.md, the files of long tables, a plot for each section, and the README's table.
+
+    Without matplotlib there are no plots, and a warning.
+
+    Args:
+        places: where the rows are, and where the pages go. Without rows nothing is written.
+        refused: reasons why something was not measured, for the end of bench.md.
+
+    Raises:
+        SettingError: reasons.toml cannot be used.
+        OSError: a file cannot be written.
+    """
+    rows = read_rows(places)
     if not rows:
         return
-    told = "".join(f"\nRefused: {reason}\n" for reason in refused)
-    _write(places.pages / PAGE, _page(rows, places.reasons) + told)
+    for name, text in pages(rows, places, refused).items():
+        _write(places.pages / name, text)
     if places.readme is not None:
         _write(places.readme, with_headline(places.readme.read_text(encoding="utf-8"), rows))
     try:
-        for name, found in sections(rows).items():
-            DRAWN.get(name[0], draw_bars)(found, places.pages / _picture(*name))
+        for section, found in sections(rows).items():
+            if section[0] not in UNDRAWN:
+                DRAWN.get(section[0], draw_bars)(found, places.pages / f"{_file(*section)}.png")
     except SettingError as error:
-        warn(f"{error}; the tables are written, without pictures")
+        warn(f"{error}; the tables are written, without plots")
+
+
+def pages(rows: Sequence[Row], places: Places, refused: Sequence[str] = ()) -> dict[str, str]:
+    """Make the Markdown files of the latest rows.
+
+    Args:
+        rows: the latest rows.
+        places: where the reasons are.
+        refused: reasons why something was not measured.
+
+    Returns:
+        Texts by the name of the file: bench.md, and one for each long table.
+
+    Raises:
+        SettingError: reasons.toml cannot be used.
+    """
+    found = {name: (of_it, table(of_it)) for name, of_it in sections(rows).items()}
+    texts = {
+        f"{_file(*name)}.md": f"# {title(name)}\n\n[bench.md]({PAGE}) has the plot and the summary.\n\n{said}"
+        for name, (_, said) in found.items()
+        if said.count("\n") > LONG
+    }
+    said = ["# Benchmarks", ABOUT, "## Summary", _summary(rows), "## Where a baseline is faster"]
+    said.append(where_slower(rows, read_reasons(places.reasons)).rstrip())
+    for name, (of_it, lines) in found.items():
+        said.append(f"## {title(name)}")
+        said.append("; ".join(dict.fromkeys(filter(None, map(machine, of_it)))))
+        if name[0] not in UNDRAWN:
+            said.append(f"![{title(name)}]({_file(*name)}.png)")
+        linked = f"{_file(*name)}.md"
+        said.append(f"All {len(of_it)} rows: [{linked}]({linked})." if linked in texts else lines.rstrip())
+    said += ["## Environments", _environments(rows)]
+    said += [f"Refused: {reason}" for reason in refused]
+    return {PAGE: "\n\n".join(filter(None, said)) + "\n", **texts}
+
+
+def prune(places: Places) -> dict[str, int]:
+    """Remove rows that a later row of the same measurement on the same machine supersedes.
+
+    Lines that are no rows of the suite stay.
+
+    Args:
+        places: where the rows are.
+
+    Returns:
+        By file name, how many rows were removed.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    removed = {}
+    for file in _files(places):
+        if not file.is_file():
+            continue
+        lines = file.read_text(encoding="utf-8").splitlines()
+        known = [identity(json.loads(line)) for line in lines]
+        last = {one: index for index, one in enumerate(known)}
+        kept = [line for index, line in enumerate(lines) if known[index] is None or last[known[index]] == index]
+        if len(kept) < len(lines):
+            _write(file, "".join(f"{line}\n" for line in kept))
+            removed[file.name] = len(lines) - len(kept)
+    return removed
+
+
+def _files(places: Places) -> list[Path]:
+    return [places.rows / f"{part}.jsonl" for part in (*PARTS, "growth")]
 
 
 def tables(rows: Iterable[Row]) -> str:
-    """A table for every part and family, each under its heading."""
+    """Write a table for every part, family and device, each under its heading.
+
+    Args:
+        rows: rows of the suite.
+
+    Returns:
+        Text with Markdown tables.
+    """
     return "\n".join(f"{title(name)}\n{table(found)}" for name, found in sections(rows).items())
 
 
 def with_headline(readme: str, rows: Iterable[Row]) -> str:
-    """The README with `headline` between its markers; as it is without them, or where there are no such rows."""
+    """Replace the table between the README's markers.
+
+    Args:
+        readme: its text.
+        rows: rows of the suite.
+
+    Returns:
+        The text with `headline`; unchanged without the markers, or where there are no such rows.
+    """
     said = headline(rows)
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -99,8 +220,16 @@ def with_headline(readme: str, rows: Iterable[Row]) -> str:
 
 
 def headline(rows: Iterable[Row]) -> str:
-    """Of SD 1.5 on the CPU: what ours takes, and that for each one of what a peer takes; "" without such rows."""
+    """Write the README's table: SD 1.5 on the CPU, with the ratio to each baseline.
+
+    Args:
+        rows: rows of the suite; those of the machine that comes last are shown.
+
+    Returns:
+        Markdown; "" without such rows.
+    """
     shown = [row for row in rows if _headed(row) in HEADLINES and HEADLINE_OF.items() <= row.items()]
+    shown = [row for row in shown if machine(row) == machine(shown[-1])]
     shown.sort(key=lambda row: [*HEADLINES].index(_headed(row)))
     cases = [{row["system"]: row for row in case} for case in by_case(shown)]
     peers = {row["system"]: None for row in shown if row["system"] != OURS}
@@ -122,14 +251,16 @@ def _headed(row: Row) -> tuple[str, str]:
     return row["part"], row["what"]
 
 
-def _page(rows: Sequence[Row], reasons: Path) -> str:
-    """All rows, section by section, where they come from, and where a peer leads."""
-    said = ["# Benchmarks", ABOUT]
-    for name, found in sections(rows).items():
-        said += [f"## {title(name)}", f"![{title(name)}]({_picture(*name)})", table(found).rstrip()]
-    said += ["## Where a peer leads", leads(rows, read_reasons(reasons)).rstrip()]
-    said += ["## Where the rows come from", _environments(rows)]
-    return "\n\n".join(said) + "\n"
+def _summary(rows: Sequence[Row]) -> str:
+    """Write what was measured in one sentence, and the ratios."""
+    machines = "; ".join(dict.fromkeys(filter(None, map(machine, rows))))
+    compared = sum(row.get("ratio") is not None for row in rows)
+    slower = len(slower_rows(rows))
+    dates = sorted({row["environment"]["date"] for row in rows if "date" in row.get("environment", {})})
+    when = f", {dates[0]} to {dates[-1]}" if len(dates) > 1 else f", {dates[0]}" if dates else ""
+    said = f"{len(rows)} rows{when}. Of the {compared} with a ratio to a baseline, the baseline is faster in {slower}. "
+    said += f"Machines: {machines or 'unknown'}."
+    return "\n\n".join(filter(None, (said, summary(rows).rstrip())))
 
 
 def _environments(rows: Iterable[Row]) -> str:
@@ -137,9 +268,9 @@ def _environments(rows: Iterable[Row]) -> str:
     return "\n".join(f"- {', '.join({row['part']: None for row in part})}: {said}" for said, part in found.items())
 
 
-def _picture(*name: str) -> str:
-    """The name of a section's file: a checkpoint of the user's may have any name."""
-    return re.sub(r"[^\w.-]", "_", "-".join(name)) + ".png"
+def _file(*name: str) -> str:
+    """Return the name of a section's files without their ending; a checkpoint may have any name."""
+    return re.sub(r"[^\w.-]", "_", "-".join(name))
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The rows of quality and growth as curves."""
+"""Plots of the parts `quality` and `growth` as curves."""
 
 from __future__ import annotations
 
@@ -15,31 +15,37 @@ from sdinpaint.bench.report.tables import limits_reached
 __all__ = ["draw_growth", "draw_quality"]
 
 SCORES = {
-    "right_color": ("asked colour is in the hole", "% of scenes", 100),
-    "right_shape": ("asked shape is in the hole", "% of scenes", 100),
+    "right_color": ("colour of the prompt in the hole (higher is better)", "% of scenes", 100),
+    "right_shape": ("shape of the prompt in the hole (higher is better)", "% of scenes", 100),
     "seam": ("seam (lower is better)", "delta E", 1),
     "ring_delta_e": ("shift of colour across the edge (lower is better)", "ring delta E", 1),
 }
-"""Title, unit, and how many of the unit are 1 in a row."""
+"""(title, unit, factor from the row's value to the unit)."""
 COSTS = {
     "seconds": ("time, seconds", 1.0),
     "cpu_seconds": ("processor time, seconds", 1.0),
     "bytes": ("peak memory, MB", 1e-6),
 }
-"""Title with the unit, and how many of the unit are 1 in a row."""
+"""(title with the unit, factor from the row's value to the unit)."""
 WORK = {
-    "pixels": "side of the picture, pixels; {pictures} picture, {steps} steps",
-    "pictures": "pictures at once; {size} x {size} pixels, {steps} steps",
-    "steps": "steps; {pictures} picture, {size} x {size} pixels",
+    "pixels": "side of the image, pixels; {pictures} image, {steps} steps",
+    "pictures": "images at once; {size} x {size} pixels, {steps} steps",
+    "steps": "steps; {pictures} image, {size} x {size} pixels",
 }
 BUSY = 0.8
-"""Seconds that one's own threads work in each by the clock, under which others must have had the processor."""
+"""Processor seconds per second of the clock below which other programs must have had the processor."""
 
 
 def draw_quality(rows: Sequence[Row], target: Path) -> None:
-    """Write the rows of `measure_quality` as a PNG: each score against the time of a picture, a line per sampler.
+    """Plot each score against the time of an image, with a line for each sampler.
 
-    Raises: SettingError where matplotlib is missing; OSError.
+    Args:
+        rows: of the part "quality".
+        target: the PNG.
+
+    Raises:
+        SettingError: matplotlib is missing.
+        OSError: the file cannot be written.
     """
     figure = new_figure(10, 7)
     axes = figure.subplots(2, 2).flat
@@ -53,9 +59,15 @@ def draw_quality(rows: Sequence[Row], target: Path) -> None:
 
 
 def draw_growth(rows: Sequence[Row], target: Path) -> None:
-    """Write the rows of `measure_growth` as a PNG: time and memory against what grows, with the fitted powers.
+    """Plot time and memory against the amount of work, with the fitted power laws.
 
-    Raises: SettingError where matplotlib is missing; OSError.
+    Args:
+        rows: of the part "growth".
+        target: the PNG.
+
+    Raises:
+        SettingError: matplotlib is missing.
+        OSError: the file cannot be written.
     """
     columns = grouped(rows, lambda row: row["grows"])
     figure = new_figure(4 * len(columns), 7)
@@ -66,10 +78,10 @@ def draw_growth(rows: Sequence[Row], target: Path) -> None:
             for row, color, marker in zip(found, COLORS, MARKERS, strict=False):
                 _draw_power(axis, row, name, color, marker)
             axis.set_xlabel(WORK[grows].format(**found[0]["start"]), fontsize=9)
-            axis.set_ylabel(COSTS[name][0])
+            axis.set_ylabel(f"{COSTS[name][0]} (lower is better)")
             axis.yaxis.set_tick_params(labelleft=True)
             _ticks(axis, max((_sides(row) for row in found), key=len))
-    figure.suptitle("Cost as the work grows: measured, and (broken) the power that fits best")
+    figure.suptitle("Cost as the work grows: measured, and the best power law (dashed)")
     save(figure, target)
 
 
@@ -91,14 +103,14 @@ def _draw_score(axis: Any, rows: Sequence[Row], name: str, clock: str) -> None:
     axis.margins(y=0.14)
     axis.set_xscale("log")
     axis.set_title(title, fontsize=11)
-    axis.set_xlabel(f"{COSTS[clock][0]} a picture")
+    axis.set_xlabel(f"{COSTS[clock][0]} per image (lower is better)")
     axis.set_ylabel(unit)
     plain_numbers(axis.xaxis)
     axis.grid(alpha=0.3)
 
 
 def _draw_power(axis: Any, row: Row, name: str, color: str, marker: str) -> None:
-    """The measured points, and the power law that was fitted to them; nothing where they are not known."""
+    """Draw the measured points and their fitted power law; nothing where they are unknown."""
     if None in row[name]:
         return
     costs = np.array(row[name]) * COSTS[name][1]
@@ -117,7 +129,7 @@ def _draw_power(axis: Any, row: Row, name: str, color: str, marker: str) -> None
 
 
 def _ticks(axis: Any, sides: Sequence[float]) -> None:
-    """Both axes logarithmic, with plain numbers, and the amounts that were measured."""
+    """Make both axes logarithmic, with plain numbers, and ticks at the measured amounts."""
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.xaxis.set_ticks(sides, labels=[f"{side:g}" for side in sides])
@@ -127,11 +139,11 @@ def _ticks(axis: Any, sides: Sequence[float]) -> None:
 
 
 def _sides(row: Row) -> list[float]:
-    """What stands at the axis."""
+    """Return the values along the axis."""
     return [amount**0.5 if row["grows"] == "pixels" else amount for amount in row["amount"]]
 
 
 def _clock(rows: Sequence[Row]) -> str:
-    """The cost that tells more: time by the clock, of which a busy machine gives others a share."""
+    """Choose the clock's time, or on a busy machine processor time, which other programs do not change."""
     seconds, worked = (sum(float(np.sum(row[name])) for row in rows) for name in ("seconds", "cpu_seconds"))
     return "cpu_seconds" if worked < BUSY * seconds else "seconds"

@@ -1,4 +1,4 @@
-"""What a benchmark found: rows of percentiles with the environment, kept as JSON lines."""
+"""Rows of measurements: percentiles and ratios with the environment, kept as JSON lines."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ import torch
 
 from sdinpaint.version import __version__
 
-__all__ = ["Row", "append", "environment", "grouped", "latest", "spread"]
+__all__ = ["Row", "append", "environment", "grouped", "identity", "latest", "machine", "measured", "spread"]
 
 Row = Mapping[str, Any]
 
 PACKAGES = ("diffusers", "openvino", "transformers", "triton")
-"""Whose versions a row tells, where they are installed; none is imported for it."""
+"""Packages whose versions a row holds where they are installed; none is imported for it."""
 CPU = Path("/proc/cpuinfo")
 WHAT_IT_IS = ("part", "what", "family", "dtype", "stored", "device", "size", "steps", "system")
-"""Rows that agree in these are of the same thing, and the latest of them counts."""
+"""Fields that identify a measurement: of the rows of one machine that agree in them, the latest counts."""
 
 
 @cache
 def environment() -> dict[str, object]:
-    """Where the figures come from: machine, versions, and the commit where this is a checkout."""
+    """Describe the machine, the versions, and the commit where this is a checkout."""
     found: dict[str, object] = {
         "sdinpaint": __version__,
         "commit": _commit(),
@@ -54,33 +54,123 @@ def environment() -> dict[str, object]:
 
 
 def append(path: Path, row: Row) -> None:
-    """Append a row as a JSON line, with the environment."""
+    """Append a row as a JSON line, with the environment.
+
+    Args:
+        path: the file; missing folders are made.
+        row: the fields of the row.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({**row, "environment": environment()}) + "\n")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """The 20th, 50th and 80th percentile, between neighbours in proportion."""
+    """Compute the 20th, 50th and 80th percentile by linear interpolation.
+
+    Args:
+        values: at least one.
+
+    Returns:
+        The fields p20, p50 and p80.
+    """
     if len(values) == 1:
         return dict.fromkeys(("p20", "p50", "p80"), values[0])
     cuts = statistics.quantiles(values, n=10, method="inclusive")
     return {"p20": cuts[1], "p50": cuts[4], "p80": cuts[7]}
 
 
+def measured(
+    part: str,
+    what: str,
+    fields: Row,
+    system: str,
+    values: Sequence[float],
+    unit: str,
+    *,
+    check: str,
+    ratio: float | None = None,
+    **more: object,
+) -> dict[str, Any]:
+    """Make the row of one measurement.
+
+    Args:
+        part: the part of the suite.
+        what: the name of what is measured.
+        fields: those of the case.
+        system: the system that was measured.
+        values: a value for each round.
+        unit: of the values.
+        check: what was checked before, in words.
+        ratio: the ratio to this system, where it is a baseline: ours / its, the median over rounds.
+        more: other fields, which may replace those of the case.
+
+    Returns:
+        The row, without the environment.
+    """
+    numbers = {**spread(values), "unit": unit, "values": list(values), "ratio": ratio, "check": check}
+    return {"part": part, "what": what, **fields, "system": system, **numbers, **more}
+
+
 def latest(paths: Iterable[Path]) -> list[Row]:
-    """The rows in these files, of those of the same thing the last; lines of other benchmarks are passed over."""
+    """Read the latest row of each measurement on each machine; lines that are no rows of the suite are ignored.
+
+    Args:
+        paths: files of JSON lines.
+
+    Returns:
+        The rows, in the order in which each measurement first appears.
+    """
     found: dict[tuple[object, ...], Row] = {}
     for path in paths:
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            if row.keys() >= {*WHAT_IT_IS}:
-                found[tuple(row[name] for name in WHAT_IT_IS)] = row
+            if (known := identity(row)) is not None:
+                found[known] = row
     return list(found.values())
 
 
+def identity(row: Row) -> tuple[object, ...] | None:
+    """Tell what a row measures, and on which machine.
+
+    Args:
+        row: a line of a file of results.
+
+    Returns:
+        A key that is equal for rows of which only the latest counts; None for a line that is no row of the suite.
+    """
+    return (*(row[name] for name in WHAT_IT_IS), machine(row)) if row.keys() >= {*WHAT_IT_IS} else None
+
+
+def machine(row: Row) -> str:
+    """Name the machine of a row: its GPU, or its processor with the number of cores.
+
+    Args:
+        row: a row of the suite.
+
+    Returns:
+        A short name, such as "NVIDIA H200" or "AMD EPYC, 2 cores"; "" for a row without an environment.
+    """
+    found = row.get("environment", {})
+    if str(row["device"]).startswith("cuda"):
+        return str(found.get("gpu", ""))
+    name = found.get("processor") or found.get("machine", "")
+    return f"{name}, {found['cores']} cores" if "cores" in found else str(name)
+
+
 def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    """The rows by their key, both in the order of their first appearance."""
+    """Group rows by a key, both in the order of their first appearance.
+
+    Args:
+        rows: rows of the suite.
+        key: returns the key of a row.
+
+    Returns:
+        The rows by key.
+    """
     found: dict[Any, list[Row]] = {}
     for row in rows:
         found.setdefault(key(row), []).append(row)

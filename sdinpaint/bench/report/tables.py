@@ -1,4 +1,4 @@
-"""The rows as Markdown tables: one for every part and family, with a line for every row."""
+"""Rows as Markdown tables, one for every part, family and device."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from sdinpaint.bench.peers.systems import OURS
-from sdinpaint.bench.report.rows import WHAT_IT_IS, Row, grouped
+from sdinpaint.bench.report.rows import WHAT_IT_IS, Row, grouped, machine
 
 __all__ = [
     "Columns",
+    "baseline_is_faster",
     "by_case",
     "case_of",
     "dtypes",
     "limits_reached",
     "markdown",
+    "more_is_better",
     "number",
-    "peer_leads",
     "ratio_cell",
     "sections",
     "table",
@@ -27,34 +28,82 @@ T = TypeVar("T")
 Columns = Mapping[str, Callable[[T], str]]
 
 MORE_IS_BETTER = ("1/min",)
-"""Units; of any other, less is."""
+"""Units of which more is better; of any other, less is."""
 
 
 def number(value: float | None) -> str:
-    """Three digits that count, none behind the point from a hundred on; "" for None."""
+    """Write a number with three significant digits, and as an integer from 100 on.
+
+    Args:
+        value: the number.
+
+    Returns:
+        The text; "" for None.
+    """
     if value is None:
         return ""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
 
 
-def peer_leads(row: Row) -> bool:
-    """Whether ours takes more than the system of this row, or brings less."""
+def more_is_better(row: Row) -> bool:
+    """Tell whether a larger value of a row is better.
+
+    Args:
+        row: a row of the suite.
+
+    Returns:
+        True for a rate.
+    """
+    return row["unit"] in MORE_IS_BETTER
+
+
+def baseline_is_faster(row: Row) -> bool:
+    """Tell whether the baseline of a row takes less time or memory than sdinpaint, or has a higher rate.
+
+    Args:
+        row: a row of the suite.
+
+    Returns:
+        False for rows without a ratio.
+    """
     ratio = row.get("ratio")
-    return ratio is not None and (ratio < 1 if row["unit"] in MORE_IS_BETTER else ratio > 1)
+    return ratio is not None and (ratio < 1 if more_is_better(row) else ratio > 1)
 
 
 def case_of(row: Row) -> str:
-    """What is measured, and with how many steps."""
-    return row["what"] if row["steps"] is None else f"{row['what']}, {row['steps']} steps"
+    """Name a measurement with its number of steps.
+
+    Args:
+        row: a row of the suite.
+
+    Returns:
+        A text such as "picture, 20 steps".
+    """
+    steps = row["steps"]
+    return row["what"] if steps is None else f"{row['what']}, {steps} step{'s' * (steps != 1)}"
 
 
 def dtypes(row: Row) -> str:
-    """What it is run in, and what the files hold where that is another."""
+    """Name the dtype that is computed in, and that of the files where it is another.
+
+    Args:
+        row: a row of the suite.
+
+    Returns:
+        A text such as "bfloat16 from float16".
+    """
     return row["dtype"] if row["stored"] in (None, row["dtype"]) else f"{row['dtype']} from {row['stored']}"
 
 
 def limits_reached(row: Row) -> dict[str, str]:
-    """Of a curve: by limit, what it is and the amount that meets it as the fitted power goes on."""
+    """Describe where a curve's fitted powers meet the limits.
+
+    Args:
+        row: a row of the part "growth".
+
+    Returns:
+        By limit, a text such as "300 s at 1360 x 1360".
+    """
     scales = {"seconds": (1, "s"), "bytes": (1e-9, "GB")}
     return {
         name: f"{number(row['limits'][name] * scales[name][0])} {scales[name][1]} at {_amount(row, amount)}"
@@ -64,15 +113,33 @@ def limits_reached(row: Row) -> dict[str, str]:
 
 
 def by_case(rows: Iterable[Row]) -> list[list[Row]]:
-    """The rows of every case, ours before its peers'."""
-    cases = grouped(rows, lambda row: tuple(row[name] for name in WHAT_IT_IS if name != "system")).values()
+    """Group rows that differ in the system alone, ours first.
+
+    Args:
+        rows: rows of the suite.
+
+    Returns:
+        The rows of each case.
+    """
+    cases = grouped(rows, _case).values()
     return [sorted(case, key=lambda row: row["system"] != OURS) for case in cases]
 
 
 def ratio_cell(row: Row) -> str:
-    """What ours takes for each one of it, bold where that is worse."""
+    """Write the ratio to the baseline, bold where the baseline is faster.
+
+    Args:
+        row: a row of the suite.
+
+    Returns:
+        A cell of a table.
+    """
     said = number(row["ratio"])
-    return f"**{said}**" if peer_leads(row) else said
+    return f"**{said}**" if baseline_is_faster(row) else said
+
+
+def _case(row: Row) -> tuple[object, ...]:
+    return (*(row[name] for name in WHAT_IT_IS if name != "system"), machine(row))
 
 
 def _plain(name: str) -> Callable[[Row], str]:
@@ -84,7 +151,7 @@ def _score(name: str, scale: float = 1) -> Callable[[Row], str]:
 
 
 def _power(cost: str) -> Callable[[Row], str]:
-    """Of all points, and of the last two."""
+    """Return a column of the powers over all points, and over the last two."""
 
     def said(row: Row) -> str:
         powers = [row[field][cost] for field in ("exponent", "last_exponent")]
@@ -105,16 +172,16 @@ MEASURED: Columns[Row] = {
     "system": _plain("system"),
     "p50 (p20-p80)": lambda row: f"{number(row['p50'])} ({number(row['p20'])}-{number(row['p80'])})",
     "unit": _plain("unit"),
-    "sdinpaint / it": ratio_cell,
-    "% of floor": lambda row: number(row.get("percent_of_floor")),
+    "ratio to baseline": ratio_cell,
+    "% of roofline": lambda row: number(row.get("percent_of_floor")),
     "check": _plain("check"),
 }
 SCORED: Columns[Row] = {
     "steps": _plain("steps"),
     "sampler": _plain("sampler"),
     "dtype": _plain("dtype"),
-    "seconds a picture": _score("seconds"),
-    "of the processor": _score("cpu_seconds"),
+    "seconds per image": _score("seconds"),
+    "processor seconds": _score("cpu_seconds"),
     "colour right, %": _score("right_color", 100),
     "shape right, %": _score("right_shape", 100),
     "seam": _score("seam"),
@@ -126,33 +193,97 @@ GROWN: Columns[Row] = {
     "from": lambda row: _amount(row, row["amount"][0]),
     "to": lambda row: _amount(row, row["amount"][-1]),
     "power of time; of its last two points": _power("seconds"),
-    "of processor time": _power("cpu_seconds"),
-    "of memory": _power("bytes"),
+    "power of processor time": _power("cpu_seconds"),
+    "power of memory": _power("bytes"),
     "ended by": lambda row: row["ended_by"] or "",
     "where the power meets the limits": lambda row: "; ".join(limits_reached(row).values()),
 }
-COLUMNS: Mapping[str, Columns[Row]] = {"quality": SCORED, "growth": GROWN}
-"""Of the parts whose rows hold more than percentiles."""
+JOINED: Columns[Row] = {
+    "blend": _plain("blend"),
+    "match_color": lambda row: "yes" if row["match_color"] else "no",
+    "cover": _plain("cover"),
+    "seam": _score("seam"),
+    "ring delta E": _score("ring_delta_e"),
+    "colour right, %": _score("right_color", 100),
+    "shape right, %": _score("right_shape", 100),
+    "check": _plain("check"),
+}
+COLUMNS: Mapping[str, Columns[Row]] = {"quality": SCORED, "growth": GROWN, "seams": JOINED}
+"""The columns of parts whose rows hold more than percentiles."""
+BESIDE = "defects"
+"""The part whose table has a column for each system."""
 
 
 def sections(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
-    """The rows by part, family and device."""
+    """Group rows by part, family and device.
+
+    Args:
+        rows: rows of the suite.
+
+    Returns:
+        The rows by (part, family, device).
+    """
     return grouped(rows, lambda row: (row["part"], row["family"], row["device"]))
 
 
 def title(section: tuple[str, str, str]) -> str:
-    """What stands above it."""
+    """Write the heading of a section.
+
+    Args:
+        section: part, family and device.
+
+    Returns:
+        A text such as "step: sd15, cpu".
+    """
     part, family, device = section
     return f"{part}: {family}, {device}"
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Of one part: a line for every row, ours before its peers'."""
+    """Write the table of a section, with a line for every row, ours before the baselines'.
+
+    Args:
+        rows: of one part.
+
+    Returns:
+        Markdown.
+    """
+    if rows[0]["part"] == BESIDE:
+        return _beside(rows)
     lines = [row for case in by_case(rows) for row in case]
     return markdown(COLUMNS.get(lines[0]["part"], MEASURED), lines)
 
 
+def _beside(rows: Sequence[Row]) -> str:
+    """Write a line for every case, with what was found in each system."""
+
+    def of(system: str) -> Callable[[Mapping[str, Row]], str]:
+        return lambda case: _found(case[system]["found"]) if system in case else ""
+
+    def first(name: str) -> Callable[[Mapping[str, Row]], str]:
+        return lambda case: str(next(iter(case.values()))[name])
+
+    cases = [{row["system"]: row for row in case} for case in by_case(rows)]
+    systems = {system: of(system) for case in cases for system in case}
+    return markdown({"what": first("what"), "unit": first("unit"), **systems, "how": first("how")}, cases)
+
+
+def _found(value: object) -> str:
+    """Write a number, a list of numbers, or a text."""
+    if isinstance(value, list):
+        return "; ".join(map(_found, value)) or "none"
+    return f"{value:.3g}" if isinstance(value, float | int) else str(value)
+
+
 def markdown(columns: Columns[T], lines: Sequence[T]) -> str:
-    """A table of what each column says of each line."""
+    """Write a table.
+
+    Args:
+        columns: by heading, a function of a line that returns the cell.
+        lines: the lines.
+
+    Returns:
+        Markdown.
+    """
     rows = [list(columns), ["---"] * len(columns), *([cell(line) for cell in columns.values()] for line in lines)]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in rows)

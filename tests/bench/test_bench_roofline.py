@@ -1,4 +1,4 @@
-"""Floors: what is counted, and what the machine is said to reach."""
+"""Rooflines: which operations are counted, and which rates are measured."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from sdinpaint_kernels.linear import linear
 from torch.nn import functional as F
 
-from sdinpaint.bench import floors
-from sdinpaint.bench.floors import Floor, flop_count, peak_bandwidth, peak_flops
+from sdinpaint.bench import roofline
+from sdinpaint.bench.roofline import Roofline, flop_count, peak_bandwidth, peak_flops
 from sdinpaint.bench.timing import timed
 
 
@@ -19,14 +19,14 @@ def brief(monkeypatch):
     """Rates that are measured quickly, and kept for no other test."""
     small = {"SECONDS": 0.02, "SIDES": {"cpu": (128, 256)}, "MAPS": {"cpu": (4, 8)}, "COPIED": {"cpu": 2**20}}
     for name, value in small.items():
-        monkeypatch.setattr(floors, name, value)
+        monkeypatch.setattr(roofline, name, value)
     yield monkeypatch
     forget()
 
 
 def forget():
-    floors._peak_flops.cache_clear()
-    floors._peak_bandwidth.cache_clear()
+    roofline._peak_flops.cache_clear()
+    roofline._peak_bandwidth.cache_clear()
 
 
 def empty(*shape, device="cpu", dtype=torch.float32):
@@ -67,7 +67,7 @@ def test_products_that_torch_does_not_count_are_counted_too():
 
 
 def test_without_our_formulas_attention_would_count_as_nothing(monkeypatch):
-    monkeypatch.setattr(floors, "ALSO_PRODUCTS", {})
+    monkeypatch.setattr(roofline, "ALSO_PRODUCTS", {})
     heads = empty(2, 3, 11, 5)
     assert flop_count(lambda: F.scaled_dot_product_attention(heads, heads, heads)) == 0
 
@@ -75,14 +75,14 @@ def test_without_our_formulas_attention_would_count_as_nothing(monkeypatch):
 # What the machine reaches
 
 
-def test_a_product_takes_no_less_than_its_floor(brief):
+def test_a_product_takes_no_less_than_its_roofline(brief):
     a, b = torch.randn(2, 256, 256)
     run = timed(lambda: a @ b, "cpu")
 
     def percent():
         forget()
-        floor = Floor(flops=2 * 256**3, bytes=3 * a.nbytes, dtype=a.dtype, device="cpu")
-        return floor.percent(statistics.median(run() for _ in range(20)))
+        line = Roofline(flops=2 * 256**3, bytes=3 * a.nbytes, dtype=a.dtype, device="cpu")
+        return line.percent(statistics.median(run() for _ in range(20)))
 
     assert any(0 < percent() <= 110 for _ in range(5))  # others on the machine may come and go meanwhile
 
@@ -91,7 +91,7 @@ def test_a_product_takes_no_less_than_its_floor(brief):
 def test_rates_are_measured_once_for_a_number_of_threads(brief, dtype):
     assert peak_flops(dtype, "cpu") > 1e7
     assert peak_bandwidth("cpu") > 1e7
-    brief.setattr(floors, "_fastest", lambda call, device: 1.0)
+    brief.setattr(roofline, "_fastest", lambda call, device: 1.0)
     assert peak_flops(dtype, "cpu") > 1e7
     assert peak_bandwidth("cpu") > 1e7
     brief.setattr(torch, "get_num_threads", lambda: 77)
@@ -99,23 +99,23 @@ def test_rates_are_measured_once_for_a_number_of_threads(brief, dtype):
     assert peak_bandwidth("cpu") == 2 * 2**20
 
 
-def test_the_floor_is_the_longer_of_arithmetic_and_traffic(monkeypatch):
+def test_the_roofline_is_the_longer_of_arithmetic_and_traffic(monkeypatch):
     monkeypatch.setattr(
-        floors, "peak_flops", lambda dtype, device: {torch.float32: 100.0, torch.bfloat16: 200.0}[dtype]
+        roofline, "peak_flops", lambda dtype, device: {torch.float32: 100.0, torch.bfloat16: 200.0}[dtype]
     )
-    monkeypatch.setattr(floors, "peak_bandwidth", lambda device: 10.0)
+    monkeypatch.setattr(roofline, "peak_bandwidth", lambda device: 10.0)
 
     def seconds(flops, moved, dtype=torch.float32):
-        return Floor(flops=flops, bytes=moved, dtype=dtype, device="cpu").seconds
+        return Roofline(flops=flops, bytes=moved, dtype=dtype, device="cpu").seconds
 
     assert seconds(600, 20) == 6
     assert seconds(600, 20, torch.bfloat16) == 3
     assert seconds(100, 20) == 2
     assert seconds(0, 20) == 2
-    assert Floor(flops=600, bytes=0, dtype=torch.float32, device="cpu").percent(8) == 75
+    assert Roofline(flops=600, bytes=0, dtype=torch.float32, device="cpu").percent(8) == 75
 
 
 def test_what_has_no_arithmetic_needs_no_rate_of_it(monkeypatch):
-    monkeypatch.setattr(floors, "peak_flops", None)
-    monkeypatch.setattr(floors, "peak_bandwidth", lambda device: 10.0)
-    assert Floor(flops=0, bytes=5, dtype=torch.float16, device="cpu").seconds == 0.5
+    monkeypatch.setattr(roofline, "peak_flops", None)
+    monkeypatch.setattr(roofline, "peak_bandwidth", lambda device: 10.0)
+    assert Roofline(flops=0, bytes=5, dtype=torch.float16, device="cpu").seconds == 0.5

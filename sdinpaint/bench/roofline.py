@@ -1,4 +1,4 @@
-"""The least time that a piece of work can take on this machine: its arithmetic and traffic at the measured rates."""
+"""The roofline of this machine: the shortest time for an amount of arithmetic and memory traffic, at measured rates."""
 
 from __future__ import annotations
 
@@ -16,49 +16,62 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sdinpaint.bench.timing import timed
 
-__all__ = ["Floor", "flop_count", "peak_bandwidth", "peak_flops"]
+__all__ = ["Roofline", "flop_count", "peak_bandwidth", "peak_flops"]
 
 Shape = torch.Size
 
 SECONDS = 0.2
-"""For how long calls of each size are repeated."""
+"""Seconds for which calls of each size are repeated."""
 LONG = 0.05
-"""Seconds of a call after which no larger one is tried: more would not be faster, and some dtypes are very slow."""
+"""Seconds of a call after which no larger one is tried: it would not be faster, and some dtypes are very slow."""
 SIDES = {"cpu": (256, 512, 1024, 2048), "cuda": (1024, 2048, 4096, 8192)}
-"""Of the matrices."""
+"""Sides of the square matrices that are multiplied."""
 MAPS = {"cpu": (8, 16, 32, 64), "cuda": (32, 64, 128, 256)}
-"""Height and width of the feature maps that are convolved, two of 320 channels."""
+"""Height and width of the convolved feature maps, two of 320 channels."""
 COPIED = {"cpu": 2**28, "cuda": 2**30}
-"""Bytes: several times what caches hold."""
+"""Bytes of the copied memory: several times the size of the caches."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Floor:
-    """What a piece of work asks of the machine at the least."""
+class Roofline:
+    """The arithmetic and memory traffic of a piece of work, and the shortest time that the machine needs for them."""
 
     flops: int
-    """Of the plain formula: an algorithm with less arithmetic may be below the floor."""
+    """Operations of the plain formula; an algorithm with fewer may take less time than the roofline."""
     bytes: int
-    """Read and written once, from memory: what caches hold may be below the floor. 0 where arithmetic alone counts."""
+    """Bytes read and written once, from memory; work in caches may take less. 0 where arithmetic alone counts."""
     dtype: torch.dtype
     device: str
 
     @property
     def seconds(self) -> float:
-        """Of arithmetic or of traffic, whichever takes longer."""
+        """The time of the arithmetic or of the traffic, whichever is longer."""
         arithmetic = self.flops / peak_flops(self.dtype, self.device) if self.flops else 0.0
         return max(arithmetic, self.bytes / peak_bandwidth(self.device) if self.bytes else 0.0)
 
     def percent(self, seconds: float) -> float:
-        """Of the machine's rate, for work that took so long: 100 at the floor."""
+        """Compute the percentage of the roofline that a measured time reaches.
+
+        Args:
+            seconds: the measured time.
+
+        Returns:
+            100 where the work took no longer than the roofline.
+        """
         return 100 * self.seconds / seconds
 
 
 def flop_count(call: Callable[[], object]) -> int:
-    """Two for each multiplication in the products and convolutions of `call()`, which is run once.
+    """Count the operations of the matrix products and convolutions of one call, two for each multiplication.
 
-    On the meta device nothing is computed, and convolutions count as the plain formula has them: on a CPU ours may take
-    an algorithm with fewer products.
+    On the meta device nothing is computed, and convolutions count by the plain formula; on a CPU sdinpaint may use an
+    algorithm with fewer products.
+
+    Args:
+        call: is run once.
+
+    Returns:
+        The number of operations.
     """
     with FlopCounterMode(display=False, custom_mapping=ALSO_PRODUCTS) as counter:
         call()
@@ -66,32 +79,47 @@ def flop_count(call: Callable[[], object]) -> int:
 
 
 def peak_flops(dtype: torch.dtype, device: str) -> float:
-    """Operations a second: the best of large matrix products and 3 x 3 convolutions, with the threads of now."""
+    """Measure the rate of the fastest large matrix product or 3 x 3 convolution, once for each number of threads.
+
+    Args:
+        dtype: of the operands.
+        device: where it is measured.
+
+    Returns:
+        Operations per second.
+    """
     return _peak_flops(dtype, device, torch.get_num_threads())
 
 
 def peak_bandwidth(device: str) -> float:
-    """Bytes a second, read and written, of the best of large copies, with the threads of now."""
+    """Measure the memory bandwidth of a large copy, once for each number of threads.
+
+    Args:
+        device: where it is measured.
+
+    Returns:
+        Bytes per second, read and written.
+    """
     return _peak_bandwidth(device, torch.get_num_threads())
 
 
 def _attention(q: Shape, k: Shape, *_: object, **options: object) -> int:
-    """(B, heads, N, D) and (B, heads, M, D), in torch."""
+    """Count torch's attention over (B, heads, N, D) and (B, heads, M, D)."""
     return 4 * q.numel() * k[2]
 
 
 def _our_attention(q: Shape, k: Shape, *_: object, **options: object) -> int:
-    """(B, N, heads, D) and (B, M, heads, D), in sdinpaint_kernels."""
+    """Count the attention of sdinpaint_kernels over (B, N, heads, D) and (B, M, heads, D)."""
     return 4 * q.numel() * k[1]
 
 
 def _linear(x: Shape, weight: Shape, *_: object, **options: object) -> int:
-    """(..., C) and (O, C), as oneDNN takes them."""
+    """Count oneDNN's linear layer over (..., C) and (O, C)."""
     return 2 * x.numel() * weight[0]
 
 
 def _batched(a: Shape, b: Shape, *_: object, **options: object) -> int:
-    """(B, N, K) and (B, K, M), also where the dtype of the output is given."""
+    """Count a product of (B, N, K) and (B, K, M), also where the dtype of the output is given."""
     return 2 * a.numel() * b[2]
 
 
@@ -100,7 +128,7 @@ ALSO_PRODUCTS: dict[Any, Callable[..., int]] = {
     torch.ops.aten.bmm: _batched,
     torch.ops.sdinpaint.attention: _our_attention,
 }
-"""What torch's counter does not know, or stumbles over."""
+"""Operations that torch's counter does not know, or fails on."""
 if torch.backends.mkldnn.is_available():
     ALSO_PRODUCTS[torch.ops.mkldnn._linear_pointwise] = _linear
 
@@ -135,7 +163,7 @@ def _peak_bandwidth(device: str, threads: int) -> float:
 
 
 def _best_rate(calls: Iterable[Callable[[], object]], device: str) -> float:
-    """Operations a second of the best of calls that grow, up to the first LONG one."""
+    """Measure the best rate of calls of growing size, up to the first that takes longer than LONG."""
     best = 0.0
     for call in calls:
         flops = flop_count(call)  # also the first run, which is slower
@@ -147,7 +175,7 @@ def _best_rate(calls: Iterable[Callable[[], object]], device: str) -> float:
 
 
 def _fastest(call: Callable[[], object], device: str) -> float:
-    """Seconds of the fastest of the calls that SECONDS leave time for, at least two."""
+    """Return the seconds of the fastest of the calls that fit into SECONDS, at least two."""
     run, end = timed(call, device), time.perf_counter() + SECONDS
     best = run()
     while True:
