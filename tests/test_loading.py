@@ -513,7 +513,7 @@ def test_inspect_a_folder(saved, pipe, no_reading):
     assert json.loads(json.dumps(report.to_json()))["parameters"] == counts(pipe)
     for said in ("sd15-inpainting", "9 input channels", "no EMA", f"{sum(counts(pipe).values()):,}", "accounted for"):
         assert said in str(report)
-    with pytest.raises(AssertionError, match="a tensor was read"):
+    with pytest.raises(pytest.fail.Exception, match="was called"):
         load(saved)
 
 

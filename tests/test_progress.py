@@ -42,15 +42,15 @@ def ipython(installed):
 
 
 @pytest.fixture
-def stream(request, ipython, stderr):
-    """The stderr of a terminal, of a file, or of a notebook's kernel, which is no terminal."""
-    if request.param == "notebook":
-        ipython(Shell("IPKernelApp"))
-    return stderr(terminal=request.param == "terminal")
+def stderr_of(ipython, stderr):
+    """Give stderr_of(place): that of a "terminal", a "file", or a "notebook", whose kernel has no terminal."""
 
+    def change(place):
+        if place == "notebook":
+            ipython(Shell("IPKernelApp"))
+        return stderr(terminal=place == "terminal")
 
-def shown_in(*places):
-    return pytest.mark.parametrize("stream", places, indirect=True)
+    return change
 
 
 @pytest.fixture(scope="module")
@@ -80,16 +80,18 @@ every_task = pytest.mark.parametrize(("title", "task"), TASKS.values(), ids=list
 
 
 @every_task
-@shown_in("notebook", "terminal")
-def test_bars_are_seen_where_somebody_looks(stream, title, task, pipe, checkpoint, tmp_path):
+@pytest.mark.parametrize("place", ["notebook", "terminal"])
+def test_bars_are_seen_where_somebody_looks(place, title, task, pipe, checkpoint, tmp_path, stderr_of):
+    stream = stderr_of(place)
     task(pipe, checkpoint, tmp_path, True)
     assert f"{title}: 100%" in stream.getvalue()
 
 
 @every_task
-@shown_in("notebook", "terminal", "file")
-def test_bars_are_silent_where_they_are_not_wanted(stream, title, task, pipe, checkpoint, tmp_path, request):
-    task(pipe, checkpoint, tmp_path, request.node.callspec.params["stream"] == "file")
+@pytest.mark.parametrize("place", ["notebook", "terminal", "file"])
+def test_bars_are_silent_where_they_are_not_wanted(place, title, task, pipe, checkpoint, tmp_path, stderr_of):
+    stream = stderr_of(place)
+    task(pipe, checkpoint, tmp_path, place == "file")
     assert stream.getvalue() == ""
 
 
@@ -119,8 +121,10 @@ def test_a_missing_output_is_no_failure(broken, ipython, monkeypatch, stderr):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-@shown_in("notebook", "terminal")
-def test_an_error_leaves_no_half_bar(stream, error, pipe):
+@pytest.mark.parametrize("place", ["notebook", "terminal"])
+def test_an_error_leaves_no_half_bar(place, error, pipe, stderr_of):
+    stream = stderr_of(place)
+
     def stop(step, x, x0):
         if step == 1:
             raise error("enough")
@@ -134,8 +138,8 @@ def test_an_error_leaves_no_half_bar(stream, error, pipe):
     assert stream.getvalue().rstrip("\n").split("\r")[-1].startswith("inpaint: 100%")  # and in the first line
 
 
-@shown_in("terminal")
-def test_bars_within_bars(stream):
+def test_bars_within_bars(stderr_of):
+    stream = stderr_of("terminal")
     with progress_bar(2, "outer") as outer:
         for _ in range(2):
             with progress_bar(1, "inner", leave=False) as inner:
@@ -147,16 +151,16 @@ def test_bars_within_bars(stream):
     assert "outer: 100%" in text.rstrip("\n").split("\r")[-1]
 
 
-@shown_in("file")
-def test_a_silent_bar_starts_no_thread_of_tqdm(stream, forbid):
+def test_a_silent_bar_starts_no_thread_of_tqdm(stderr_of, forbid):
+    stderr_of("file")
     forbid(progress, "_Bar")
     with progress_bar(2, "work") as bar:
         bar.update()
 
 
-@shown_in("notebook")
 @pytest.mark.parametrize("show", [True, False])
-def test_bars_of_other_libraries(stream, show):
+def test_bars_of_other_libraries(show, stderr_of):
+    stream = stderr_of("notebook")
     with bar_class(show=show)(total=2, desc="Fetching") as bar:
         bar.update(2)
     assert ("Fetching: 100%" in stream.getvalue()) == show

@@ -9,6 +9,9 @@ import sys
 import time
 
 import pytest
+from click.testing import CliRunner
+
+from sdinpaint import cli
 
 RUN = ["inpaint", "scene.png", "--mask=scene-mask.png", "--prompt=a ball", "--model=demo", "--steps=400"]
 RUN += ["--out=out.png", "--device=cpu"]
@@ -60,22 +63,24 @@ def test_a_signal_during_a_run(scene, number, code):
     assert sorted(path.name for path in scene.iterdir()) == ["scene-mask.png", "scene.png"]
 
 
-def test_errors_name_options_of_the_command_line(scene):
-    cases = {
-        ("--strength", "1.5"): ["error: --strength: 1.5", "from 0 to 1"],
-        ("--control-scale", "2"): [
-            "error: --control-scale: given without",
-            "hint: load the model with --controlnet PATH",
-        ],
-        ("--no-paste-back", "--blend=feather"): [
-            "error: --blend: given with --no-paste-back",
-            "hint: leave --paste-back",
-        ],
-        ("--control-start", "0.7", "--control-end", "0.3"): ["less than --control-end"],
-    }
-    for options, sentences in cases.items():
-        done = started(scene, [*RUN, *options])
-        _, said = done.communicate(timeout=60)
-        assert done.returncode == 3, said
-        for sentence in sentences:
-            assert sentence in said
+@pytest.mark.parametrize(
+    ("options", "sentences"),
+    [
+        (["--strength", "1.5"], ["error: --strength: 1.5", "from 0 to 1"]),
+        (
+            ["--control-scale", "2"],
+            ["error: --control-scale: given without", "hint: load the model with --controlnet PATH"],
+        ),
+        (
+            ["--no-paste-back", "--blend=feather"],
+            ["error: --blend: given with --no-paste-back", "hint: leave --paste-back"],
+        ),
+        (["--control-start", "0.7", "--control-end", "0.3"], ["less than --control-end"]),
+    ],
+)
+def test_errors_name_options_of_the_command_line(scene, monkeypatch, options, sentences):
+    monkeypatch.chdir(scene)
+    done = CliRunner().invoke(cli.main, [*RUN, *options])
+    assert done.exit_code == 3, done.output
+    for sentence in sentences:
+        assert sentence in done.stderr

@@ -139,7 +139,10 @@ class Stream(io.StringIO):
 
 @pytest.fixture
 def stderr(monkeypatch):
-    """Give stderr(terminal=...): a stream of which the text can be asked, in the place of sys.stderr."""
+    """Give stderr(terminal=...): a stream in the place of sys.stderr.
+
+    Call it in the test itself: pytest replaces sys.stderr once the fixtures are set up.
+    """
 
     def change(*, terminal):
         stream = Stream(terminal)
