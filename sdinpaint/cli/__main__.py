@@ -1,5 +1,7 @@
 """`python -m sdinpaint.cli` is the command `sdinpaint`."""
 
-from sdinpaint.__main__ import main
+from __future__ import annotations
 
-main()
+from sdinpaint.cli import main
+
+main(prog_name="sdinpaint")

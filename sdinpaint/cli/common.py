@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -32,7 +34,7 @@ __all__ = [
     "together",
 ]
 
-BAD_INPUT, ENVIRONMENT, INTERRUPTED = 3, 5, 130
+BAD_INPUT, ENVIRONMENT, INTERRUPTED, TERMINATED = 3, 5, 130, 143
 ENVIRONMENT_CODES = {
     "IMAGE_NOT_WRITTEN",
     "CKPT_NOT_WRITTEN",
@@ -89,7 +91,8 @@ class Commands(Group):
             The return value of the command.
         """
         try:
-            code = super().main(*args, standalone_mode=False, **extra)  # type: ignore[call-overload]
+            with _ending_on_sigterm():
+                code = super().main(*args, standalone_mode=False, **extra)  # type: ignore[call-overload]
         except click.ClickException as error:
             if not standalone_mode:
                 raise
@@ -148,6 +151,19 @@ def _in_options(error: SdInpaintError, command: click.Command) -> SdInpaintError
     subject = options[error.subject].opts[0] if error.subject in options else translated(error.subject)
     found, expected, hint = map(translated, (error.found, error.expected, error.hint))
     return SdInpaintError(error.code, subject, found, expected=expected, hint=hint)
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Exit in good order on SIGTERM, so that unfinished files are removed, until the end of the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> bool:

@@ -44,8 +44,8 @@ def replay(
 ) -> None:
     """Make IMAGE again from the settings that are stored in it, and say whether it is the same.
 
-    The model is loaded as it was recorded; other weights are an error. Exit code 0: every pixel is the same; 1: some
-    differ.
+    The model is loaded as it was recorded, where no option says otherwise; other weights are an error. Exit code 0:
+    every pixel is the same; 1: some differ.
 
     \b
     Example:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -28,6 +28,10 @@ Kind = Literal["inpaint", "vary", "outpaint"]
 OnError = Literal["raise", "skip"]
 Prompt = str | Conditioning | None
 
+Row = tuple[Any, ...]
+"""What was given for one image, in the order of `_COLUMNS`."""
+_COLUMNS = ("image", "mask", "prompt", "negative_prompt", "seed", "control_image", "noise")
+
 VARY_STRENGTH = 0.6
 
 
@@ -47,6 +51,12 @@ class Item:
     """Conditioning image of a ControlNet, None for the image itself."""
     mask_path: str | None
     """The file that the mask was read from."""
+
+    @property
+    def row(self) -> Row:
+        """The arguments of a request that make this item again."""
+        mask, image = GivenMask(self.mask, self.mask_path), as_given(self.picture)
+        return image, mask, self.prompt, self.negative_prompt, self.seed, self.control_image, self.noise
 
     @property
     def inputs(self) -> dict[str, Picture | Mask]:
@@ -121,6 +131,8 @@ class Request:
         self._require_mask(mask)
         self.errors: dict[int, SdInpaintError] = {}
         """Index of an image that `on_error="skip"` leaves out -> its error."""
+        self._unusable: dict[int, Row] = {}
+        """Index of an image that is left out -> what was given for it."""
         self.warnings: list[Remark] = []
         """Warnings that were issued while the images were read."""
         given = {
@@ -151,25 +163,18 @@ class Request:
 
     def options(self) -> dict[str, Any]:
         """Return the keywords that make this request again, with what was read in place of files and arrays."""
-        items = [item or _Unusable(self.errors[index]) for index, item in enumerate(self.items)]
-
-        def each(value: Callable[[Item], Any]) -> list[Any]:
-            return [value(item) if isinstance(item, Item) else item for item in items]
-
-        canvas = {} if self.canvas is None else vars(self.canvas)
-        noises = [item.noise for item in self.items if item is not None and item.noise is not None]
+        rows = [self._unusable[index] if item is None else item.row for index, item in enumerate(self.items)]
+        columns = dict(zip(_COLUMNS, map(list, zip(*rows, strict=True)), strict=True))
+        noises = [noise for noise in columns["noise"] if noise is not None]
         return {
-            "image": each(lambda item: as_given(item.picture)),
-            "mask": each(lambda item: GivenMask(item.mask, item.mask_path)) if self.kind == "inpaint" else None,
-            "prompt": each(lambda item: item.prompt),
-            "negative_prompt": each(lambda item: item.negative_prompt),
-            "kind": self.kind,
-            "seed": each(lambda item: item.seed),
+            **columns,
+            "mask": columns["mask"] if self.kind == "inpaint" else None,
             "noise": torch.cat(noises) if noises else None,
-            "control_image": each(lambda item: item.control_image),
+            "kind": self.kind,
             "on_error": self.on_error,
             **self.settings.given,
-            **canvas,
+            "strength": self.settings.strength,  # the default is another one for each kind
+            **({} if self.canvas is None else vars(self.canvas)),
         }
 
     def replace(self, **changes: Any) -> Request:
@@ -207,8 +212,8 @@ class Request:
                 if isinstance(given, Conditioning):
                     _check_conditioning(given, family)
         other = object.__new__(Request)
-        vars(other).update({**vars(self), "errors": dict(self.errors)})
-        other.items = list(self.items)
+        vars(other).update(vars(self))
+        other.items, other.errors, other._unusable = list(self.items), dict(self.errors), dict(self._unusable)
         for index, item in enumerate(self.items):
             if item is not None and item.negative_prompt is None and not family.zeros_for_none:
                 other.items[index] = replace(item, negative_prompt="")
@@ -232,19 +237,20 @@ class Request:
         named = _named(error, index, len(self))
         if self.on_error == "raise":
             raise named.with_traceback(error.__traceback__) from error.__cause__
+        self._unusable[index] = cast(Item, self.items[index]).row
         self.errors[index], self.items[index] = named, None
 
-    def _usable(self, index: int, count: int, reading: _Reading, row: tuple[Any, ...]) -> Item | None:
+    def _usable(self, index: int, count: int, reading: _Reading, row: Row) -> Item | None:
         try:
             with keeping_warnings() as kept:
                 item = reading(*row)
             self.warnings += [replace(remark, index=index) for remark in kept]
             return item
         except SdInpaintError as error:
-            named = error if isinstance(row[0], _Unusable) else _named(error, index, count)
+            named = _named(error, index, count)
             if self.on_error == "raise":
                 raise named.with_traceback(error.__traceback__) from error.__cause__
-            self.errors[index] = named
+            self.errors[index], self._unusable[index] = named, row
             return None
 
 
@@ -266,8 +272,6 @@ class _Reading:
         control_image: Any,
         noise: Tensor | None,
     ) -> Item:
-        if isinstance(image, _Unusable):
-            raise image.error
         text = prompt if isinstance(prompt, Conditioning) else check_prompt("prompt", prompt)
         negative: Any = negative_prompt
         if negative is not None and not isinstance(negative, Conditioning):
@@ -284,13 +288,6 @@ class _Reading:
         hole = read.array >= self.settings.mask_threshold
         control = None if control_image is None else _control_image(control_image, picture.size)
         return Item(picture, read, hole, text, negative, seed, noise, control, given.path)
-
-
-@dataclass(frozen=True)
-class _Unusable:
-    """An image that an earlier request has found to be unusable."""
-
-    error: SdInpaintError
 
 
 def unbatched(value: Any) -> list[Any]:

@@ -108,6 +108,13 @@ def test_another_sampler_comes_with_its_own_defaults(pipe, sampler):
     }
 
 
+@pytest.mark.parametrize("strength", [0.6, 0.8, 1.0])
+def test_a_variation_keeps_its_strength(pipe, strength):
+    first = pipe.vary(IMAGE, "a fox", strength, progress=False, **SHORT)
+    assert first.again().settings["strength"] == strength
+    assert same_picture(first.again().image, first.image)
+
+
 def test_what_was_given_stays(pipe):
     first = inpaint(pipe, spacing="karras", eta=0.5)
     again = first.again(sampler="euler").settings
@@ -198,6 +205,8 @@ def test_what_was_left_out_stays_out(pipe, tmp_path):
     assert list(again.errors) == [0]
     assert str(again.errors[0]) == str(result.errors[0])
     assert [path.name for path in result.save(tmp_path / "out.png")] == ["out-2.png"]
+    mended = result.again(image=[IMAGE, IMAGE])
+    assert (mended.errors, len(mended)) == ({}, 2)
     best = result.best_of(2)
     assert best.images[0] is None
     assert best.images[1] is not None
