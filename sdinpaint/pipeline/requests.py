@@ -29,7 +29,7 @@ OnError = Literal["raise", "skip"]
 Prompt = str | Conditioning | None
 
 Row = tuple[Any, ...]
-"""What was given for one image, in the order of `_COLUMNS`."""
+"""The arguments for one image, in the order of `_COLUMNS`."""
 _COLUMNS = ("image", "mask", "prompt", "negative_prompt", "seed", "control_image", "noise")
 
 VARY_STRENGTH = 0.6
