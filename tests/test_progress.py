@@ -81,7 +81,7 @@ every_task = pytest.mark.parametrize(("title", "task"), TASKS.values(), ids=list
 
 @every_task
 @pytest.mark.parametrize("place", ["notebook", "terminal"])
-def test_bars_are_seen_where_somebody_looks(place, title, task, pipe, checkpoint, tmp_path, stderr_of):
+def test_bars_are_shown_in_terminals_and_notebooks(place, title, task, pipe, checkpoint, tmp_path, stderr_of):
     stream = stderr_of(place)
     task(pipe, checkpoint, tmp_path, True)
     assert f"{title}: 100%" in stream.getvalue()
@@ -89,7 +89,7 @@ def test_bars_are_seen_where_somebody_looks(place, title, task, pipe, checkpoint
 
 @every_task
 @pytest.mark.parametrize("place", ["notebook", "terminal", "file"])
-def test_bars_are_silent_where_they_are_not_wanted(place, title, task, pipe, checkpoint, tmp_path, stderr_of):
+def test_bars_are_not_shown_where_they_are_not_wanted(place, title, task, pipe, checkpoint, tmp_path, stderr_of):
     stream = stderr_of(place)
     task(pipe, checkpoint, tmp_path, place == "file")
     assert stream.getvalue() == ""

@@ -42,7 +42,7 @@ def made(pipe, files, **options):
 
 
 @pytest.mark.parametrize("options", MADE.values(), ids=list(MADE))
-def test_an_inpainted_picture_is_made_again(pipe, files, options):
+def test_an_inpainted_image_is_made_again(pipe, files, options):
     again = replay(saved(made(pipe, files, **options), files), pipe, progress=False)
     assert again.identical
     assert (again.changed, again.largest, again.differences) == (0, 0, [])
@@ -63,7 +63,7 @@ def test_each_of_several(pipe, files):
         assert replay(path, pipe, image=IMAGE[:size], progress=False).largest <= 1
 
 
-def test_a_picture_that_was_changed_since_is_told_from_the_first(pipe, files):
+def test_a_image_that_was_changed_since_is_told_from_the_first(pipe, files):
     path = saved(made(pipe, files), files)
     settings = read_settings(path)
     pixels = np.array(Image.open(path))
@@ -87,7 +87,7 @@ def test_other_weights_are_named(pipe, files, tiny, vocabulary):
     assert "vae" not in caught.value.found
 
 
-def test_the_mask_is_in_the_picture_and_the_photo_is_not(pipe, files):
+def test_the_mask_is_in_the_image_and_the_photo_is_not(pipe, files):
     path = saved(made(pipe, files), files)
     (files / "mask.png").unlink()
     assert replay(path, pipe, progress=False).identical
@@ -99,7 +99,7 @@ def test_the_mask_is_in_the_picture_and_the_photo_is_not(pipe, files):
     assert replay(path, pipe, image=files / "moved.png", progress=False).identical
 
 
-def test_a_soft_mask_of_8_bits_is_in_the_picture_too(pipe, files):
+def test_a_soft_mask_of_8_bits_is_in_the_image_too(pipe, files):
     soft = np.tile(np.linspace(0, 255, 72).astype(np.uint8), (64, 1))
     Image.fromarray(soft).save(files / "mask.png")
     path = saved(made(pipe, files, soft=True), files)
@@ -108,7 +108,7 @@ def test_a_soft_mask_of_8_bits_is_in_the_picture_too(pipe, files):
 
 
 @pytest.mark.parametrize("argument", ["image", "mask"])
-def test_another_picture_or_mask_is_refused(pipe, files, argument):
+def test_another_image_or_mask_is_refused(pipe, files, argument):
     path = saved(made(pipe, files), files)
     other = {"image": IMAGE ^ 1, "mask": np.roll(MASK, 1, axis=1)}[argument]
     with pytest.raises(SettingError) as caught:

@@ -77,7 +77,7 @@ FILES = [
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(("write", "code"), FILES)
-def test_picture_files(pipe, tmp_path, write, code):
+def test_image_files(pipe, tmp_path, write, code):
     path = tmp_path / "picture.png"
     write(path)
     subject = "image" if code == "IMAGE_TOO_SMALL" else f"image {str(path)!r}"
@@ -108,7 +108,7 @@ def test_mask_files(pipe, tmp_path, write, code):
         (torch.zeros(64, 72, 3, dtype=torch.uint8), "IMAGE_TYPE"),
     ],
 )
-def test_what_is_no_picture(pipe, image, code):
+def test_what_is_no_image(pipe, image, code):
     assert refused(ImageError, code, lambda: inpaint(pipe, image=image)).subject == "image"
 
 
@@ -197,7 +197,7 @@ def test_an_unknown_word_is_refused_with_the_known_ones(pipe, name, words):
 
 
 @pytest.mark.usefixtures("nothing_computed")
-def test_a_crop_that_is_larger_than_the_picture(pipe):
+def test_a_crop_that_is_larger_than_the_image(pipe):
     square, hole = IMAGE[:, :64], MASK[:, :64]
     with warnings.catch_warnings():
         warnings.simplefilter("error", SdInpaintWarning)  # a refusal comes before what there is to say of the others

@@ -17,7 +17,7 @@ from sdinpaint.errors import CheckpointError, NumericError
 
 
 @pytest.mark.parametrize("step", [0, 2])
-def test_a_unet_that_fails_gives_no_picture(pipe, step):
+def test_a_unet_that_fails_gives_no_image(pipe, step):
     calls = count()
     hook = pipe.unet.register_forward_hook(lambda module, given, out: out * NAN if next(calls) == step else out)
     with hook, pytest.raises(NumericError) as caught:
@@ -28,7 +28,7 @@ def test_a_unet_that_fails_gives_no_picture(pipe, step):
 
 
 @pytest.mark.parametrize(("half", "code"), [("encode", "NUMERIC_ENCODE"), ("decode", "NUMERIC_DECODE")])
-def test_an_autoencoder_that_fails_gives_no_picture(pipe, half, code):
+def test_an_autoencoder_that_fails_gives_no_image(pipe, half, code):
     norm = (pipe.vae.encoder if half == "encode" else pipe.vae.decoder).norm_out
     with norm.register_forward_hook(lambda module, given, out: out / 0), pytest.raises(NumericError) as caught:
         inpaint(pipe)

@@ -73,7 +73,7 @@ def written():
 # what it does
 
 
-def test_a_picture_is_written_with_its_settings(model, pipe):
+def test_a_image_is_written_with_its_settings(model, pipe):
     done = inpaint(model, seed=5, guidance=3, sampler="euler")
     assert done.exit_code == 0, done.output
     result = np.asarray(Image.open("out.png"))
@@ -127,7 +127,7 @@ def test_seeds_are_run_in_batches(model, pipe):
         assert settings["manifest"]["image"]["path"] == "photo.png"
 
 
-def test_every_seed_gives_a_picture_of_its_own(model, pipe):
+def test_every_seed_gives_a_image_of_its_own(model, pipe):
     done = inpaint(model, "-s", 3, "-s", 4)
     assert done.exit_code == 0
     assert written() == {"out-1.png", "out-2.png"}
@@ -389,7 +389,7 @@ def test_inspect_says_what_a_checkpoint_is(model):
     assert report["problem"] == ""
 
 
-def test_inspect_shows_the_settings_of_a_picture(model):
+def test_inspect_shows_the_settings_of_a_image(model):
     inpaint(model, seed=8)
     assert json.loads(run("inspect", "out.png", "--json").stdout) == read_settings("out.png")
     page = run("inspect", "out.png").stdout

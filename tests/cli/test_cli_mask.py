@@ -266,7 +266,7 @@ def test_a_mistake_is_a_line_with_its_remedy():
 # looking
 
 
-def test_a_preview_shows_the_mask_over_the_picture():
+def test_a_preview_shows_the_mask_over_the_image():
     given = ["photo.png", "--at", "30,20,70,50", "--grow", 3, "--preview", "seen.png"]
     mask = Mask.box(SIZE, BOX).grow(3)
     assert np.array_equal(made("box", *given), levels(mask))

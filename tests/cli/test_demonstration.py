@@ -115,7 +115,7 @@ def test_a_second_line_makes_rows_higher_and_a_title_the_head():
     assert not paper(titled)[: MARGIN + sheets.TITLE_SIZE].all()
 
 
-def test_long_captions_are_wrapped_to_the_picture():
+def test_long_captions_are_wrapped_to_the_image():
     words = "what is asked for here is longer than the picture is wide"
     narrow = contact_sheet([[(Image.new("RGB", (70, 30)), words)]])
     assert paper(narrow)[:, -MARGIN + 2 :].all()

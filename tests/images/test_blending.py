@@ -94,7 +94,7 @@ def test_a_changed_known_pixel_would_be_seen(sabotage):
         test_known_pixels_stay_bit_for_bit("none", "u1", False, HOLES["inside"])
 
 
-def test_none_is_the_generated_picture():
+def test_none_is_the_generated_image():
     original, hole = random_picture(0), HOLES["two"]
     levels = random_picture(1) + np.float32(0.3)
     levels[30, 40] = (-7, 300, 128.5)
@@ -231,7 +231,7 @@ def test_poisson_continues_a_ramp_of_differences(name):
     assert np.abs(poisson(truth + ramp, truth, HOLES[name]).astype(int) - truth)[HOLES[name]].max() <= 0
 
 
-def test_poisson_leaves_the_border_of_the_picture_free():
+def test_poisson_leaves_the_border_of_the_image_free():
     """A hole across the whole picture: the difference is 10 on one side and 30 on the other, and linear between."""
     original = np.full((*SIZE, 3), 100, np.uint8)
     generated = np.full((*SIZE, 3), 90.0)
@@ -252,7 +252,7 @@ def test_a_fixed_border_would_be_seen(sabotage):
     solve = blending._membrane
     sabotage(blending, "_membrane", fixed)
     with pytest.raises(AssertionError):
-        test_poisson_leaves_the_border_of_the_picture_free()
+        test_poisson_leaves_the_border_of_the_image_free()
     with pytest.raises(AssertionError):
         test_poisson_is_the_dense_solution("corner")
 
@@ -332,7 +332,7 @@ def test_other_sizes(generated, hole):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_nothing_non_finite_becomes_a_picture(bad):
+def test_nothing_non_finite_becomes_a_image(bad):
     generated = np.zeros((*SIZE, 3))
     generated[1, 2, 0] = bad
     with pytest.raises(NumericError, match="1 of 8235 values"):

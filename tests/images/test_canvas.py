@@ -29,7 +29,7 @@ def picture(height=40, width=60, *, alpha=False, icc_profile=None):
 
 
 @pytest.mark.parametrize("fill", EXTENDING_FILLS)
-def test_the_old_picture_is_on_the_canvas_bit_for_bit(fill):
+def test_the_old_image_is_on_the_canvas_bit_for_bit(fill):
     old = picture(alpha=True, icc_profile=b"profile")
     new, mask = extend(old, left=5, right=6, top=7, bottom=8, overlap=3, fill=fill)
     assert new.size == mask.shape == (40 + 7 + 8, 60 + 5 + 6)
@@ -170,10 +170,10 @@ def test_an_unknown_anchor_is_refused_with_the_known(anchor):
 @pytest.mark.parametrize(
     "final", [(39, 80), (80, 59), (80,), (1, 2, 3), 80, "80x80", None, (80.5, 80), (-1, 80), (True, 80)]
 )
-def test_a_final_size_that_does_not_hold_the_picture_is_refused(final):
+def test_a_final_size_that_does_not_hold_the_image_is_refused(final):
     refused(SettingError, "SETTING_SIZE", lambda: sides_for((40, 60), final))
 
 
-def test_the_default_overlap_is_refused_only_for_tiny_pictures():
+def test_the_default_overlap_is_refused_only_for_tiny_images():
     assert extend(picture(height=OVERLAP + 1), top=8)[1].sum() == (8 + OVERLAP) * 60
     refused(SettingError, "SETTING_OVERLAP", lambda: extend(picture(height=OVERLAP), top=8), OVERLAP)

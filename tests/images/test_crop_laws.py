@@ -86,7 +86,7 @@ def breaks_a_law_of_boxes(hole, context, box, multiple):
 
 @quick
 @given(st.data(), holes(), MODELS, MULTIPLES)
-def test_boxes_hold_the_hole_and_what_fits_around_it_inside_the_picture(data, hole, size, multiple):
+def test_boxes_hold_the_hole_and_what_fits_around_it_inside_the_image(data, hole, size, multiple):
     context = data.draw(st.integers(0, max(hole.shape)))
     box = crop_box(hole, context, size, multiple)
     assert breaks_a_law_of_boxes(hole, context, box, multiple) is None
@@ -145,7 +145,7 @@ def test_the_laws_see_boxes_that_are_off_centre(sabotage):
     assert "it holds the hole and as much of the context as there is" in broken_boxes(sabotage, aside)
 
 
-def test_the_laws_see_boxes_that_leave_the_picture(sabotage):
+def test_the_laws_see_boxes_that_leave_the_image(sabotage):
     def outside(span, length, whole):
         start = (sum(span) - length) // 2
         return start, start + length

@@ -130,7 +130,7 @@ def test_without_scaling_a_crop_is_the_box_itself():
     assert np.array_equal(crop.cut_hole(soft > 0.5), soft[6:30, 4:36] > 0.5)
 
 
-def test_scaling_there_and_back_keeps_a_smooth_picture():
+def test_scaling_there_and_back_keeps_a_smooth_image():
     rows, columns = np.mgrid[:96, :120]
     picture = np.stack([2 * rows, 2 * columns, rows + columns], axis=2).astype(np.uint8)
     crop = Crop(Box(10, 8, 90, 72), (128, 160))
@@ -138,7 +138,7 @@ def test_scaling_there_and_back_keeps_a_smooth_picture():
     assert np.abs(back.astype(int) - picture).max() <= 3
 
 
-def test_what_is_put_back_fills_the_box_and_leaves_the_rest_and_the_given_picture():
+def test_a_pasted_crop_fills_its_box_and_changes_nothing_else():
     picture = noise(40, 50)
     before = picture.copy()
     crop = Crop(Box(4, 6, 36, 30), (48, 64))
@@ -201,7 +201,7 @@ def test_a_context_that_is_none_is_refused_with_those_that_are(context):
 
 
 @pytest.mark.parametrize("context", [-1, 73, 10**30, np.int64(-8)])
-def test_a_context_beyond_the_picture_is_refused_with_both_sizes(context):
+def test_a_context_beyond_the_image_is_refused_with_both_sizes(context):
     refused(SettingError, "SETTING_CROP", lambda: crop_box(HOLE, context, 512), context, 64, 72)
 
 
@@ -224,7 +224,7 @@ def test_a_result_of_another_size_is_refused():
 
 
 @pytest.mark.parametrize("box", [Box(4, 6, 51, 30), Box(4, 6, 36, 41), Box(-1, 6, 36, 30), Box(9, 6, 9, 30)])
-def test_a_box_outside_the_picture_is_refused(box):
+def test_a_box_outside_the_image_is_refused(box):
     crop = Crop(box, (8, 8))
     for call in (
         lambda: crop.cut(noise(40, 50)),

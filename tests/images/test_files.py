@@ -307,7 +307,7 @@ def test_any_json_comes_back(folder, stored):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_picture_without_settings(image, tmp_path, suffix):
+def test_image_without_settings(image, tmp_path, suffix):
     image.save(tmp_path / f"a.{suffix}")
     with pytest.raises(ImageError) as caught:
         read_settings(tmp_path / f"a.{suffix}")
@@ -492,7 +492,7 @@ for i in range(10**6):
 """
 
 
-def test_killed_writer_leaves_whole_pictures(tmp_path):
+def test_killed_writer_leaves_whole_images(tmp_path):
     broken = []
     for delay in (0.02, 0.11, 0.23):
         command = [sys.executable, "-c", WRITER, str(tmp_path)]

@@ -53,7 +53,7 @@ def refused(source, code: str, argument: str = "image") -> SdInpaintError:
 # forms
 
 
-def test_every_form_of_one_picture_is_the_same(rgb, tmp_path):
+def test_every_form_of_one_image_is_the_same(rgb, tmp_path):
     image = Image.fromarray(rgb)
     path = saved(image, tmp_path / "picture.png")
     tensor = to_tensor(rgb)
@@ -128,7 +128,7 @@ def test_alpha_is_kept_and_shown_over_white(rgb):
     assert np.abs(seen[:, 10:20] - blend).max() <= 0.5 + 1e-9
 
 
-def test_opaque_picture_is_itself(rgb):
+def test_opaque_image_is_itself(rgb):
     assert Picture(rgb=rgb).opaque() is rgb
 
 
@@ -279,7 +279,7 @@ def test_path_with_a_null_byte():
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n", "PS-Adobe"),
     ],
 )
-def test_what_is_not_a_picture(tmp_path, content, word):
+def test_what_is_not_a_image(tmp_path, content, word):
     path = tmp_path / "picture.png"
     path.write_bytes(content)
     error = refused(path, "IMAGE_UNREADABLE")
@@ -433,7 +433,7 @@ def test_uint8_rounds_and_clamps():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_nothing_non_finite_becomes_a_picture(bad):
+def test_nothing_non_finite_becomes_a_image(bad):
     tensor = torch.zeros(2, 3, 8, 8)
     tensor[1, 2, 3, 4] = bad
     with pytest.raises(NumericError, match="1 of 384 values"):

@@ -85,7 +85,7 @@ def test_averaging_would_hide_it():
 # a review
 
 
-def test_a_row_has_the_picture_hole_result_difference_and_crop():
+def test_a_row_has_the_image_hole_result_difference_and_crop():
     box, part = Box(8, 8, 72, 56), Box(20, 20, 40, 40)
     original, result = grey(80, 100), grey(80, 100)
     hole = hole_at((80, 100), part)
@@ -132,7 +132,7 @@ def test_cells_have_a_sensible_size(size, expected):
     assert all(max(image.size) <= CELL_SIDE for image, _ in cells)
 
 
-def test_a_thin_hole_is_seen_in_a_large_picture():
+def test_a_thin_hole_is_seen_in_a_large_image():
     original = np.repeat(np.repeat(grey(1, 1), 1500, axis=0), 1500, axis=1)
     hole = hole_at((1500, 1500), Box(700, 100, 701, 1400))
     over = np.asarray(review_row(original, hole, original)[1][0])
@@ -155,7 +155,7 @@ def test_a_box_that_scales_to_nothing_is_still_a_mark_where_it_is():
     assert abs(marked.mean() - 6000 * CELL_SIDE / 9000) < 2
 
 
-def test_a_box_of_the_whole_picture_is_not_shown():
+def test_a_box_of_the_whole_image_is_not_shown():
     cells = review_row(grey(80, 100), np.ones((80, 100), dtype=bool), grey(80, 100), boxes=[Box(0, 0, 100, 80)])
     assert len(cells) == 4
     assert not (np.asarray(cells[1][0]) == INK).all(axis=2).any()
@@ -176,7 +176,7 @@ def test_a_sheet_holds_its_row():
     assert (np.asarray(sheet)[: MARGIN // 2] == PAPER).all()
 
 
-def test_captions_are_right_below_their_pictures():
+def test_captions_are_right_below_their_images():
     high, low = Image.new("RGB", (60, 200)), Image.new("RGB", (60, 20))
     sheet = np.asarray(contact_sheet([[(high, "one"), (low, "two")]], scale=1))
     text = (sheet != PAPER).any(axis=2)[:, MARGIN + 60 + GAP : MARGIN + 120 + GAP]
@@ -184,7 +184,7 @@ def test_captions_are_right_below_their_pictures():
     assert not text[MARGIN + 60 :].any()
 
 
-def test_rows_are_as_high_as_their_own_pictures():
+def test_rows_are_as_high_as_their_own_images():
     high, low = Image.new("RGB", (60, 200)), Image.new("RGB", (60, 20))
     heights = [
         contact_sheet([[(image, "")] for image in images], scale=1).height for images in ([high] * 2, [high, low])
@@ -195,7 +195,7 @@ def test_rows_are_as_high_as_their_own_pictures():
 # refused
 
 
-def test_pictures_of_other_sizes_are_refused():
+def test_images_of_other_sizes_are_refused():
     original, hole = grey(40, 50), np.ones((40, 50), dtype=bool)
     for call in (
         lambda: heat_map(original, grey(40, 51)),

@@ -105,7 +105,7 @@ def test_torch_does_what_would_not_gain(name, blocks):
     assert not blocks
 
 
-def test_torch_does_what_is_asked_of_it(blocks, kernel_setting):
+def test_torch_runs_where_it_is_requested(blocks, kernel_setting):
     q, k, v = draw(1, 64, 64, 2, 40)
     attention(q, k, v, causal=True)
     attention(q.requires_grad_(), k, v).sum().backward()

@@ -84,7 +84,7 @@ def test_torch_does_other_dtypes(dtype, transforms):
     assert not transforms
 
 
-def test_torch_does_what_is_asked_of_it(transforms, kernel_setting):
+def test_torch_runs_where_it_is_requested(transforms, kernel_setting):
     given = draw(1, 128, 128, 16, 16)
     assert torch.equal(conv3(*given, kernels="torch"), plain(*given))
     kernel_setting("torch")

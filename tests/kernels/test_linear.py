@@ -55,7 +55,7 @@ def test_torch_does_other_dtypes(dtype):
     assert torch.equal(linear(*given), F.linear(*given))
 
 
-def test_torch_does_what_is_asked_of_it(forbid):
+def test_torch_runs_where_it_is_requested(forbid):
     given = draw((5, 8), 16)
     forbid(backend, "on_cpu")
     assert torch.equal(linear(*given, kernels="torch"), F.linear(*given))

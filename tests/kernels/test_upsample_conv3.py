@@ -67,7 +67,7 @@ def test_torch_does_the_rest(name, laid_out):
     assert not laid_out
 
 
-def test_torch_does_what_is_asked_of_it(laid_out, kernel_setting):
+def test_torch_runs_where_it_is_requested(laid_out, kernel_setting):
     given = draw(*IN_ONE[0])
     assert torch.equal(upsample_conv3(*given, kernels="torch"), plain(*given))
     kernel_setting("torch")

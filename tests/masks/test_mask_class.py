@@ -178,7 +178,7 @@ def test_saved_as_png_alone(tmp_path, name):
         Mask(HOLE).save(tmp_path / name)
 
 
-def test_over_a_picture():
+def test_over_a_image():
     shown = np.asarray(Mask(HOLE).over(PHOTO)).astype(int)
     assert np.array_equal(shown[~HOLE], PHOTO[~HOLE])
     tint = 0.4 * PHOTO + 0.6 * np.array([255, 0, 140])
@@ -437,6 +437,6 @@ def test_far_coordinates_are_drawn_right():
     assert Mask.strokes(SIZE, [[(-FARTHEST, 36), (FARTHEST, 36)]], 5).hole.sum() == 5 * 96
 
 
-def test_inverted_pictures_make_inverted_masks():
+def test_inverted_images_make_inverted_masks():
     grey = Image.fromarray(PHOTO[..., 0]).point(lambda level: 255 * (level > 127))
     assert Mask(ImageOps.invert(grey)) == ~Mask(grey)

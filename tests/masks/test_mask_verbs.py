@@ -66,12 +66,12 @@ def test_hard_masks_grow_by_euclidean_distance(radius):
     assert np.array_equal(Mask(~hole).shrink(radius).array, ndimage.distance_transform_edt(~hole) > radius)
 
 
-def test_growing_beyond_the_picture_fills_it():
+def test_growing_beyond_the_image_fills_it():
     assert drawn("#... ....").grow(1e9) == Mask.full((2, 4))
     assert Mask.empty((2, 4)).grow(1e9) == Mask.empty((2, 4))
 
 
-def test_shrink_keeps_the_borders_of_the_picture():
+def test_shrink_keeps_the_borders_of_the_image():
     half = Mask.box(SIZE, (0, 0, 30, 40))
     assert half.shrink(5) == Mask.box(SIZE, (0, 0, 25, 40))
     assert half.grow(5) == Mask.box(SIZE, (0, 0, 35, 40))

@@ -227,7 +227,7 @@ def test_even_alpha_says_nothing(hole, alpha):
         assert np.array_equal(read_mask(image, SIZE), hole)
 
 
-def test_picture_with_holes_is_ambiguous(hole):
+def test_image_with_holes_is_ambiguous(hole):
     photo = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
     image = Image.fromarray(np.dstack([photo, 255 - hole.astype(np.uint8) * 255]))
     assert "getchannel('A')" in refused(image, "MASK_AMBIGUOUS").hint

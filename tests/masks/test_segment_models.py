@@ -123,7 +123,7 @@ def test_a_higher_threshold_takes_less():
     assert not holes[-1].any()
 
 
-def test_sam_keeps_the_shape_of_the_picture_and_sam2_fills_the_input():
+def test_sam_keeps_the_shape_of_the_image_and_sam2_fills_the_input():
     grey = np.full((*SIZE, 3), 255, np.uint8)
     for kind, rows in (("sam", 61), ("sam2", 128)):
         model = Drawing(kind)

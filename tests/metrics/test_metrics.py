@@ -141,7 +141,7 @@ def test_an_empty_mask_is_named(pair):
 
 
 @pytest.mark.parametrize("kind", EDGED)
-def test_a_flat_picture_scores_0_and_a_step_scores_its_height(kind):
+def test_a_flat_image_scores_0_and_a_step_scores_its_height(kind):
     hole = hole_of(kind)
     assert metrics.ring_delta_e(flat(), hole) == pytest.approx(0, abs=1e-4)
     assert metrics.seam(flat(), hole) == 0
@@ -190,7 +190,7 @@ def test_ring_delta_e_is_proportional_to_the_shift_of_what_is_pasted():
     assert rising[2] > 1.8 * rising[1]
 
 
-def test_the_ring_is_as_wide_as_asked_for():
+def test_the_boundary_band_has_the_width_given():
     """A shift beyond the ring does not count, one within it does."""
     hole = np.zeros((64, 64), bool)
     hole[:, 32:] = True

@@ -311,7 +311,7 @@ def test_a_controlnet_is_active_in_the_steps_of_its_range(count, start, end):
     ],
     ids=str,
 )
-def test_it_is_asked_in_these_steps_alone(either, asked, options, steps):
+def test_the_controlnet_runs_in_these_steps_alone(either, asked, options, steps):
     inpaint(controlled(either, asked), [IMAGE] * 2, steps=10, **options)
     assert len(asked.asked) == steps
     assert len(asked.hints) == min(steps, 1)
@@ -436,7 +436,7 @@ def test_a_range_the_wrong_way_round(pipe):
     assert "0.6, and control_end is 0.4" in call.found
 
 
-def test_a_hint_that_is_no_picture_of_that_size(pipe):
+def test_a_hint_that_is_no_image_of_that_size(pipe):
     error = refused(ImageError, "IMAGE_CONTROL_SIZE", lambda: inpaint(pipe, control_image=IMAGE[:, :64]))
     assert error.found == "64 rows, 64 columns"
     assert error.expected == "64 rows, 72 columns"

@@ -113,7 +113,7 @@ def test_runs_build_no_graph_and_hand_out_plain_tensors(trained, name):
     assert not any(one.requires_grad or one.is_inference() for one in seen)
 
 
-def test_training_the_unet_changes_the_picture(trained):
+def test_training_the_unet_changes_the_image(trained):
     options = {"steps": 2, "seed": 1, "progress": False}
     before = np.asarray(trained.inpaint(IMAGE, MASK, "a red fox", **options).image).astype(int)
     known, said = trained.encode_image(IMAGE, MASK), trained.encode_prompts(["a red fox", ""])

@@ -130,7 +130,7 @@ def events(substitute):
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=list(RUNS))
-def test_pictures_are_the_same(both, exact, run):
+def test_images_are_the_same(both, exact, run):
     plain, offloaded = both
     before = homes(offloaded)
     assert same(run(offloaded), run(plain), run(exact))
@@ -139,7 +139,7 @@ def test_pictures_are_the_same(both, exact, run):
     assert (offloaded.device, offloaded.dtype) == (plain.device, plain.dtype)
 
 
-def test_pictures_that_are_not_the_same_are_seen(both, exact):
+def test_images_that_are_not_the_same_are_seen(both, exact):
     """Another prompt, and weights of which one layer did not come."""
     plain, offloaded = both
     expected, wide = RUNS["inpaint"](plain), RUNS["inpaint"](exact)
@@ -235,7 +235,7 @@ def test_steps_of_a_soft_mask_keep_the_autoencoder(both, events):
     assert [model for comes, model in events if comes][-3:] == [offloaded.unet, offloaded.vae, offloaded.vae]
 
 
-def test_what_fails_on_the_way_leaves_everything_at_home(both, sabotage, substitute):
+def test_a_failed_run_leaves_all_models_offloaded(both, sabotage, substitute):
     offloaded = both[1]
     before = homes(offloaded)
     with pytest.raises(ZeroDivisionError):
@@ -255,7 +255,7 @@ def test_what_fails_on_the_way_leaves_everything_at_home(both, sabotage, substit
     assert not any(offloaded.offloading._uses.values())
 
 
-def test_nothing_is_recorded_of_models_that_come_and_go(model, replays):
+def test_no_graph_is_captured_of_offloaded_models(model, replays):
     """A recording holds the addresses of weights."""
     for offload, count in ((False, 1), (True, 0)):
         replays.made = 0
@@ -345,7 +345,7 @@ def test_pages_of_the_file_are_given_back(larger):
     require_given_back(larger)
 
 
-def test_without_it_they_stay(larger, sabotage):
+def test_pages_that_are_not_released_are_detected(larger, sabotage):
     """Broken on purpose."""
     sabotage(offloading, "release", lambda weight: False)
     with pytest.raises(AssertionError):
@@ -364,7 +364,7 @@ def test_what_was_cast_is_given_back_and_no_page_of_the_file_is_held_beside_it(l
     require_cast_given_back(larger)
 
 
-def test_what_never_leaves_is_not(larger, sabotage):
+def test_cast_weights_that_are_not_released_are_detected(larger, sabotage):
     """Broken on purpose."""
     sabotage(Offloading, "_leave", lambda self, weights: None)
     with pytest.raises(AssertionError):
@@ -488,7 +488,7 @@ def test_weights_that_the_dtype_cannot_hold_are_refused_at_once_in_the_same_word
     load(tmp_path, device="cpu", dtype="bfloat16", offload=True, progress=False)
 
 
-def test_the_command_makes_the_same_picture(tmp_path):
+def test_the_command_makes_the_same_image(tmp_path):
     Image.fromarray(IMAGE).save(tmp_path / "image.png")
     Image.fromarray(255 * MASK.astype(np.uint8)).save(tmp_path / "mask.png")
     given = ["inpaint", str(tmp_path / "image.png"), "-m", str(tmp_path / "mask.png"), "-p", "a red circle", "-q"]

@@ -92,7 +92,7 @@ def written_before_the_next_is_made(sabotage):
     "broken", [with_statistics_of_their_own, with_a_row_too_few_around, written_before_the_next_is_made]
 )
 @pytest.mark.parametrize("half", HALVES)
-def test_bands_that_are_made_otherwise_are_told_apart(vae, half, broken, sabotage):
+def test_wrong_tiles_are_detected(vae, half, broken, sabotage):
     broken(sabotage)
     assert excess(vae, half, draw(half, 16, 6), 27) > 1e-4
 
@@ -139,7 +139,7 @@ def released_size():
 
 
 @pytest.mark.parametrize("half", HALVES)
-def test_bands_take_less_than_half_the_memory(released_size, half):
+def test_tiles_take_less_than_half_the_memory(released_size, half):
     given = draw(half, 64, 68).to("meta")
     assert peak(tiled, released_size, half, given, guarded_vae.TILE // 2) < 0.5 * peak(
         whole, released_size, half, given
@@ -157,7 +157,7 @@ def test_memory_grows_by_what_is_kept_only(released_size, half, maps):
 
 
 @pytest.mark.parametrize("half", HALVES)
-def test_large_pictures_alone_are_run_in_bands(vae, half, monkeypatch, substitute):
+def test_only_large_images_are_tiled(vae, half, monkeypatch, substitute):
     in_bands, run_bands = [], tiling.RUNS[half]
     monkeypatch.setitem(tiling.RUNS, half, lambda *given: in_bands.append(given[2]) or run_bands(*given))
 

@@ -170,7 +170,7 @@ def test_a_run_is_of_the_present_weights_and_says_so(pipe, change):
 @pytest.mark.parametrize("change", [in_place, through_numpy, one_row_through_data], ids=lambda way: way.__name__)
 @pytest.mark.parametrize("pipe", ["cast", "copied"], indirect=True)
 @torch.no_grad()
-def test_so_it_is_in_other_memory(pipe, change):
+def test_weights_changed_in_any_memory_compute(pipe, change):
     require_present_weights(pipe, change)
 
 

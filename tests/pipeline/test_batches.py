@@ -28,7 +28,7 @@ def test_an_item_of_a_batch_is_its_single_run_with_four_channels(four_channels):
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral"])
-def test_permuting_a_batch_permutes_the_pictures(pipe, sampler):
+def test_permuting_a_batch_permutes_the_images(pipe, sampler):
     images, order = [picture(64, 72, seed=seed) for seed in range(3)], [2, 0, 1]
     there = inpaint(pipe, images, MASK, PROMPTS, seed=[1, 2, 3], sampler=sampler)
     prompts, images, seeds = zip(*((PROMPTS[i], images[i], i + 1) for i in order), strict=True)
@@ -81,7 +81,7 @@ def test_one_at_a_time_an_item_is_its_single_run(either, options):
 
 
 @every_mode
-def test_batches_of_any_length_give_the_same_pictures_to_a_level(either, options):
+def test_batches_of_any_length_give_the_same_images_to_a_level(either, options):
     one_by_one = inpaint_those(either, [0, 1, 2], batch_size=1, **options)
     for batch_size in (2, None):
         for order in ([0, 1, 2], [1, 2, 0]):

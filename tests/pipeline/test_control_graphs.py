@@ -40,7 +40,7 @@ def given(net, seed, batch=2):
     return draw(seed + 1, batch, 4, 6, 5), torch.full((batch,), 500.0 + seed), context, None
 
 
-def test_one_recording_serves_all_steps_and_pictures(net, replays):
+def test_one_captured_graph_serves_all_steps_and_images(net, replays):
     found, inputs = Graphs(True), [given(net, seed) for seed in (1, 2)]
     plain, recorded = controls(net, None), controls(net, found)
     for which, step, text in ((0, 0, 0), (1, 0, 0), (1, 1, 1), (0, 2, 0), (0, 3, 1), (1, 3, 0)):
@@ -52,7 +52,7 @@ def test_one_recording_serves_all_steps_and_pictures(net, replays):
     assert replays.made == 1
 
 
-def test_what_a_recording_does_not_take_in_is_recorded_anew(net, replays):
+def test_a_change_outside_of_a_captured_graph_captures_again(net, replays):
     found, inputs = Graphs(True), given(net, 1)
     other = fill(copy.deepcopy(net), 9)
     for count, control in enumerate(
@@ -78,7 +78,7 @@ def test_off_is_off(net, replays):
 
 
 @pytest.mark.parametrize("options", [{}, {"soft": True}, {"control_start": 0.4, "control_scale": 0.6}])
-def test_pictures_are_the_same(tiny, vocabulary, net, replays, options):
+def test_images_are_the_same(tiny, vocabulary, net, replays, options):
     plain = random_pipeline(small(tiny), vocabulary)
     pipe = Pipeline(plain.family, plain.unet, plain.vae, plain.text, plain.tokenizer, controlnet=net)
     pipe.graphs, pipe.control_graphs = Graphs(False), Graphs(False)

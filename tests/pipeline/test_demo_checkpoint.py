@@ -66,7 +66,7 @@ def test_asked_to_remove_it_leaves_the_background(pipe):
 
 @pytest.mark.peer
 @pytest.mark.parametrize("sampler", ["ddim", "euler"])
-def test_diffusers_paints_the_same_picture(pipe, sampler):
+def test_diffusers_generates_the_same_image(pipe, sampler):
     from diffusers import EulerDiscreteScheduler, StableDiffusionInpaintPipeline
     from PIL import Image
 

@@ -71,7 +71,7 @@ def test_keep_everything_in_one_item_of_a_batch(pipe):
     assert levels(result.images[2], inpaint(pipe, seed=3).image) <= 1
 
 
-def test_without_paste_back_the_whole_picture_is_the_models(either):
+def test_without_paste_back_the_whole_image_is_the_models(either):
     pasted, whole = (np.asarray(inpaint(either, paste_back=paste_back).image) for paste_back in (True, False))
     assert np.array_equal(pasted[MASK], whole[MASK])
     assert (whole[~MASK] != IMAGE[~MASK]).mean() > 0.9
@@ -80,7 +80,7 @@ def test_without_paste_back_the_whole_picture_is_the_models(either):
 # Seeds and replays
 
 
-def test_the_same_call_gives_the_same_picture(pipe):
+def test_the_same_call_gives_the_same_image(pipe):
     assert np.array_equal(inpaint(pipe).image, inpaint(pipe).image)
     assert not np.array_equal(inpaint(pipe).image, inpaint(pipe, seed=6).image)
 
@@ -134,7 +134,7 @@ def test_settings_replay_a_batch(pipe):
 
 
 @pytest.mark.parametrize("where", [{"left": 24, "bottom": 8}, {"size": (80, 96), "anchor": "left"}], ids=str)
-def test_settings_replay_an_extended_picture(either, where):
+def test_settings_replay_an_extended_image(either, where):
     first = either.outpaint(IMAGE, "a red fox", **where, overlap=8, crop=16, steps=3, seed=None, progress=False)
     again = either.outpaint(IMAGE, **first.settings, progress=False)
     assert np.array_equal(first.image, again.image)
@@ -217,7 +217,7 @@ def test_the_progress_bar_on_a_terminal(pipe, capfd, stderr):
 # What is given
 
 
-def test_every_kind_of_picture_and_mask(pipe, tmp_path):
+def test_every_kind_of_image_and_mask(pipe, tmp_path):
     reference = inpaint(pipe).image
     tensor = torch.from_numpy(IMAGE).permute(2, 0, 1) / 127.5 - 1
     grey = (255 * MASK).astype(np.uint8)
@@ -330,7 +330,7 @@ def test_the_steps_by_name_for_every_run(either, options):
     assert not same_picture(whole_picture(either, by_name(either, noise.flip(3), **options), SIZES[0]), expected)
 
 
-def test_what_the_picture_says(pipe):
+def test_inpainting_conditioning(pipe):
     known = pipe.encode_image(*(side[:, :67] for side in (IMAGE, MASK)))
     assert known.mask.shape == (1, 1, 8, 9)
     assert known.latents.shape == known.masked_latents.shape == (1, 4, 8, 9)

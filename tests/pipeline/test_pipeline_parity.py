@@ -136,7 +136,7 @@ def test_floats(pipes, noise, sampler, guidance_scale):
     assert (floats_of_ours(mine, noise, sampler, guidance_scale) - expected).abs().max() <= TOLERANCE
 
 
-def test_given_noise_gives_the_same_picture(pipes, noise):
+def test_given_noise_gives_the_same_image(pipes, noise):
     theirs, mine = pipes
     expected = run_theirs(theirs, *picture(), seed=7, latents=noise)[0]
     assert levels(run_ours(mine, *picture(), seed=7, noise=noise).image, expected) <= ONE_LEVEL
@@ -237,14 +237,14 @@ def name(run):
 
 
 @pytest.mark.parametrize("run", RUNS, ids=name)
-def test_pictures(pipes, run):
+def test_images(pipes, run):
     theirs, mine = pipes
     expected = run_theirs(theirs, *picture(), seed=9, **run)[0]
     assert levels(run_ours(mine, *picture(), seed=9, **run).image, expected) <= ONE_LEVEL
 
 
 @pytest.mark.parametrize("run", RUNS[:4] + RUNS[6:8], ids=name)
-def test_pictures_of_a_four_channel_model(four_channel_pipes, run):
+def test_images_of_a_four_channel_model(four_channel_pipes, run):
     theirs, mine = four_channel_pipes
     expected = run_theirs(theirs, *picture(), seed=10, **run)[0]
     assert levels(run_ours(mine, *picture(), seed=10, **run).image, expected) <= ONE_LEVEL

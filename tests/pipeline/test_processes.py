@@ -133,7 +133,7 @@ def test_a_pickled_result_is_small_and_holds_no_model(pipe):
     assert not [module for module in named.modules if module.startswith("sdinpaint.models")]
 
 
-def test_a_deep_copy_has_pictures_of_its_own_and_the_same_pipeline(pipe):
+def test_a_deep_copy_has_images_of_its_own_and_the_same_pipeline(pipe):
     result = inpaint(pipe)
     before = pixels(result.image)
     for other in (copy.deepcopy(result), copy.deepcopy(pickle.loads(pickle.dumps(result)))):
@@ -195,7 +195,7 @@ def pickled(pipe):
 
 
 @pytest.mark.parametrize("copied", [pickled, copy.deepcopy, lambda pipe: pickled(copy.deepcopy(pipe))])
-def test_a_copied_pipeline_makes_the_same_pictures(copied, loaded):
+def test_a_copied_pipeline_makes_the_same_images(copied, loaded):
     fresh = copied(loaded)
     expected = inpaint(loaded)
     used = copied(loaded)

@@ -73,7 +73,7 @@ def test_again_is_the_same_with_what_is_changed(pipe, one, two):
     assert (pixels(two.again(seed=[1, 9]).images[1]) != pixels(two.images[1])).any()
 
 
-def test_again_of_a_varied_and_of_an_extended_picture(pipe):
+def test_again_of_a_varied_and_of_an_extended_image(pipe):
     options = {"steps": 2, "seed": 3, "progress": False}
     for result in (pipe.vary(IMAGE, "a fox", **options), pipe.outpaint(IMAGE, "a fox", right=16, **options)):
         assert (pixels(result.again().image) == pixels(result.image)).all()
@@ -111,7 +111,7 @@ def test_best_of_bad_arguments(one, n, score):
     assert caught.value.expected
 
 
-def test_a_sheet_has_a_row_for_each_picture(pipe, one, two):
+def test_a_sheet_has_a_row_for_each_image(pipe, one, two):
     first, both = one.sheet(), two.sheet()
     assert first.width == both.width
     assert both.height > 1.8 * first.height - 100

@@ -123,7 +123,7 @@ def test_parts_with_less_than_16_pixels_between_them_are_one(pipe):
     assert counts == [1, 2]
 
 
-def test_pictures_with_other_numbers_of_regions_in_a_batch(pipe):
+def test_images_with_other_numbers_of_regions_in_a_batch(pipe):
     masks = [BOTH, ONE, OTHER]
     together = inpaint(pipe, masks, [IMAGE] * 3, seed=[1, 2, 3], regions="each", crop=8, batch_size=1)
     assert [len(boxes) for boxes in together.crops] == [2, 1, 1]
@@ -227,7 +227,7 @@ def test_a_doubtful_mask_is_warned_of_with_a_remedy(pipe, mask, says):
     assert any(result.reports[0].warnings[0] in str(one.message) for one in caught)
 
 
-def test_a_sound_mask_and_an_extended_picture_are_not(pipe, recwarn):
+def test_a_sound_mask_and_an_extended_image_are_not(pipe, recwarn):
     inpaint(pipe)
     pipe.outpaint(IMAGE, "a fox", 8, 100, 8, 100, steps=1, progress=False)
     assert [one for one in recwarn if issubclass(one.category, SdInpaintWarning)] == []

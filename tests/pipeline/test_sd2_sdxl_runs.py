@@ -244,7 +244,7 @@ PICTURES = [
 
 
 @pytest.mark.parametrize(("name", "options"), PICTURES, ids=str)
-def test_pictures(pairs, name, options):
+def test_images(pairs, name, options):
     theirs, mine = pairs(name)
     expected = run_theirs(theirs, seed=9, **options)[0]
     options = {"negative_prompt": NEGATIVE, "steps": STEPS, "paste_back": False, "cover": COVER, **options}

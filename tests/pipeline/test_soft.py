@@ -102,7 +102,7 @@ def test_a_mask_of_one_grey_is_a_strength(four_channels, name, amount):
 # What the model is shown
 
 
-def test_a_nine_channel_model_sees_binary_masks_and_the_picture_without_each(pipe, sabotage):
+def test_a_nine_channel_model_sees_binary_masks_and_the_image_without_each(pipe, sabotage):
     fed = []
     sabotage(patch_sampling.Draws, "__call__", lambda self, like: torch.zeros_like(like))
     with pipe.unet.register_forward_pre_hook(lambda unet, given: fed.append(given[0][:1])):
@@ -166,7 +166,7 @@ def test_with_other_settings(either, options):
     assert (pixels(result) == pixels(again)).all()
 
 
-def test_each_picture_of_a_batch_has_its_own_soft_mask(either):
+def test_each_image_of_a_batch_has_its_own_soft_mask(either):
     masks = [RAMP, np.ones(SIZE, np.float32), STEEP]
     together = either.inpaint([IMAGE] * 3, masks, "a fox", steps=STEPS, seed=[1, 2, 3], soft=True, progress=False)
     for index, mask in enumerate(masks):

@@ -70,7 +70,7 @@ def test_strength_runs_as_many_steps_as_it_says(either, steps, strength):
     assert seen == list(range(max(1, math.floor(steps * strength + 1e-9))))
 
 
-def test_strength_0_returns_the_picture(either):
+def test_strength_0_returns_the_image(either):
     for channels in (3, 4):
         image = picture(channels=channels)
         with pytest.warns(SdInpaintWarning, match="strength is 0, so it comes back unchanged") as caught:
@@ -78,7 +78,7 @@ def test_strength_0_returns_the_picture(either):
         assert [warning.filename for warning in caught] == [__file__]
 
 
-def test_little_strength_stays_nearer_to_the_picture(either):
+def test_little_strength_stays_nearer_to_the_image(either):
     """Two pictures under the same noise: the more steps run, the less of what told them apart is left."""
     one, other = picture(), np.full_like(picture(), 40)
     apart = [
@@ -98,7 +98,7 @@ def test_an_inpainting_model_varies_as_it_repaints_everything(pipe):
     assert not same_picture(vary(pipe, **options | {"seed": 6}).image, expected)
 
 
-def test_the_whole_picture_is_new_and_opaque(pipe):
+def test_the_whole_image_is_new_and_opaque(pipe):
     found = np.asarray(vary(pipe, Image.fromarray(picture(channels=4))).image)
     assert found.shape == (64, 72, 4)
     assert (found[..., 3] == 255).all()

@@ -160,7 +160,7 @@ def test_fingerprint_does_not_depend_on_threads(pipe, threads, substitute):
     assert fingerprint(pipe.vae) == expected
 
 
-def test_fingerprint_is_what_pictures_already_hold():
+def test_fingerprint_is_what_images_already_hold():
     """Written out once more, since pictures that were saved are compared with it in later versions too."""
     model = Holder(b=torch.ones(2, dtype=torch.bfloat16), a=torch.arange(6, dtype=torch.float32).reshape(2, 3))
     first, second = struct.pack("<6f", *range(6)), b"\x80\x3f" * 2
@@ -362,14 +362,14 @@ def png(image):
 
 
 @pytest.mark.parametrize("text", ["", "no base64!", "äöü", base64.b64encode(b"no PNG").decode(), None, 5, []])
-def test_text_that_is_no_picture(text):
+def test_text_that_is_no_image(text):
     with pytest.raises(MaskError) as caught:
         mask_from_text(text)
     assert caught.value.code == "MASK_TEXT"
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
-def test_text_that_is_no_grey_picture(mode):
+def test_text_that_is_no_grey_image(mode):
     with pytest.raises(MaskError, match=f"mode {mode}"):
         mask_from_text(png(Image.new(mode, (8, 8))))
 
@@ -530,7 +530,7 @@ def test_any_json_anywhere_is_refused_or_taken(stored, pipe, data):
         check_input(records.get("mask"), MASK, "mask")
 
 
-def test_the_size_of_a_picture_is_its_own(pipe):
+def test_the_size_of_a_image_is_its_own(pipe):
     """A record of one picture is not that of its transpose, whose bytes may be the same."""
     flat = Picture(rgb=np.zeros((16, 24, 3), dtype=np.uint8))
     with pytest.raises(SettingError):

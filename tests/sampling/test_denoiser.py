@@ -312,7 +312,7 @@ def test_a_full_mask_blends_nothing():
     assert torch.equal(samplers.euler(blended, x, sigmas), samplers.euler(denoise, x, sigmas))
 
 
-def test_blending_needs_the_latents_of_the_picture():
+def test_blending_needs_the_latents_of_the_image():
     x, known = draw(0, B, 4, H, W), Known(box_mask(), torch.zeros(B, 4, H, W))
     for build in (lambda: blend_known(lambda x, s: x, known, x, TRAINED.flip(0)), lambda: restore_known(x, known)):
         with pytest.raises(SettingError) as caught:

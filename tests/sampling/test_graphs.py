@@ -76,7 +76,7 @@ def test_threads_wait_for_each_other(replays):
     assert wrong == []
 
 
-def test_what_cannot_be_captured_runs_as_it_is(replays, failing):
+def test_a_step_that_cannot_be_captured_runs_eagerly(replays, failing):
     failing(graphs, "CapturedGraph", RuntimeError("operation not permitted when stream is capturing\nand more"))
     found = Graphs(True)
     with pytest.warns(SdInpaintWarning, match=r"launched one by one: operation not permitted .* capturing$"):

@@ -121,7 +121,7 @@ def relative(found, exact):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("controlled", [False, True])
 @pytest.mark.parametrize(("batch", "size"), [(1, (16, 16)), (2, (24, 16)), (1, (15, 9))])
-def test_the_recorded_step_is_as_exact_as_plain_torch(unet, batch, size, controlled, dtype, kernel_setting):
+def test_the_captured_step_is_as_exact_as_plain_torch(unet, batch, size, controlled, dtype, kernel_setting):
     case = Case(unet, batch=batch, size=size, controlled=controlled)
     exact = case.step(copy.deepcopy(unet).double().forward, torch.float64)
     half = copy.deepcopy(unet).to(dtype)
@@ -139,7 +139,7 @@ def test_the_recorded_step_is_as_exact_as_plain_torch(unet, batch, size, control
     assert len(found._captured) == 1
 
 
-def test_one_recording_serves_other_texts_pictures_and_sigmas(unet):
+def test_one_recording_serves_other_texts_images_and_sigmas(unet):
     half, found = copy.deepcopy(unet).half(), Graphs(True)
     cases = [Case(unet, seed=seed) for seed in (10, 30)]
     recorded = [case.denoiser(half, torch.float16, found) for case in cases]

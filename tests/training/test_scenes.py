@@ -47,7 +47,7 @@ def right_share(cases):
 # --- drawing ---
 
 
-def test_the_same_seed_gives_the_same_scene_picture_and_hole():
+def test_the_same_seed_gives_the_same_scene_image_and_hole():
     for one, other in zip(drawn(5, seed=3), drawn(5, seed=3), strict=True):
         assert one[:2] == other[:2]
         for first, second in zip(one[2:], other[2:], strict=True):
@@ -55,7 +55,7 @@ def test_the_same_seed_gives_the_same_scene_picture_and_hole():
 
 
 @pytest.mark.parametrize("size", [64, 128, 192])
-def test_pictures_scale(size):
+def test_images_scale(size):
     scene = scenes.random_scene(np.random.default_rng(0))
     picture = scenes.render(scene, size)
     assert picture.shape == (size, size, 3)
@@ -80,7 +80,7 @@ def test_silhouettes_of_one_size_differ_strongly():
             assert (one & other).sum() / (one | other).sum() < 0.8
 
 
-def test_things_stand_apart_inside_the_picture_on_the_floor():
+def test_things_stand_apart_inside_the_image_on_the_floor():
     for scene, *_ in drawn(200, seed=4):
         for thing in scene.things:
             assert thing.x > thing.radius
