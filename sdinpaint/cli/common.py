@@ -91,7 +91,7 @@ class Commands(Group):
             The return value of the command.
         """
         try:
-            with _ending_on_sigterm():
+            with _ending_on_signals():
                 code = super().main(*args, standalone_mode=False, **extra)  # type: ignore[call-overload]
         except click.ClickException as error:
             if not standalone_mode:
@@ -154,16 +154,23 @@ def _in_options(error: SdInpaintError, command: click.Command) -> SdInpaintError
 
 
 @contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
-    """Exit in good order on SIGTERM, so that unfinished files are removed, until the end of the block."""
+def _ending_on_signals() -> Iterator[None]:
+    """Exit in good order on SIGINT and SIGTERM, so that unfinished files are removed, until the end of the block.
+
+    A process that a shell starts in the background inherits SIGINT as ignored, and Python then installs no handler.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    before = [
+        (signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler)),
+        (signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))),
+    ]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> bool:

@@ -29,13 +29,15 @@ def scene(tmp_path_factory):
     return folder
 
 
-def started(folder, arguments):
+def started(folder, arguments, sigint=signal.SIG_DFL):
+    """Start the command line with SIGINT as a shell gives it to a foreground job; ignored, as to a background job."""
     return subprocess.Popen(
         [sys.executable, "-m", "sdinpaint", *arguments],
         cwd=folder,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, sigint),  # noqa: PLW1509 - no other way to set what is inherited
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
@@ -51,9 +53,10 @@ def test_ctrl_c_while_libraries_are_imported(scene, after):
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("sigint", [signal.SIG_DFL, signal.SIG_IGN], ids=["foreground", "background"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_during_a_run(scene, number, code):
-    process = started(scene, RUN)
+def test_a_signal_during_a_run(scene, number, code, sigint):
+    process = started(scene, RUN, sigint)
     assert "mask" in process.stderr.readline()  # the request was read: what follows is loading and the run
     time.sleep(0.5)
     process.send_signal(number)
