@@ -96,7 +96,7 @@ class Reader:
                     continue  # the code of another error, which is found where that is raised
                 sys.exit(f"{scope.module.path}:{call.lineno}: write the code so that its values can be followed")
             outer = _outermost(one).module.name
-            for code in codes:
+            for code in filter(None, codes):  # an empty one stands for the default beside it
                 yield Error(kind, code, outer, *(self.words(Value(text, one)) for text in texts))
 
     # Following names

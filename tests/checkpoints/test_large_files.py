@@ -75,7 +75,7 @@ def test_a_single_file_is_told_from_its_header(tmp_path, reads, inventory):
     assert report.family == family
     assert sum(report.parameters.values()) == parameters
     assert sum(count for _, _, count in reads) < 2e6
-    assert seconds < 1
+    assert seconds < 2
     assert path.stat().st_blocks == on_disk.st_blocks
     for model in open_checkpoint(LoadOptions(source=path)).build().values():
         assert all(tensor.is_meta for tensor in model.state_dict().values())
@@ -93,7 +93,7 @@ def test_a_folder_is_told_from_its_headers(tmp_path, reads):
     assert report.problem == ""
     assert report.family == "sdxl-inpainting"
     assert sum(count for _, _, count in reads) < 2e6
-    assert seconds < 1
+    assert seconds < 2
 
 
 def test_reading_a_tensor_is_seen(tmp_path, reads):
