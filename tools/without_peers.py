@@ -19,7 +19,9 @@ class SkipWithout:
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         """Skip for a peer, and find nothing else."""
         if name.partition(".")[0] in PEERS:
-            pytest.skip(f"{name} is not installed", allow_module_level=True)
+            pytest.skip(
+                f"{name} is not installed here; `make test`, with the extra dev, runs it", allow_module_level=True
+            )
 
 
 if not all(map(find_spec, PEERS)):

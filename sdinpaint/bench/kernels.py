@@ -155,7 +155,7 @@ class Operation:
     """An operation that the models call."""
 
     plain: Function
-    """The same in torch, with the same arguments."""
+    """The operation in plain torch, which takes the same arguments."""
     told: Callable[..., str]
     """Describes the arguments that tell one call from another."""
 

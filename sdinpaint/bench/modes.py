@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from sdinpaint.bench.cases import Case
 from sdinpaint.bench.child import Figures, in_child
-from sdinpaint.bench.paintings import DEFAULT, INPAINT, MODES, OUTPAINT
+from sdinpaint.bench.paintings import CELL, DEFAULT, INPAINT, MODES, OUTPAINT
 from sdinpaint.bench.peers.commands import Command
 from sdinpaint.bench.peers.systems import OURS
 from sdinpaint.bench.report.rows import measured
@@ -28,6 +29,8 @@ STEPS = 1
 FIGURES = {"peak": "peak memory", "own": "anonymous memory"}
 """The name of each figure in `what`."""
 GB = 1e9
+ROUNDING = 0.5
+"""Levels of 255 by which the mean of a part of an image may differ where rounding alone does."""
 
 
 def measure_modes(case: Case, commands: Sequence[Command]) -> Iterator[Row]:
@@ -54,10 +57,12 @@ def measure_modes(case: Case, commands: Sequence[Command]) -> Iterator[Row]:
 def _check(case: Case, work: str, mode: str, found: Figures, default: Figures) -> str:
     if found["digest"] == default["digest"]:
         return "finite" if mode == DEFAULT else "as by default, bit for bit"
-    if "tile" in MODES[mode]:
+    # which bits come out may depend on where weights lie in memory: what is asked is the same image but for rounding
+    apart = max((abs(found[name] - default[name]) for name in default if name.startswith(CELL)), default=math.inf)
+    if apart <= ROUNDING:
         return "within rounding"
     subject, hint = f"modes, {case.family} in {case.dtype}: {work}, {mode}", "no row of it is recorded"
-    raise NumericError("BENCH_WRONG", subject, "another image", expected="the same, bit for bit", hint=hint)
+    raise NumericError("BENCH_WRONG", subject, "another image", expected="the same but for rounding", hint=hint)
 
 
 def _rows(case: Case, what: str, found: Mapping[str, float], check: str) -> list[Row]:

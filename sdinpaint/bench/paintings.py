@@ -33,6 +33,8 @@ PAUSE = 0.002
 """Seconds between two readings of resident memory."""
 DIGITS = 12
 """Hexadecimal digits of a digest: as many as a float holds exactly."""
+CELL, CELLS = "cell", 4
+"""Name and number a side of the parts of an image whose mean levels tell it from another one."""
 
 Picture = Image.Image
 
@@ -83,7 +85,7 @@ def paint(name: str, case: Case) -> dict[str, float]:
     Returns:
         Bytes beyond those before: `peak`, on a GPU of its memory, and `own`, the peak of anonymous memory, while the
         operating system can reclaim what is mapped from a file; both are missing on a CPU without /proc. `digest` of
-        the pixels.
+        the pixels, and "cell 0" and so on, the mean levels of parts of the image.
     """
     work, mode = name.split(": ")
     make, share = PAINTINGS[work]
@@ -93,7 +95,10 @@ def paint(name: str, case: Case) -> dict[str, float]:
         pipe = load(case.checkpoint, device=case.device, dtype=case.dtype, progress=False, **MODES[mode])
         options = {"steps": case.steps, "guidance_scale": GUIDANCE, "seed": SEED, "progress": False}
         made = make(pipe, case.size, *pictures, **options)
-        found["digest"] = float(int(hashlib.sha256(np.asarray(made.image).tobytes()).hexdigest()[:DIGITS], 16))
+        pixels = np.asarray(made.image)
+        found["digest"] = float(int(hashlib.sha256(pixels.tobytes()).hexdigest()[:DIGITS], 16))
+        rows = (part for half in np.array_split(pixels, CELLS) for part in np.array_split(half, CELLS, axis=1))
+        found.update({f"{CELL} {number}": float(part.mean()) for number, part in enumerate(rows)})
 
     with _watching() as own:
         peak = peak_bytes(run, torch.device(case.device))

@@ -15,7 +15,8 @@ from sdinpaint.errors import SettingError
 from sdinpaint.families import UNetConfig
 from sdinpaint.models import fused
 from sdinpaint.models.layers import Conv3, plain
-from sdinpaint.models.unet import input_blocks, middle_block, time_embed, timestep_embedding
+from sdinpaint.models.prepared_unet import timestep_embedding
+from sdinpaint.models.unet import input_blocks, middle_block, time_embed
 from sdinpaint.models.weights import Model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from sdinpaint.families import UNetConfig
 from sdinpaint.models import fused
-from sdinpaint.models.layers import is_plain, needs_gradients
+from sdinpaint.models.layers import is_plain, needs_gradients, repeated
 from sdinpaint.models.weights import Model, Places, Snapshot
 
 Context = Tensor | Sequence[tuple[Tensor, float]]
@@ -34,8 +35,24 @@ def sources_of(context: Context) -> list[tuple[Tensor, float]]:
     return [(context, 1.0)] if isinstance(context, Tensor) else list(context)
 
 
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Compute the sinusoidal embedding of timesteps.
+
+    Args:
+        t: timesteps (B,), may be fractional.
+        dim: width of the embedding.
+
+    Returns:
+        Cosines, then sines, of geometrically spaced frequencies, float32 (B, dim).
+    """
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000.0) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
 class Conditioned(Model):
-    """The interface of a UNet that `PreparedUNet` needs, beside calling it."""
+    """The layers of a UNet that its conditioning goes through, and what `PreparedUNet` needs beside calling it."""
 
     config: UNetConfig
     time_embed: nn.Module
@@ -46,13 +63,15 @@ class Conditioned(Model):
         """Compute the time embedding.
 
         Args:
-            t: timesteps (B,).
+            t: timesteps (B,), may be fractional; (1,) serves every row of `vector`.
             vector: pooled text with size and crop conditioning (B, V), for SDXL.
 
         Returns:
             The time embedding (B, E).
         """
-        raise NotImplementedError
+        sines = timestep_embedding(t, self.config.model_channels).to(next(self.parameters()).dtype)
+        emb = fused.mlp(self.time_embed, sines)
+        return emb if vector is None else repeated(emb, len(vector)) + fused.mlp(self.label_emb, vector)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ and ldm/modules/attention.py (SpatialTransformer); names and numbers as trained.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -28,24 +27,17 @@ from sdinpaint.models.layers import (
     to_map,
     to_tokens,
 )
-from sdinpaint.models.prepared_unet import Conditioned, Context, Precomputed, PreparedUNet, sources_of
+from sdinpaint.models.prepared_unet import (
+    Conditioned,
+    Context,
+    Precomputed,
+    PreparedUNet,
+    sources_of,
+    timestep_embedding,
+)
 from sdinpaint.models.weights import Places, Snapshot
 
-
-def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Compute the sinusoidal embedding of timesteps.
-
-    Args:
-        t: timesteps (B,), may be fractional.
-        dim: width of the embedding.
-
-    Returns:
-        Cosines, then sines, of geometrically spaced frequencies, float32 (B, dim).
-    """
-    half = dim // 2
-    frequencies = torch.exp(-math.log(10000.0) / half * torch.arange(half, dtype=torch.float32, device=t.device))
-    angles = t.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+__all__ = ["UNet", "input_blocks", "middle_block", "time_embed", "timestep_embedding"]
 
 
 @plain
@@ -435,20 +427,6 @@ class UNet(Conditioned):
         self.out = nn.Sequential(
             GroupNorm(config.norm_groups, width, eps=1e-5), nn.SiLU(), Conv3(width, config.out_channels)
         )
-
-    def embed(self, t: Tensor, vector: Tensor | None = None) -> Tensor:
-        """Compute the time embedding.
-
-        Args:
-            t: timesteps (B,), may be fractional; (1,) serves every row of `vector`.
-            vector: pooled text with size and crop conditioning (B, V), for SDXL.
-
-        Returns:
-            The time embedding (B, E).
-        """
-        sines = timestep_embedding(t, self.config.model_channels).to(next(self.parameters()).dtype)
-        emb = fused.mlp(self.time_embed, sines)
-        return emb if vector is None else repeated(emb, len(vector)) + fused.mlp(self.label_emb, vector)
 
     def forward(
         self,

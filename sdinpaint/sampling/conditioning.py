@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from sdinpaint.errors import SettingError
@@ -55,17 +54,20 @@ class Conditioning:
 
     def __reduce__(self) -> tuple[object, ...]:
         # torch hands a tensor to another process by a file that is gone when the first one ends
-        stream = io.BytesIO()
-        torch.save(dataclasses.astuple(self._mapped(lambda one: one.detach().cpu())), stream)
-        return _load, (stream.getvalue(),)
+        names = {"context": self.context} | ({} if self.vector is None else {"vector": self.vector})
+        names |= {str(number): one for number, (one, _) in enumerate(self.others)}
+        stored = save({name: one.detach().cpu().clone().contiguous() for name, one in names.items()})
+        return _load, (stored, [weight for _, weight in self.others])
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
         vector = None if self.vector is None else function(self.vector)
         return Conditioning(function(self.context), vector, tuple((function(one), by) for one, by in self.others))
 
 
-def _load(stored: bytes) -> Conditioning:
-    return Conditioning(*torch.load(io.BytesIO(stored), weights_only=True))
+def _load(stored: bytes, weights: list[float]) -> Conditioning:
+    tensors = load(stored)
+    others = tuple((tensors[str(number)], weight) for number, weight in enumerate(weights))
+    return Conditioning(tensors["context"], tensors.get("vector"), others)
 
 
 def stack(conditions: Sequence[Conditioning]) -> Conditioning:

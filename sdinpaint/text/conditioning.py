@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sdinpaint.families import Family
-from sdinpaint.models.unet import timestep_embedding
+from sdinpaint.models.prepared_unet import timestep_embedding
 from sdinpaint.sampling import Conditioning
 from sdinpaint.text.tokenizer import Tokenizer
 

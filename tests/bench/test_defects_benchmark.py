@@ -54,7 +54,7 @@ def found():
 
 @pytest.fixture(scope="module")
 def rows(found):
-    """What was found, by the names of the rows: (diffusers, sdinpaint)."""
+    """Results by the names of the rows: (diffusers, sdinpaint)."""
     ours, theirs = ({row["what"]: row["found"] for row in found if row["system"] == name} for name in SYSTEMS)
     return {what: (theirs[what], ours[what]) for what in ours}
 

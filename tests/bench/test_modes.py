@@ -49,10 +49,23 @@ def test_an_offloaded_model_that_makes_another_image_is_refused(monkeypatch):
         list(measure_modes(demo_case(), []))
 
 
+@pytest.mark.parametrize(("apart", "same"), [(0.4, True), (0.6, False)])
+def test_an_offloaded_model_may_differ_by_rounding_alone(monkeypatch, apart, same):
+    def found(part, system, case):
+        return {"peak": 2e9, "digest": 2.0, "cell 0": apart} if "offload" in system else {"digest": 1.0, "cell 0": 0.0}
+
+    monkeypatch.setattr(modes, "in_child", found)
+    if same:
+        assert {row["check"] for row in measure_modes(demo_case(), [])} == {"within rounding"}
+    else:
+        with pytest.raises(NumericError, match="another image"):
+            list(measure_modes(demo_case(), []))
+
+
 def test_bands_may_differ_by_rounding_and_without_proc_nothing_is_recorded(monkeypatch):
     def found(*given):
         digest = 2.0 if "tile" in given[1] else 1.0
-        return {"digest": digest}
+        return {"digest": digest, "cell 0": digest / 4}
 
     monkeypatch.setattr(modes, "in_child", found)
     assert list(measure_modes(demo_case(), [])) == []
@@ -71,6 +84,9 @@ def test_a_picture_is_painted_and_measured(monkeypatch):
     assert same_picture(*pictures)
     assert (plain["digest"] == offloaded["digest"]) == np.array_equal(*pictures)
     assert plain["digest"] != paint("outpaint: default", demo_case(size=128))["digest"]
+    cells = [name for name in plain if name.startswith("cell")]
+    assert len(cells) == 16
+    assert max(abs(plain[name] - offloaded[name]) for name in cells) < 0.5
     assert plain["peak"] > 0
 
 

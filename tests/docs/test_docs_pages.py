@@ -29,7 +29,7 @@ def named(page):
 
 
 def anchors(page):
-    """What the headings of a page are called in links."""
+    """Return the names that the headings of a page have in links."""
     headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

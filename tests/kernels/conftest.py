@@ -1,4 +1,4 @@
-"""What the tests of kernels share: the results of kernels that Triton's interpreter ran."""
+"""Fixtures that tests of kernels share: the results of kernels that Triton's interpreter ran."""
 
 from __future__ import annotations
 

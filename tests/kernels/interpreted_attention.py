@@ -48,7 +48,7 @@ SHAPES = (
 )
 """(B, N, M, D): every path of the kernel, each with the fewest programs that show it."""
 HALF = (SHAPES[1], SHAPES[4], SHAPES[9])
-"""Those in half precision: the context at once and tile by tile, both masked, heads in two parts and padded."""
+"""Cases in half precision: the context at once and tile by tile, both masked, heads in two parts and padded."""
 CASES = {
     f"{str(dtype).removeprefix('torch.')} {'x'.join(map(str, shape))}": (dtype, *shape)
     for dtype, shapes in ((torch.float32, SHAPES), (torch.float16, HALF), (torch.bfloat16, HALF))

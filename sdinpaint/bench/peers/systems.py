@@ -17,7 +17,7 @@ from sdinpaint.bench.cases import GUIDANCE, PROMPT, SEED, Case, StepInputs, pict
 from sdinpaint.bench.peers import diffusers_peer, openvino_peer
 from sdinpaint.checks import check_choice
 from sdinpaint.loading import load
-from sdinpaint.models.unet import timestep_embedding
+from sdinpaint.models.prepared_unet import timestep_embedding
 from sdinpaint.sampling import Conditioning, Denoiser, Known
 
 __all__ = ["OURS", "PEERS", "Peer", "SdInpaint", "System", "check_peers", "open_system"]
