@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import functools
 import mmap
+import operator
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +21,8 @@ PAGEMAP = Path("/proc/self/pagemap")
 Source: Linux, Documentation/admin-guide/mm/pagemap.rst
 """
 MAPS = Path("/proc/self/maps")
+_PRIVATE_MAP = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) ...p \S+ \S+ [1-9]", re.MULTILINE)
+"""A line is "from-to rwxp offset device inode path"; only what belongs to a file has an inode."""
 PRESENT, SWAPPED, OF_FILE = (np.uint64(1) << np.uint64(bit) for bit in (63, 62, 61))
 
 
@@ -44,19 +49,12 @@ def release(x: Tensor) -> bool:
 
 
 def private_maps() -> list[tuple[int, int]]:
-    """Return the start and end addresses of all private file mappings of this process; none if unknown."""
+    """Return the start and end addresses of all private file mappings of this process in order; none if unknown."""
     try:
-        lines = MAPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        text = MAPS.read_bytes()
     except OSError:
         return []
-    # "from-to rwxp offset device inode path"
-    rows = [line.split(maxsplit=5) for line in lines]
-    return [
-        (int(first, 16), int(last, 16))
-        for addresses, permissions, _, _, inode, *_ in rows
-        if permissions.endswith("p") and inode != "0"
-        for first, _, last in [addresses.partition("-")]
-    ]
+    return [(int(first, 16), int(last, 16)) for first, last in _PRIVATE_MAP.findall(text)]
 
 
 def lies_in(x: Tensor, maps: Sequence[tuple[int, int]]) -> bool:
@@ -70,7 +68,10 @@ def lies_in(x: Tensor, maps: Sequence[tuple[int, int]]) -> bool:
         True if it is.
     """
     start, end = x.data_ptr(), x.data_ptr() + x.nbytes
-    return x.is_cpu and start < end and any(first <= start and end <= last for first, last in maps)
+    if not x.is_cpu or start == end:
+        return False
+    at = bisect.bisect_right(maps, start, key=operator.itemgetter(0))
+    return at > 0 and end <= maps[at - 1][1]
 
 
 def is_unwritten(x: Tensor) -> bool:
