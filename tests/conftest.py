@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import socket
@@ -22,6 +23,21 @@ from sdinpaint.sampling import graphs
 from sdinpaint.text.tokenizer import train_tokenizer
 
 pytest_plugins = ["costs", "patching"]
+
+gc.disable()  # until all tests are collected
+
+
+def pytest_collection_finish(session):
+    """Keep the garbage collector from visiting modules and tests, which live to the end, again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure():
+    """Let go of them again: libraries look for leaks when the process ends."""
+    gc.unfreeze()
+
 
 CORPUS = [
     f"a {colour} {shape} on the {side}" for colour in ("red", "blue") for shape in ("fox", "cube") for side in "ab"

@@ -1,4 +1,4 @@
-"""A good model, copies of it to spoil, and a check after every test that no harm was done."""
+"""A good model, copies of it to spoil, and a check after every file that no harm was done."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def usual(pipe):
     return np.asarray(inpaint(pipe).image)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def no_harm_done(pipe, usual):
-    """After every test here, the usual picture comes out bit for bit."""
+    """After all tests of a file, the usual image comes out bit for bit."""
     yield
     assert np.array_equal(inpaint(pipe).image, usual)
 

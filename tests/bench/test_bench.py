@@ -84,11 +84,9 @@ def no_new_processes(monkeypatch):
 
 
 def test_rows_hold_their_fields(tmp_path, peer):
-    measure(options(tmp_path, "step", peers=(peer,), dtypes=("float32", "bfloat16")))
+    measure(options(tmp_path, "step", peers=(peer,)))
     rows = rows_in(tmp_path, "step")
-    assert [(row["dtype"], row["system"]) for row in rows] == [
-        (dtype, system) for dtype in ("float32", "bfloat16") for _ in parts.RUNS for system in (OURS, peer)
-    ]
+    assert [row["system"] for row in rows] == [system for _ in parts.RUNS for system in (OURS, peer)]
     for row in rows:
         assert row.keys() >= FIELDS
         assert row["p20"] <= row["p50"] <= row["p80"]
@@ -99,9 +97,10 @@ def test_rows_hold_their_fields(tmp_path, peer):
 def test_the_table_shows_the_latest_rows_and_passes_over_those_of_other_benchmarks(tmp_path):
     (tmp_path / "step.jsonl").write_text('{"what": "step", "family": "sd15", "milliseconds": 5.7}\n')
     chosen = options(tmp_path)
-    for _ in range(2):
-        measure(chosen)
-        write_pages(chosen.places)
+    measure(chosen)
+    earlier = (tmp_path / "step.jsonl").read_text()
+    (tmp_path / "step.jsonl").write_text(earlier + earlier.partition("\n")[2])  # measured twice
+    write_pages(chosen.places)
     assert len(rows_in(tmp_path, "step")) == 1 + 2 * len(parts.RUNS)
     assert (tmp_path / "bench.md").read_text().count("guided step") == 1
 

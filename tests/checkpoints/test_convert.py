@@ -523,9 +523,9 @@ print(streamed, peak() - begin - streamed)
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
-    """MB beyond a conversion of 12 MB, for one of 300 MB; reading all at once instead is seen by the same measure."""
+    """MB beyond a conversion of 12 MB, for one of 160 MB; reading all at once instead is seen by the same measure."""
     sizes = []
-    for name, channels in (("small", 32), ("large", 128)):
+    for name, channels in (("small", 32), ("large", 96)):
         unet = replace(SD15_INPAINT.unet, model_channels=channels)
         text = replace(SD15_INPAINT.text, vocab_size=600, num_layers=1)
         family = replace(SD15_INPAINT, unet=unet, vae=replace(SD15_INPAINT.vae, channels=32), text=text)
@@ -540,13 +540,13 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         }
         sizes.append(write_header(tmp_path / f"{name}.safetensors", shapes).stat().st_size / 1e6)
     assert sizes[0] < 50
-    assert sizes[1] > 280
+    assert sizes[1] > 150
     command = [sys.executable, "-c", MEMORY, tmp_path / "small.safetensors", tmp_path / "large.safetensors", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     streamed, at_once = map(int, done.stdout.split())
-    assert streamed < 60, streamed
-    assert at_once > 200, at_once
+    assert streamed < 40, streamed
+    assert at_once > 100, at_once
 
 
 # what others read

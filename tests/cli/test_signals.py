@@ -53,8 +53,15 @@ def test_ctrl_c_while_libraries_are_imported(scene, after):
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("sigint", [signal.SIG_DFL, signal.SIG_IGN], ids=["foreground", "background"])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code", "sigint"),
+    [
+        (signal.SIGINT, 130, signal.SIG_DFL),
+        (signal.SIGINT, 130, signal.SIG_IGN),
+        (signal.SIGTERM, 143, signal.SIG_DFL),
+    ],
+    ids=["SIGINT in the foreground", "SIGINT in the background", "SIGTERM"],
+)
 def test_a_signal_during_a_run(scene, number, code, sigint):
     process = started(scene, RUN, sigint)
     assert "mask" in process.stderr.readline()  # the request was read: what follows is loading and the run

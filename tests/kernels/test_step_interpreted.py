@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from dataclasses import replace
 
 import interpreter
@@ -52,10 +53,19 @@ def interpreted():
     pack(unet)
     fused.adds_bias_apart = lambda x: True
 
+    chosen, choose = Counter(), backend.choose
+
+    def counted(operation, *tensors, **options):
+        choice = choose(operation, *tensors, **options)
+        chosen[f"{operation} in {choice.name}"] += 1
+        return choice
+
     def error(setting):
         return interpreter.relative(step(unet, *given, setting), exact)
 
+    backend.choose = counted
     found = {"seed": seed, "torch": error("torch"), "triton": error("triton")}
+    found |= {"chosen": dict(chosen), "failed": backend._failures}
     with interpreter.broken("geglu_kernel", "0.7071067811865476", "0.70"):
         found["broken"] = error("triton")
     return found
@@ -68,6 +78,12 @@ def found():
 
 def test_the_step_through_the_kernels_is_as_exact_as_torch(found):
     assert found["triton"] <= 2 * found["torch"] + 1e-6, found
+
+
+def test_every_operation_ran_in_its_kernel(found):
+    assert found["failed"] == {}
+    for operation in ("add_layer_norm", "attention", "geglu", "group_norm"):
+        assert found["chosen"][f"{operation} in triton"] == found["chosen"][f"{operation} in torch"] > 0, found
 
 
 def test_a_mistake_in_a_kernel_shows_in_the_step(found):

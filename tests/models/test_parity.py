@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from sdinpaint.families import SD15_INPAINT
 from sdinpaint.loading import load
-from sdinpaint.models import VAE, CLIPText, UNet, clip, fused, unet, vae
+from sdinpaint.models import VAE, CLIPText, UNet, clip, fused, prepared_unet, unet, vae
 from sdinpaint.models.layers import GroupNorm
 
 pytestmark = pytest.mark.peer
@@ -168,7 +168,7 @@ def replaced(owner, name, new):
     return lambda model, sabotage: sabotage(owner, name, new)
 
 
-def sines_first(t, dim, embedding=unet.timestep_embedding):
+def sines_first(t, dim, embedding=prepared_unet.timestep_embedding):
     return embedding(t, dim).roll(dim // 2, -1)
 
 
@@ -209,7 +209,7 @@ BREAKS = {
         "eps before a residual block": eps(unet.ResBlock, "in_layers.0", 1e-6),
         "eps before the output": eps(UNet, "out.0", 1e-6),
         "eps before a transformer": eps(unet.SpatialTransformer, "norm", 1e-5),
-        "sine before cosine": replaced(unet, "timestep_embedding", sines_first),
+        "sine before cosine": replaced(prepared_unet, "timestep_embedding", sines_first),
         "gelu by tanh": replaced(unet.GEGLU, "forward", tanh_geglu),
         "gelu of the other half": replaced(unet.GEGLU, "forward", gated_by_the_other_half),
         "mask as the last channel": mask_last,

@@ -45,7 +45,12 @@ MODES = {
     "crop": {"crop": 8, "sampler": "euler_ancestral"},
     "crop of each region": {"crop": "auto", "regions": "each", "blend": "feather", "match_color": True},
 }
-every_mode = pytest.mark.parametrize("options", MODES.values(), ids=list(MODES))
+every_mode = pytest.mark.parametrize(
+    ("either", "options"),
+    [("nine channels", options) for options in MODES.values()] + [("four channels", MODES["soft"])],
+    ids=[*MODES, "soft, four channels"],
+    indirect=["either"],
+)
 SEEDS = [4, 0, 9]
 ONE_LEVEL = 1
 """Of 255: what another order of sums makes in batches of other lengths; measured, in at most 3 values of a picture."""

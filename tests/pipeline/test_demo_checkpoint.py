@@ -30,10 +30,10 @@ def test_it_is_small_and_whole():
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler"])
 def test_colour_and_shape_are_what_was_asked_for(pipe, sampler):
-    found, pictures = score(pipe, held_out(32), sampler=sampler, steps=5)
+    found, pictures = score(pipe, held_out(20), sampler=sampler, steps=5)
     assert found.color >= 0.85
     assert found.shape >= 0.70
-    for picture, case in zip(pictures, held_out(32), strict=True):
+    for picture, case in zip(pictures, held_out(20), strict=True):
         assert np.array_equal(np.asarray(picture)[~case.hole], case.image[~case.hole])
 
 
@@ -46,10 +46,10 @@ def test_colour_and_shape_over_128_scenes(pipe, sampler):
 
 
 def test_without_the_prompt_it_falls_to_chance(pipe):
-    found, _ = score(pipe, held_out(32), sampler="ddim", steps=5, prompted=False)
-    # three standard deviations of 32 draws above chance
-    assert found.color <= 1 / len(COLORS) + 0.18
-    assert found.shape <= 1 / len(SHAPES) + 0.22
+    found, _ = score(pipe, held_out(20), sampler="ddim", steps=5, prompted=False)
+    # three standard deviations of 20 draws above chance
+    assert found.color <= 1 / len(COLORS) + 0.22
+    assert found.shape <= 1 / len(SHAPES) + 0.28
 
 
 def test_asked_to_remove_it_leaves_the_background(pipe):
@@ -78,7 +78,7 @@ def test_diffusers_generates_the_same_image(pipe, sampler):
     image, mask = Image.fromarray(case.image), Image.fromarray(case.hole.astype(np.uint8) * 255)
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     options = {"paste_back": False, "cover": "nearest", "progress": False}
-    ours = pipe.inpaint(image, mask, case.prompt, steps=25, sampler=sampler, seed=3, noise=noise, **options).image
+    ours = pipe.inpaint(image, mask, case.prompt, steps=10, sampler=sampler, seed=3, noise=noise, **options).image
     other = theirs(
         prompt=case.prompt,
         negative_prompt="",
@@ -86,7 +86,7 @@ def test_diffusers_generates_the_same_image(pipe, sampler):
         mask_image=mask,
         height=128,
         width=128,
-        num_inference_steps=25,
+        num_inference_steps=10,
         guidance_scale=7.5,
         latents=noise,
         generator=torch.Generator().manual_seed(3),

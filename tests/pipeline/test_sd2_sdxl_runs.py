@@ -23,7 +23,7 @@ from sdinpaint.text import conditioning
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")]
 
 PROMPT, NEGATIVE = "a red fox on the a", "a blue cube"
-STEPS = 10
+STEPS = 6
 TOLERANCE = 3e-4
 ONE_LEVEL = 1
 """Of 255, where rounding falls the other way."""
