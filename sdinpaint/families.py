@@ -143,6 +143,26 @@ class TextConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ControlNetConfig:
+    """The shape of a ControlNet."""
+
+    unet: UNetConfig
+    """The configuration of the UNet whose encoder is copied, with as many input channels as latents have."""
+    hint_widths: tuple[int, ...]
+    """The channels of the conditioning image's features, from full resolution down to the resolution of the latents."""
+
+    def __post_init__(self) -> None:
+        """Refuse a field that no ControlNet can be built from.
+
+        Raises:
+            SettingError: names the field, what was expected and what came.
+        """
+        if not isinstance(self.unet, UNetConfig):
+            _refuse(self, "unet", "a UNetConfig")
+        _check_row(self, "hint_widths")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     """The noise schedule of training, and its convention for the timesteps of sampling."""
 

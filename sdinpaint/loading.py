@@ -8,8 +8,9 @@ import torch
 from sdinpaint_weights.export import write_diffusers
 from sdinpaint_weights.native import check_range, load_tensors
 
+from sdinpaint.checkpoints.building import build, find_dtype
 from sdinpaint.checkpoints.diffusers_configs import diffusers_configs
-from sdinpaint.checkpoints.opening import CONTROLNET, find_dtype, open_checkpoint
+from sdinpaint.checkpoints.opening import CONTROLNET, open_checkpoint
 from sdinpaint.errors import SettingError, warn
 from sdinpaint.families import TOKENIZERS, Prediction
 from sdinpaint.load_options import LoadOptions
@@ -91,7 +92,7 @@ def load(
     checkpoint = open_checkpoint(options, progress=progress)
     for note in checkpoint.notes:
         warn(f"{checkpoint.path}: {note}")
-    models = checkpoint.build()
+    models = build(checkpoint)
     home, rows = checkpoint.parts["text_encoder"].model, checkpoint.family.text.vocab_size
     tokenizer = find_tokenizer(options.tokenizer, home, rows, offline=options.local_files_only or None)
     states = checkpoint.states

@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from builders import for_text_to_image, random_pipeline, small
 from hub_server import serve
 from huggingface_hub import constants
 from places import DATA
 from recordings import Replay
+from sdinpaint_weights.dtypes import STORED
 from sdinpaint_weights.weights import Entry, Weights
 
 from sdinpaint.families import SD15_INPAINT
@@ -50,7 +50,7 @@ def inventory():
 
     def read(name):
         table = json.loads(gzip.decompress((DATA / "inventories" / f"{name}.json.gz").read_bytes()))
-        entries = {key: Entry(None, 0, getattr(torch, kind), tuple(shape), ()) for key, (shape, kind) in table.items()}
+        entries = {key: Entry(None, 0, STORED[kind], tuple(shape), ()) for key, (shape, kind) in table.items()}
         return Weights(Path(name), "safetensors", entries)
 
     return read

@@ -11,9 +11,10 @@ from builders import write_header
 from sdinpaint_weights.layout import identify
 from sdinpaint_weights.native import check_complete, native_state, outside_keys
 
+from sdinpaint.checkpoints.building import MODELS, build
 from sdinpaint.checkpoints.configs import schedule_config, text_config, unet_config, vae_config
 from sdinpaint.checkpoints.diffusers_configs import diffusers_configs
-from sdinpaint.checkpoints.opening import MODELS, open_checkpoint
+from sdinpaint.checkpoints.opening import open_checkpoint
 from sdinpaint.families import FAMILIES, SD2, SD2_INPAINT, SD2_V, SD15, SD15_INPAINT, SDXL, SDXL_INPAINT
 from sdinpaint.load_options import LoadOptions
 
@@ -75,7 +76,7 @@ def test_the_family_is_known_from_the_file_alone(inventory, tmp_path, name):
     found = open_checkpoint(LoadOptions(source=path, prediction=FILES[name].schedule.prediction))
     assert found.family == FILES[name]
     assert found.notes == ()
-    found.build()
+    build(found)
 
 
 @pytest.mark.parametrize("name", list(FILES))

@@ -9,6 +9,7 @@ import torch
 
 from sdinpaint.bench.cases import Case, StepInputs
 from sdinpaint.bench.roofline import flop_count
+from sdinpaint.checkpoints.building import build
 from sdinpaint.checkpoints.opening import open_checkpoint
 from sdinpaint.load_options import LoadOptions
 
@@ -28,7 +29,7 @@ def flops_of(case: Case) -> dict[str, int]:
         Operations by the name of the measurement.
     """
     checkpoint = open_checkpoint(LoadOptions(source=case.checkpoint))
-    family, models = checkpoint.family, checkpoint.build()
+    family, models = checkpoint.family, build(checkpoint)
     unet, vae = models["unet"], models["vae"]
     given = StepInputs.draw(family, replace(case, device="meta"))
     with torch.device("meta"):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdinpaint.checkpoints.opening import find_dtype
+from sdinpaint.checkpoints.building import find_dtype
 from sdinpaint.families import Family
 from sdinpaint.sampling.schedules import train_sigmas
 

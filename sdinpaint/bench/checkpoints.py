@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdinpaint.checkpoints.opening import DEMO, MODELS
+from sdinpaint.checkpoints.building import MODELS
+from sdinpaint.checkpoints.opening import DEMO
 from sdinpaint.families import SD2_INPAINT, SD15_INPAINT, SDXL_INPAINT, Family
 from sdinpaint.loading import save_diffusers
 from sdinpaint.pipeline.pipeline import Pipeline

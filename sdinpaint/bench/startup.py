@@ -21,7 +21,7 @@ __all__ = ["COMMANDS", "measure_startup", "process_seconds"]
 
 Row = dict[str, Any]
 
-COMMANDS = ("--help", "mask --help", "inspect --help", "samplers")
+COMMANDS = ("--help", "mask --help", "inspect --help", "inspect demo", "samplers")
 """Command lines of sdinpaint, of which `what` names each."""
 TORCH = "torch"
 """The baseline: a process that imports torch and ends."""

@@ -20,7 +20,8 @@ from sdinpaint.bench.peers.systems import check_peers
 from sdinpaint.bench.report.pages import Places, read_rows
 from sdinpaint.bench.report.rows import Row, append
 from sdinpaint.bench.timing import first_round_told
-from sdinpaint.checkpoints.opening import find_dtype, open_checkpoint
+from sdinpaint.checkpoints.building import find_dtype
+from sdinpaint.checkpoints.opening import open_checkpoint
 from sdinpaint.checks import check_choice, dtype_name
 from sdinpaint.errors import SdInpaintError, SettingError
 from sdinpaint.load_options import LoadOptions

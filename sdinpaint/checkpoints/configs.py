@@ -11,8 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from sdinpaint.errors import CheckpointError, SettingError
 from sdinpaint.families import (
+    ControlNetConfig,
     Family,
     Prediction,
     ScheduleConfig,
@@ -20,8 +23,6 @@ from sdinpaint.families import (
     UNetConfig,
     VAEConfig,
 )
-from sdinpaint.models import ControlNetConfig
-from sdinpaint.sampling.schedules import train_sigmas
 
 Shapes = Mapping[str, tuple[int, ...]]
 Json = Mapping[str, Any]
@@ -232,9 +233,17 @@ def schedule_config(json: Json, base: ScheduleConfig, where: Path) -> ScheduleCo
         steps_offset=whole_number({"steps_offset": 1, **json}, "steps_offset", base.steps_offset, where, low=0),
         end_at_zero=bool(json.get("set_alpha_to_one", base.end_at_zero)),
     )
-    if not bool(train_sigmas(schedule).isfinite().all()):
+    if not _keeps_signal(schedule):
         _refuse(where, "beta_end", schedule.beta_end, "betas below 1 that leave some signal at the last step")
     return schedule
+
+
+def _keeps_signal(schedule: ScheduleConfig) -> bool:
+    """Tell whether the noise level is finite at every training index; see `sdinpaint.sampling.schedules`."""
+    roots = np.linspace(schedule.beta_start**0.5, schedule.beta_end**0.5, schedule.train_steps)
+    with np.errstate(all="ignore"):
+        alphas_cumprod = np.cumprod(1 - roots**2)
+        return bool(np.isfinite(np.sqrt((1 - alphas_cumprod) / alphas_cumprod)).all())
 
 
 def prediction_in(json: Json, where: Path) -> Prediction | None:

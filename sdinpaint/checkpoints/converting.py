@@ -18,9 +18,10 @@ from sdinpaint_weights.files import SourceFile
 from sdinpaint_weights.native import NativeState
 from sdinpaint_weights.stream import Item, not_written, require_space, write_stream
 
+from sdinpaint.checkpoints.building import build, build_models, find_dtype
 from sdinpaint.checkpoints.configs import controlnet_config, unet_config, vae_config
 from sdinpaint.checkpoints.diffusers_configs import controlnet_json, diffusers_configs
-from sdinpaint.checkpoints.opening import CONTROLNET, Checkpoint, build_models, find_dtype, open_checkpoint
+from sdinpaint.checkpoints.opening import CONTROLNET, Checkpoint, open_checkpoint
 from sdinpaint.checkpoints.sources import COMPONENTS, Component, open_parts
 from sdinpaint.errors import CheckpointError, SettingError, TokenizerError, warn
 from sdinpaint.families import FAMILIES, SD15, TOKENIZERS, TextConfig
@@ -113,7 +114,7 @@ def model_of(checkpoint: Checkpoint, ema: bool = False, config: str | Path | Non
     Raises:
         CheckpointError: names or shapes do not fit.
     """
-    checkpoint.build()
+    build(checkpoint)
     for sentence in (*checkpoint.notes, *_left_out(checkpoint)):
         warn(f"{checkpoint.path}: {sentence}")
     family, states = checkpoint.family, checkpoint.states

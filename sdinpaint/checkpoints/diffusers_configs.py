@@ -6,11 +6,11 @@ from sdinpaint.checkpoints.configs import PREDICTIONS
 from sdinpaint.families import (
     TEXT_ENCODERS,
     TOKENIZERS,
+    ControlNetConfig,
     Family,
     TextConfig,
     VAEConfig,
 )
-from sdinpaint.models import ControlNetConfig
 
 __all__ = ["controlnet_json", "diffusers_configs"]
 

@@ -9,13 +9,15 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
+from sdinpaint_weights.dtypes import StoredDtype
 from sdinpaint_weights.folder import open_folder_component
 from sdinpaint_weights.layout import Layout, identify
 from sdinpaint_weights.native import outside_keys
 from sdinpaint_weights.reader import open_weights
 from sdinpaint_weights.weights import Weights
 
+from sdinpaint.checkpoints.configs import check_fit
+from sdinpaint.checkpoints.known_shapes import has_known_shapes
 from sdinpaint.checkpoints.opening import Checkpoint, open_checkpoint
 from sdinpaint.checkpoints.sources import COMPONENTS
 from sdinpaint.errors import SdInpaintError
@@ -24,7 +26,7 @@ from sdinpaint.load_options import LoadOptions
 
 __all__ = ["Report", "inspect"]
 
-Tensors = list[tuple[tuple[int, ...], torch.dtype]]
+Tensors = list[tuple[tuple[int, ...], StoredDtype]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,18 +120,27 @@ def inspect(
         checkpoint = open_checkpoint(options)
     except SdInpaintError as error:
         return _report_foreign(Path(source), variant, error, hash)
-    problem = ""
+    return _report(checkpoint, _problem(checkpoint), hash)
+
+
+def _problem(checkpoint: Checkpoint) -> str:
+    """Return what prevents the checkpoint from loading; empty where nothing does."""
     try:
-        checkpoint.build()
+        if has_known_shapes(checkpoint):
+            check_fit(checkpoint.family, checkpoint.path)
+        else:
+            from sdinpaint.checkpoints.building import build  # noqa: PLC0415 - networks need torch, which takes seconds
+
+            build(checkpoint)
     except SdInpaintError as error:
-        problem = str(error)
-    return _report(checkpoint, problem, hash)
+        return str(error)
+    return ""
 
 
 def _report(checkpoint: Checkpoint, problem: str, hashed: bool) -> Report:
     family, unet, states = checkpoint.family, checkpoint.layouts["unet"], checkpoint.states
     tensors = {
-        name: [(shape, state.weights.dtype(state.sources[key].key)) for key, shape in state.shapes().items()]
+        name: [(shape, state.weights.stored_dtype(state.sources[key].key)) for key, shape in state.shapes().items()]
         for name, state in states.items()
     }
     reasons = dict.fromkeys(sentence for layout in checkpoint.layouts.values() for sentence in layout.why)
@@ -201,13 +212,13 @@ def _by_component(name: str, weights: Weights, layout: Layout) -> dict[str, Tens
     for key in weights:
         component = next((component for component, prefix in prefixes.items() if key.startswith(prefix)), None)
         if component is not None:
-            found[component].append((weights.shape(key), weights.dtype(key)))
+            found[component].append((weights.shape(key), weights.stored_dtype(key)))
     return found
 
 
 def _counts(tensors: Mapping[str, Tensors]) -> dict[str, Any]:
     """Make the fields `parameters` and `dtypes` of a report."""
-    kinds = {name: Counter(str(dtype).removeprefix("torch.") for _, dtype in found) for name, found in tensors.items()}
+    kinds = {name: Counter(dtype.name for _, dtype in found) for name, found in tensors.items()}
     return {
         "parameters": {name: sum(prod(shape) for shape, _ in found) for name, found in tensors.items()},
         "dtypes": {name: dict(counts) for name, counts in kinds.items()},

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from sdinpaint_weights.layout import Layout
-from sdinpaint_weights.native import NativeState, check_complete, outside_keys
-from torch import nn
-from torch.overrides import TorchFunctionMode
+from sdinpaint_weights.native import NativeState, outside_keys
 
 from sdinpaint.checkpoints.configs import (
-    check_fit,
     controlnet_config,
     schedule_config,
     text_config,
@@ -25,54 +21,14 @@ from sdinpaint.checkpoints.configs import (
 )
 from sdinpaint.checkpoints.prediction import MARKERS, Evidence, find_prediction
 from sdinpaint.checkpoints.sources import COMPONENTS, Component, Json, open_parts, read_json
-from sdinpaint.checks import dtype_name
 from sdinpaint.errors import CheckpointError
-from sdinpaint.families import FAMILIES, TEXT_ENCODERS, Family, Prediction
+from sdinpaint.families import FAMILIES, TEXT_ENCODERS, ControlNetConfig, Family, Prediction
 from sdinpaint.load_options import LoadOptions
-from sdinpaint.models import VAE, CLIPText, ControlNet, ControlNetConfig, UNet
 
-__all__ = ["Checkpoint", "build_models", "find_dtype", "open_checkpoint"]
+__all__ = ["CONTROLNET", "DEMO", "Checkpoint", "open_checkpoint"]
 
 DEMO = Path(__file__).parents[1] / "demo"
 CONTROLNET = "controlnet"
-MODELS: dict[str, Callable[[Any], nn.Module]] = dict(
-    zip((*COMPONENTS, CONTROLNET), (UNet, VAE, CLIPText, CLIPText, ControlNet), strict=True)
-)
-
-
-def find_dtype(dtype: object) -> torch.dtype:
-    """Find the dtype of a name.
-
-    Args:
-        dtype: torch's dtype, or a name that `checks.dtype_name` knows.
-
-    Returns:
-        The dtype.
-
-    Raises:
-        SettingError: there is no such dtype.
-    """
-    found: torch.dtype = getattr(torch, dtype_name(dtype))
-    return found
-
-
-class _Skeleton(TorchFunctionMode):
-    """A mode in which new parameters are on the meta device and stay unfilled.
-
-    Filling them there would import 800 modules of torch for nothing, and `torch.device("meta")` takes twice the time.
-    """
-
-    FILLING = frozenset({nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_})
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in self.FILLING:
-            return kwargs["tensor"]
-        if func is torch.empty:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -104,40 +60,6 @@ class Checkpoint:
     def layouts(self) -> dict[str, Layout]:
         """The layout of the file that each component comes from, concluded from the names in it."""
         return {name: part.layout for name, part in self.parts.items()}
-
-    def build(self) -> dict[str, Any]:
-        """Build the networks on the meta device, and check that every name and shape fits.
-
-        Returns:
-            Component name -> network.
-
-        Raises:
-            CheckpointError: tensors are missing or do not fit.
-        """
-        beside = {} if self.controlnet is None else {CONTROLNET: self.controlnet}
-        models = build_models(self.family.components | beside, self.states)
-        check_fit(self.family, self.path)
-        return models
-
-
-def build_models(configs: Mapping[str, Any], states: Mapping[str, NativeState]) -> dict[str, Any]:
-    """Build networks on the meta device, and check that every name and shape fits.
-
-    Args:
-        configs: configuration of each component by its name.
-        states: tensors of each component by its name.
-
-    Returns:
-        Component name -> network.
-
-    Raises:
-        CheckpointError: tensors are missing or do not fit.
-    """
-    with _Skeleton():
-        models = {name: MODELS[name](config) for name, config in configs.items()}
-    for name, model in models.items():
-        check_complete(states[name], {key: tuple(value.shape) for key, value in model.state_dict().items()})
-    return models
 
 
 def open_checkpoint(options: LoadOptions, *, progress: bool = True) -> Checkpoint:

@@ -6,42 +6,16 @@ numbers as trained.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 
 from torch import Tensor, nn
 
-from sdinpaint.errors import SettingError
-from sdinpaint.families import UNetConfig
+from sdinpaint.families import ControlNetConfig
 from sdinpaint.models import fused
 from sdinpaint.models.layers import Conv3, plain
 from sdinpaint.models.prepared_unet import timestep_embedding
 from sdinpaint.models.unet import input_blocks, middle_block, time_embed
 from sdinpaint.models.weights import Model
-
-
-@dataclass(frozen=True, kw_only=True)
-class ControlNetConfig:
-    """The shape of a ControlNet."""
-
-    unet: UNetConfig
-    """The configuration of the UNet whose encoder is copied, with as many input channels as latents have."""
-    hint_widths: tuple[int, ...]
-    """The channels of the conditioning image's features, from full resolution down to the resolution of the latents."""
-
-    def __post_init__(self) -> None:
-        """Refuse a field that no ControlNet can be built from.
-
-        Raises:
-            SettingError: names the field, what was expected and what came.
-        """
-        if not isinstance(self.unet, UNetConfig):
-            expected = "a UNetConfig"
-            raise SettingError("SETTING_CONFIG", "ControlNetConfig.unet", f"{self.unet!r}", expected=expected)
-        widths: object = self.hint_widths
-        if not isinstance(widths, tuple) or not widths or not all(type(one) is int and one > 0 for one in widths):
-            expected = "a tuple of whole numbers from 1, one for each resolution"
-            raise SettingError("SETTING_CONFIG", "ControlNetConfig.hint_widths", f"{widths!r}", expected=expected)
 
 
 def hint_block(widths: tuple[int, ...], channels: int) -> nn.Sequential:

@@ -37,9 +37,10 @@ from sdinpaint_weights.stream import write_stream
 
 import sdinpaint
 from sdinpaint.checkpoints import converting
+from sdinpaint.checkpoints.building import find_dtype
 from sdinpaint.checkpoints.converting import convert
 from sdinpaint.checkpoints.diffusers_configs import controlnet_json
-from sdinpaint.checkpoints.opening import find_dtype, open_checkpoint
+from sdinpaint.checkpoints.opening import open_checkpoint
 from sdinpaint.cli import main
 from sdinpaint.errors import CheckpointError, SdInpaintWarning, SettingError
 from sdinpaint.families import SD15_INPAINT

@@ -10,7 +10,9 @@ import pytest
 from released import read
 from sdinpaint_weights.files import SourceFile
 
+from sdinpaint.checkpoints.building import build
 from sdinpaint.checkpoints.inspecting import inspect
+from sdinpaint.checkpoints.known_shapes import has_known_shapes
 from sdinpaint.checkpoints.opening import open_checkpoint
 from sdinpaint.load_options import LoadOptions
 
@@ -77,7 +79,8 @@ def test_a_single_file_is_told_from_its_header(tmp_path, reads, inventory):
     assert sum(count for _, _, count in reads) < 2e6
     assert seconds < 2
     assert path.stat().st_blocks == on_disk.st_blocks
-    for model in open_checkpoint(LoadOptions(source=path)).build().values():
+    assert has_known_shapes(open_checkpoint(LoadOptions(source=path)))
+    for model in build(open_checkpoint(LoadOptions(source=path))).values():
         assert all(tensor.is_meta for tensor in model.state_dict().values())
 
 
@@ -92,6 +95,7 @@ def test_a_folder_is_told_from_its_headers(tmp_path, reads):
     report, seconds = inspected(tmp_path)
     assert report.problem == ""
     assert report.family == "sdxl-inpainting"
+    assert has_known_shapes(open_checkpoint(LoadOptions(source=tmp_path)))
     assert sum(count for _, _, count in reads) < 2e6
     assert seconds < 2
 

@@ -185,6 +185,7 @@ WITHOUT_TORCH = [
     "mask report mask.png",
     "mask preview photo.png mask.png --out made.png",
     "inspect out.png",
+    "inspect demo",
 ]
 
 

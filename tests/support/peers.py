@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sdinpaint_weights.dtypes import STORED
 from sdinpaint_weights.layout import identify
 from sdinpaint_weights.native import check_complete, load_tensors, native_state
 from sdinpaint_weights.weights import Entry, Weights
@@ -112,7 +113,10 @@ class InMemory(Weights):
     """A model's tensors as if they were those of a file; reading one copies nothing."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        entries = {name: Entry(None, 0, tensor.dtype, tuple(tensor.shape), ()) for name, tensor in tensors.items()}
+        entries = {
+            name: Entry(None, 0, STORED[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape), ())
+            for name, tensor in tensors.items()
+        }
         super().__init__(Path("in memory"), "safetensors", entries)
         self.tensors = tensors
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from places import DATA
+from sdinpaint_weights.dtypes import STORED
 from sdinpaint_weights.keymap import Edit
 from sdinpaint_weights.layout import identify
 from sdinpaint_weights.native import native_state
@@ -52,7 +53,7 @@ def shapes_of(name):
 
 def inventory(name):
     """Weights without bytes."""
-    entries = {key: Entry(None, 0, getattr(torch, kind), tuple(shape), ()) for key, (shape, kind) in read(name).items()}
+    entries = {key: Entry(None, 0, STORED[kind], tuple(shape), ()) for key, (shape, kind) in read(name).items()}
     return Weights(Path(f"{name}.safetensors"), "safetensors", entries)
 
 

@@ -7,6 +7,7 @@ import torch
 from released import NAMES, claim, inventory, native_shapes, openclip_mistakes, shapes_of
 from safetensors.torch import save_file
 from sdinpaint_weights import openclip
+from sdinpaint_weights.dtypes import STORED
 from sdinpaint_weights.errors import CheckpointError
 from sdinpaint_weights.layout import identify
 from sdinpaint_weights.native import check_complete, load_tensors, native_state, outside_keys
@@ -113,7 +114,7 @@ def test_averaged_weights_of_later_families_get_their_dots_back_too(model):
     names = expected("unet", model)
     weights = inventory("sd15_base.ldm")
     weights.entries = {
-        f"model_ema.diffusion_model{name.replace('.', '')}": Entry(None, 0, torch.float32, shape, ())
+        f"model_ema.diffusion_model{name.replace('.', '')}": Entry(None, 0, STORED["float32"], shape, ())
         for name, shape in names.items()
     }
     assert identify(weights.shapes()).family == model.partition("_")[0]
@@ -162,8 +163,12 @@ def test_a_whole_text_encoder_in_transformers_names_loses_sd2s_last_block_too():
     text = shapes_of("sd2_inpainting.diffusers.text_encoder_flat")
     last = {key.replace("layers.22.", "layers.23."): shape for key, shape in text.items() if "layers.22." in key}
     weights = inventory("sd2_inpainting.diffusers.text_encoder_flat")
-    extra = {key: Entry(None, 0, torch.float32, shape, ()) for key, shape in last.items()}
-    weights.entries = {**weights.entries, **extra, "text_projection.weight": Entry(None, 0, torch.float32, (9, 9), ())}
+    extra = {key: Entry(None, 0, STORED["float32"], shape, ()) for key, shape in last.items()}
+    weights.entries = {
+        **weights.entries,
+        **extra,
+        "text_projection.weight": Entry(None, 0, STORED["float32"], (9, 9), ()),
+    }
     state = claim(weights, "text_encoder")
     assert state.shapes() == expected("text_encoder", "sd2_inpainting")
     assert len(state.dropped) == len(last) + 1
@@ -172,7 +177,7 @@ def test_a_whole_text_encoder_in_transformers_names_loses_sd2s_last_block_too():
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (3073, 1024)])
 def test_stacked_rows_that_are_no_three_are_unexpected(shape):
     key = "cond_stage_model.model.transformer.resblocks.3.attn.in_proj_weight"
-    state = claim(changed("sd2_inpainting.ldm", **{key: Entry(None, 0, torch.float32, shape, ())}), "text_encoder")
+    state = claim(changed("sd2_inpainting.ldm", **{key: Entry(None, 0, STORED["float32"], shape, ())}), "text_encoder")
     with pytest.raises(CheckpointError, match=r"layers\.3\.self_attn\.q_proj\.weight"):
         check_complete(state, expected("text_encoder", "sd2_inpainting"))
     assert state.unexpected == ((key,) if shape != (0,) else ())
@@ -278,7 +283,7 @@ def changed(name, **entries):
 
 
 def test_keys_outside_every_component_are_listed():
-    junk = Entry(None, 0, torch.float32, (1,), ())
+    junk = Entry(None, 0, STORED["float32"], (1,), ())
     weights = changed("sd15_base.ldm", **{"merge_recipe": junk, "embedding_manager.embedder": junk})
     assert outside_keys(weights, identify(weights.shapes())) == ("merge_recipe", "embedding_manager.embedder")
     check_complete(claim(weights, "unet"), expected("unet", "sd15_base"))
@@ -293,7 +298,7 @@ def complaint(weights, component, model):
 
 def test_missing_misshapen_and_unexpected_keys_are_counted_and_named():
     weights = changed(
-        "sd15_base.ldm", **{"model.diffusion_model.extra.weight": Entry(None, 0, torch.float32, (3,), ())}
+        "sd15_base.ldm", **{"model.diffusion_model.extra.weight": Entry(None, 0, STORED["float32"], (3,), ())}
     )
     del weights.entries["model.diffusion_model.out.0.bias"]
     assert complaint(weights, "unet", "sd15_inpainting") == (
@@ -313,7 +318,7 @@ def test_five_names_are_enough():
 
 
 def test_keys_unknown_to_the_diffusers_tables_are_unexpected():
-    extra = Entry(None, 0, torch.float32, (1,), ())
+    extra = Entry(None, 0, STORED["float32"], (1,), ())
     weights = changed("sd15_base.diffusers.unet", **{"down_blocks.0.resnets.0.norm9.weight": extra})
     assert claim(weights, "unet").unexpected == ("down_blocks.0.resnets.0.norm9.weight",)
     assert "1 unexpected, e.g. down_blocks.0.resnets.0.norm9.weight" in complaint(weights, "unet", "sd15_base")
@@ -327,10 +332,10 @@ def test_old_and_new_names_at_once_are_refused():
     assert caught.value.code == "CKPT_DUPLICATE_KEY"
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "bool"])
 def test_integer_weights_are_refused(dtype):
     key = "model.diffusion_model.out.2.weight"
-    weights = changed("sd15_base.ldm", **{key: Entry(None, 0, dtype, (4, 320, 3, 3), ())})
+    weights = changed("sd15_base.ldm", **{key: Entry(None, 0, STORED[dtype], (4, 320, 3, 3), ())})
     with pytest.raises(CheckpointError) as caught:
         claim(weights, "unet")
     assert caught.value.code == "CKPT_INTEGER_WEIGHTS"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from sdinpaint_weights.keymap import QKV, Edit
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shape = tuple[int, ...]
 
@@ -23,6 +24,8 @@ def apply(edit: Edit, tensors: Sequence[Tensor]) -> Tensor:
         The edited tensor: a copy for `Edit.STACKED`, otherwise a view.
     """
     if edit is Edit.STACKED:
+        import torch
+
         return torch.cat(list(tensors))
     (tensor,) = tensors
     if edit in QKV:

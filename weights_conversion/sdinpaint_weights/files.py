@@ -12,11 +12,13 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from sdinpaint_weights.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 CHUNK = 1 << 20
 FETCH_AGAIN = "the download is incomplete or damaged: delete the file and fetch it again"
@@ -121,6 +123,10 @@ class SourceFile:
         Raises:
             CheckpointError: the file changed since it was opened, or cannot be mapped.
         """
+        import torch
+
+        if count == 0:
+            return torch.empty(0, dtype=dtype, device="cpu")
         return torch.frombuffer(self.map(), dtype=dtype, count=count, offset=offset)
 
     def release(self, offset: int, count: int) -> None:
@@ -149,6 +155,10 @@ class SourceFile:
         Raises:
             CheckpointError: the file ends early, changed since it was opened, or cannot be read.
         """
+        import torch
+
+        if count == 0:
+            return torch.empty(0, dtype=dtype, device="cpu")
         return torch.frombuffer(self.read(offset, count * dtype.itemsize), dtype=dtype)
 
     def map(self) -> mmap.mmap:

@@ -10,18 +10,18 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from sdinpaint_weights.edits import apply, fits, shape_after
 from sdinpaint_weights.errors import CheckpointError
-from sdinpaint_weights.finite import is_finite, nonfinite_error, stays_finite
 from sdinpaint_weights.keymap import TABLES_FOR, Edit, renamed
 from sdinpaint_weights.layout import EMA_UNET, Layout
 from sdinpaint_weights.openclip import openclip_table_for
 from sdinpaint_weights.weights import Weights
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 TITLES = {
     "unet": "UNet",
@@ -211,6 +211,8 @@ def load_tensors(
     Raises:
         CheckpointError: bytes are damaged, or values are not finite in `dtype`.
     """
+    from sdinpaint_weights.finite import is_finite, nonfinite_error
+
     tensors: dict[str, Tensor] = {}
     names: dict[str, list[str]] = {}
     for name, source in state.sources.items():
@@ -242,6 +244,8 @@ def check_range(state: NativeState, tensors: Mapping[str, Tensor], dtype: torch.
     Raises:
         CheckpointError: a value is too large for the dtype.
     """
+    from sdinpaint_weights.finite import nonfinite_error, stays_finite
+
     for name, tensor in tensors.items():
         if not stays_finite(tensor, dtype):
             raise nonfinite_error(state.weights.path, state.sources[name].key, tensor.to(dtype), tensor)
@@ -307,9 +311,9 @@ def _ema_held(joined: str) -> Held:
 
 
 def _refuse_integers(weights: Weights, sources: Mapping[str, Source]) -> None:
-    integers = [source.key for source in sources.values() if not weights.dtype(source.key).is_floating_point]
+    integers = [source.key for source in sources.values() if not weights.stored_dtype(source.key).is_floating_point]
     if integers:
-        kind = str(weights.dtype(integers[0])).removeprefix("torch.")
+        kind = weights.stored_dtype(integers[0])
         found = f"{len(integers)} tensors are {kind}, e.g. {integers[0]}: quantised, and without their scales"
         hint = "give the checkpoint as it was before quantisation"
         raise CheckpointError("CKPT_INTEGER_WEIGHTS", weights.path, found, expected="floating point", hint=hint)

@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
-import torch
-
+from sdinpaint_weights.dtypes import STORED, StoredDtype
 from sdinpaint_weights.pickle_names import is_dangerous, is_harmless
 from sdinpaint_weights.pickle_walker import Arguments, Inert, Known, PickleFault
 from sdinpaint_weights.weights import extent_of, is_tensor_name
@@ -19,19 +18,19 @@ from sdinpaint_weights.weights import extent_of, is_tensor_name
 MAX_DIMENSIONS = 16
 MAX_NESTING = 4
 STORAGE_DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "UntypedStorage": torch.uint8,
+    "DoubleStorage": STORED["float64"],
+    "FloatStorage": STORED["float32"],
+    "HalfStorage": STORED["float16"],
+    "BFloat16Storage": STORED["bfloat16"],
+    "LongStorage": STORED["int64"],
+    "IntStorage": STORED["int32"],
+    "ShortStorage": STORED["int16"],
+    "CharStorage": STORED["int8"],
+    "ByteStorage": STORED["uint8"],
+    "BoolStorage": STORED["bool"],
+    "UntypedStorage": STORED["uint8"],
 }
-DTYPES = {str(dtype): dtype for dtype in (*STORAGE_DTYPES.values(), torch.float8_e4m3fn, torch.float8_e5m2)}
+DTYPES = {f"torch.{name}": dtype for name, dtype in STORED.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,7 @@ class PickledStorage:
     """A part of a storage: `count` elements from `start`, of `total` elements."""
 
     key: str
-    dtype: torch.dtype
+    dtype: StoredDtype
     start: int
     count: int
     total: int
@@ -53,7 +52,7 @@ class PickledTensor:
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: StoredDtype
 
     @property
     def start(self) -> int:
@@ -114,7 +113,7 @@ def storage_of(identity: object) -> PickledStorage | Inert:
     if len(fields) not in (5, 6) or fields[0] != "storage" or not isinstance(fields[2], str):
         raise PickleFault("CKPT_BAD_PICKLE", "a damaged pickle: an unknown kind of storage")
     dtype, key, total = fields[1], fields[2], fields[4]
-    if not isinstance(dtype, torch.dtype):
+    if not isinstance(dtype, StoredDtype):
         kind = dtype.name if isinstance(dtype, Inert) else "unknown"
         raise PickleFault("CKPT_UNSUPPORTED_TENSOR", f"a storage of the class {kind!r}")
     view = fields[5] if len(fields) == 6 and fields[5] is not None else (key, 0, total)
@@ -205,7 +204,7 @@ def _tensor(arguments: Arguments) -> PickledTensor:
 def _tensor_of_dtype(arguments: Arguments) -> PickledTensor:
     """Rebuild a tensor from (storage, offset, shape, stride, requires_grad, hooks, dtype, ...)."""
     dtype = arguments[6] if len(arguments) > 6 else None
-    if not isinstance(dtype, torch.dtype):
+    if not isinstance(dtype, StoredDtype):
         raise PickleFault("CKPT_UNSUPPORTED_TENSOR", "a tensor of an unknown dtype")
     return replace(_tensor(arguments), dtype=dtype)
 

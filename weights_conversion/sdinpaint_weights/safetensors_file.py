@@ -9,32 +9,32 @@ import json
 import math
 from typing import NamedTuple, NoReturn, TypeGuard
 
-import torch
 from safetensors import SafetensorError, safe_open
 
+from sdinpaint_weights.dtypes import STORED, StoredDtype
 from sdinpaint_weights.errors import CheckpointError
 from sdinpaint_weights.files import FETCH_AGAIN, SourceFile, size_text
 from sdinpaint_weights.weights import MAX_TENSORS, Entry, Storage, Weights, contiguous_stride, is_tensor_name
 
 MAX_HEADER = 16_000_000
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "F64": STORED["float64"],
+    "F32": STORED["float32"],
+    "F16": STORED["float16"],
+    "BF16": STORED["bfloat16"],
+    "F8_E4M3": STORED["float8_e4m3fn"],
+    "F8_E5M2": STORED["float8_e5m2"],
+    "I64": STORED["int64"],
+    "I32": STORED["int32"],
+    "I16": STORED["int16"],
+    "I8": STORED["int8"],
+    "U8": STORED["uint8"],
+    "BOOL": STORED["bool"],
 }
 
 
 class _Span(NamedTuple):
-    dtype: torch.dtype
+    dtype: StoredDtype
     shape: tuple[int, ...]
     start: int
     end: int
@@ -145,7 +145,7 @@ def _are_sizes(value: object) -> TypeGuard[list[int]]:
 def _ask_library(file: SourceFile) -> None:
     """Let the library check for gaps, overlaps and trailing bytes."""
     try:
-        with safe_open(file.path, framework="pt"):
+        with safe_open(file.path, framework="numpy"):
             pass
     except (SafetensorError, OSError) as error:
         _refuse(file, f"the safetensors library refuses it: {error}")

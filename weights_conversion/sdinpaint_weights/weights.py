@@ -6,12 +6,15 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from sdinpaint_weights.dtypes import StoredDtype
 from sdinpaint_weights.errors import CheckpointError
 from sdinpaint_weights.files import FETCH_AGAIN, SourceFile
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 MAX_TENSORS = 20_000
 """Largest number of tensors accepted; an SD1 checkpoint has about 1,100, an SDXL one 2,500."""
@@ -47,7 +50,7 @@ class Entry:
 
     storage: Storage
     start: int
-    dtype: torch.dtype
+    dtype: StoredDtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
@@ -96,13 +99,12 @@ class Entry:
             CheckpointError: the bytes are damaged or cannot be read.
         """
         self.storage.verify()
-        if self.extent == 0:
-            return torch.empty(self.shape, dtype=dtype or self.dtype, device="cpu")
+        stored = self.dtype.torch
         file, offset = self.storage.file, self.begin
         aligned = offset % self.dtype.itemsize == 0
-        flat = (file.mapped if aligned else file.loaded)(offset, self.extent, self.dtype)
+        flat = (file.mapped if aligned else file.loaded)(offset, self.extent, stored)
         tensor = flat.as_strided(self.shape, self.stride)
-        if dtype in (None, self.dtype):
+        if dtype in (None, stored):
             return tensor
         cast = tensor.to(dtype)
         file.release(offset, self.extent * self.dtype.itemsize)  # else the file's pages use memory beside the copy
@@ -111,14 +113,11 @@ class Entry:
     def copy(self) -> Tensor:
         """Return the tensor in new memory, through plain reads of the file."""
         self.storage.verify()
-        if self.extent == 0:
-            return torch.empty(self.shape, dtype=self.dtype, device="cpu")
-        offset = self.storage.offset + self.start
-        return self.storage.file.loaded(offset, self.extent, self.dtype).as_strided(self.shape, self.stride)
+        return self.storage.file.loaded(self.begin, self.extent, self.dtype.torch).as_strided(self.shape, self.stride)
 
 
 @dataclass(eq=False)
-class Weights(Mapping[str, Tensor]):
+class Weights(Mapping[str, "Tensor"]):
     """The tensors of a file or of a folder's shards; each is read when it is accessed.
 
     `weights[key]` and `weights.tensor(key)` are views of the mapped file.
@@ -184,6 +183,20 @@ class Weights(Mapping[str, Tensor]):
         Raises:
             KeyError: there is no such tensor.
         """
+        return self.entries[key].dtype.torch
+
+    def stored_dtype(self, key: str) -> StoredDtype:
+        """Return the stored dtype of a tensor by name and size, without importing torch.
+
+        Args:
+            key: name of the tensor.
+
+        Returns:
+            The dtype.
+
+        Raises:
+            KeyError: there is no such tensor.
+        """
         return self.entries[key].dtype
 
     def tensor(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -239,7 +252,7 @@ class Weights(Mapping[str, Tensor]):
         for key in keys:
             self.entries[key].storage.verify()
         count = (last.begin - first.begin) // first.dtype.itemsize + last.extent
-        return first.storage.file.mapped(first.begin, count, first.dtype)
+        return first.storage.file.mapped(first.begin, count, first.dtype.torch)
 
     def copy(self, key: str) -> Tensor:
         """Return a tensor in new memory, without mapping the file.

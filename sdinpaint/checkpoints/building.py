@@ -1,0 +1,97 @@
+"""Build the networks of a checkpoint without weights, which checks that every name and shape of its files fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from sdinpaint_weights.native import NativeState, check_complete
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from sdinpaint.checkpoints.configs import check_fit
+from sdinpaint.checkpoints.opening import CONTROLNET, Checkpoint
+from sdinpaint.checkpoints.sources import COMPONENTS
+from sdinpaint.checks import dtype_name
+from sdinpaint.models import VAE, CLIPText, ControlNet, UNet
+
+__all__ = ["MODELS", "build", "build_models", "find_dtype"]
+
+MODELS: dict[str, Callable[[Any], nn.Module]] = dict(
+    zip((*COMPONENTS, CONTROLNET), (UNet, VAE, CLIPText, CLIPText, ControlNet), strict=True)
+)
+"""The network of each component."""
+
+
+def find_dtype(dtype: object) -> torch.dtype:
+    """Find the dtype of a name.
+
+    Args:
+        dtype: torch's dtype, or a name that `checks.dtype_name` knows.
+
+    Returns:
+        The dtype.
+
+    Raises:
+        SettingError: there is no such dtype.
+    """
+    found: torch.dtype = getattr(torch, dtype_name(dtype))
+    return found
+
+
+class _Skeleton(TorchFunctionMode):
+    """A mode in which new parameters are on the meta device and stay unfilled.
+
+    Filling them there would import 800 modules of torch for nothing, and `torch.device("meta")` takes twice the time.
+    """
+
+    FILLING = frozenset({nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_})
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in self.FILLING:
+            return kwargs["tensor"]
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def build(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Build the networks of a checkpoint on the meta device, and check that every name and shape fits.
+
+    Args:
+        checkpoint: the opened checkpoint.
+
+    Returns:
+        Component name -> network.
+
+    Raises:
+        CheckpointError: tensors are missing or do not fit.
+    """
+    beside = {} if checkpoint.controlnet is None else {CONTROLNET: checkpoint.controlnet}
+    models = build_models(checkpoint.family.components | beside, checkpoint.states)
+    check_fit(checkpoint.family, checkpoint.path)
+    return models
+
+
+def build_models(configs: Mapping[str, Any], states: Mapping[str, NativeState]) -> dict[str, Any]:
+    """Build networks on the meta device, and check that every name and shape fits.
+
+    Args:
+        configs: configuration of each component by its name.
+        states: tensors of each component by its name.
+
+    Returns:
+        Component name -> network.
+
+    Raises:
+        CheckpointError: tensors are missing or do not fit.
+    """
+    with _Skeleton():
+        models = {name: MODELS[name](config) for name, config in configs.items()}
+    for name, model in models.items():
+        check_complete(states[name], {key: tuple(value.shape) for key, value in model.state_dict().items()})
+    return models
