@@ -9,40 +9,40 @@ from numpy.typing import NDArray
 
 from sdinpaint.errors import ImageError, MaskError
 
-__all__ = ["check_hole", "check_pictures"]
+__all__ = ["check_hole", "check_images"]
 
 
-def check_pictures(*pictures: NDArray[np.uint8]) -> None:
+def check_images(*images: NDArray[np.uint8]) -> None:
     """Check that images are uint8 (H, W, 3) of one size.
 
     Args:
-        pictures: the images.
+        images: the images.
 
     Raises:
         ImageError: an image is anything else.
     """
-    for picture in pictures:
-        if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] != (3,):
+    for image in images:
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,):
             expected, hint = "a uint8 array (height, width, 3)", "np.asarray(image.convert('RGB'))"
-            raise ImageError("IMAGE_TYPE", "picture", _described(picture), expected=expected, hint=hint)
-        if picture.shape != pictures[0].shape:
-            found, expected = _described(picture), f"{pictures[0].shape}, as the other image has"
-            raise ImageError("IMAGE_BAD_SHAPE", "picture", found, expected=expected, hint="compare images of one size")
+            raise ImageError("IMAGE_TYPE", "image", _described(image), expected=expected, hint=hint)
+        if image.shape != images[0].shape:
+            found, expected = _described(image), f"{images[0].shape}, as the other image has"
+            raise ImageError("IMAGE_BAD_SHAPE", "image", found, expected=expected, hint="compare images of one size")
 
 
-def check_hole(hole: NDArray[np.bool_], picture: NDArray[np.uint8], argument: str) -> None:
+def check_hole(hole: NDArray[np.bool_], image: NDArray[np.uint8], argument: str) -> None:
     """Check that a hole is bool (H, W) of the size of its image.
 
     Args:
         hole: the hole.
-        picture: the image (H, W, 3).
+        image: the image (H, W, 3).
         argument: name that the error gives to the hole.
 
     Raises:
         MaskError: the hole is anything else.
     """
-    if not isinstance(hole, np.ndarray) or hole.dtype != np.bool_ or hole.shape != picture.shape[:2]:
-        expected, hint = f"a bool array {picture.shape[:2]}, as the image", "np.asarray(mask) >= 0.5 for a soft mask"
+    if not isinstance(hole, np.ndarray) or hole.dtype != np.bool_ or hole.shape != image.shape[:2]:
+        expected, hint = f"a bool array {image.shape[:2]}, as the image", "np.asarray(mask) >= 0.5 for a soft mask"
         raise MaskError("MASK_TYPE", argument, _described(hole), expected=expected, hint=hint)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdinpaint.errors import ImageError, MaskError
-from sdinpaint.metrics.inputs import check_hole, check_pictures
+from sdinpaint.metrics.inputs import check_hole, check_images
 
 __all__ = ["gaussian", "psnr", "smoothed", "ssim"]
 
@@ -24,12 +24,12 @@ MIDDLE = 127.5
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
-def psnr(reference: Bytes, picture: Bytes, mask: Hole | None = None) -> float:
+def psnr(reference: Bytes, image: Bytes, mask: Hole | None = None) -> float:
     """Compute the peak signal-to-noise ratio in decibels; it is infinite for identical images.
 
     Args:
         reference: uint8 (H, W, 3).
-        picture: uint8 (H, W, 3).
+        image: uint8 (H, W, 3).
         mask: bool (H, W) of the pixels that count; None is all of them.
 
     Returns:
@@ -39,13 +39,13 @@ def psnr(reference: Bytes, picture: Bytes, mask: Hole | None = None) -> float:
         ImageError: the images differ in size.
         MaskError: the mask is empty.
     """
-    check_pictures(reference, picture)
+    check_images(reference, image)
     where = _where(mask, reference)
-    error = float(((reference[where].astype(np.float64) - picture[where]) ** 2).mean())
+    error = float(((reference[where].astype(np.float64) - image[where]) ** 2).mean())
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
-def ssim(reference: Bytes, picture: Bytes, mask: Hole | None = None) -> float:
+def ssim(reference: Bytes, image: Bytes, mask: Hole | None = None) -> float:
     """Compute the structural similarity in -1..1 as the mean of the three channels; it is 1 for identical images.
 
     The mean is over the Gaussian windows of 11 x 11 pixels (sigma 1.5) that lie wholly in the image and, with a mask,
@@ -53,7 +53,7 @@ def ssim(reference: Bytes, picture: Bytes, mask: Hole | None = None) -> float:
 
     Args:
         reference: uint8 (H, W, 3).
-        picture: uint8 (H, W, 3).
+        image: uint8 (H, W, 3).
         mask: bool (H, W) of the centres that count; None is all of them.
 
     Returns:
@@ -65,7 +65,7 @@ def ssim(reference: Bytes, picture: Bytes, mask: Hole | None = None) -> float:
 
     Source: Wang, Bovik, Sheikh and Simoncelli, 2004.
     """
-    check_pictures(reference, picture)
+    check_images(reference, image)
     if min(reference.shape[:2]) < 2 * RADIUS + 1:
         found, expected = (
             f"{reference.shape[0]} rows, {reference.shape[1]} columns",
@@ -74,7 +74,7 @@ def ssim(reference: Bytes, picture: Bytes, mask: Hole | None = None) -> float:
         raise ImageError("IMAGE_TOO_SMALL", "reference", found, expected=expected)
     where = _where(mask, reference, RADIUS)
     # centred on 0, so that float32 holds the squares
-    x, y = (torch.from_numpy(one - np.float32(MIDDLE)).permute(2, 0, 1) for one in (reference, picture))
+    x, y = (torch.from_numpy(one - np.float32(MIDDLE)).permute(2, 0, 1) for one in (reference, image))
     mean_x, mean_y, xx, yy, xy = smoothed(torch.cat([x, y, x * x, y * y, x * y]), gaussian(SIGMA, RADIUS)).split(3)
     var_x, var_y, cov = xx - mean_x**2, yy - mean_y**2, xy - mean_x * mean_y
     mean_x, mean_y = mean_x + MIDDLE, mean_y + MIDDLE
@@ -115,13 +115,13 @@ def smoothed(maps: Tensor, weights: Tensor) -> Tensor:
     return maps[0]
 
 
-def _where(mask: Hole | None, picture: Bytes, border: int = 0) -> Hole:
+def _where(mask: Hole | None, image: Bytes, border: int = 0) -> Hole:
     """Return the pixels that count, of the image without its border."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     inner = slice(border, height - border), slice(border, width - border)
     if mask is None:
         return np.ones((height, width), dtype=np.bool_)[inner]
-    check_hole(mask, picture, "mask")
+    check_hole(mask, image, "mask")
     if not mask[inner].any():
         found = f"no True pixel is {border} or more from the borders" if mask.any() else "no pixel is True"
         raise MaskError(

@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from sdinpaint.checks import require_extra
 from sdinpaint.errors import SettingError
-from sdinpaint.metrics.inputs import check_pictures
+from sdinpaint.metrics.inputs import check_images
 
 __all__ = ["fid", "lpips"]
 
 Bytes = NDArray[np.uint8]
 
 
-def lpips(reference: Bytes, picture: Bytes) -> float:
+def lpips(reference: Bytes, image: Bytes) -> float:
     """Compute LPIPS, the learned perceptual distance, by AlexNet; it is 0 for identical images, and about 1 at most.
 
     Args:
         reference: uint8 (H, W, 3).
-        picture: uint8 (H, W, 3).
+        image: uint8 (H, W, 3).
 
     Returns:
         The distance.
@@ -35,23 +35,23 @@ def lpips(reference: Bytes, picture: Bytes) -> float:
 
     Source: https://arxiv.org/abs/1801.03924.
     """
-    check_pictures(reference, picture)
+    check_images(reference, image)
     require_extra("torchvision", extra="eval", what="lpips")
     module = require_extra("torchmetrics.image.lpip", extra="eval", what="lpips")
     with torch.device("cpu"):
         with _network("lpips"):
             metric = module.LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
-        return float(metric(_batch(reference).float() / 255, _batch(picture).float() / 255))
+        return float(metric(_batch(reference).float() / 255, _batch(image).float() / 255))
 
 
-def fid(references: Sequence[Bytes], pictures: Sequence[Bytes], features: int | nn.Module = 2048) -> float:
+def fid(references: Sequence[Bytes], images: Sequence[Bytes], features: int | nn.Module = 2048) -> float:
     """Compute FID, the Frechet distance of two sets of images in the features of Inception; it is 0 for the same set.
 
     Sets of fewer than some thousands of images compare only with sets of the same size.
 
     Args:
         references: images, uint8 (H, W, 3) each.
-        pictures: images, uint8 (H, W, 3) each.
+        images: images, uint8 (H, W, 3) each.
         features: the layer of Inception by its number of features, or a module uint8 (B, 3, H, W) -> (B, F).
 
     Returns:
@@ -64,20 +64,20 @@ def fid(references: Sequence[Bytes], pictures: Sequence[Bytes], features: int | 
 
     Source: https://arxiv.org/abs/1706.08500.
     """
-    for name, given in (("references", references), ("pictures", pictures)):
+    for name, given in (("references", references), ("images", images)):
         if len(given) < 2:
             raise SettingError("SETTING_COUNTS", name, f"{len(given)}", expected="at least two images")
-        for picture in given:
-            check_pictures(picture)
+        for image in given:
+            check_images(image)
     if isinstance(features, int):
         require_extra("torch_fidelity", extra="eval", what="fid")
     module = require_extra("torchmetrics.image.fid", extra="eval", what="fid")
     with torch.device("cpu"):
         with _network("fid"):
             metric = module.FrechetInceptionDistance(feature=features)
-        for given, real in ((references, True), (pictures, False)):
-            for picture in given:
-                metric.update(_batch(picture), real=real)
+        for given, real in ((references, True), (images, False)):
+            for image in given:
+                metric.update(_batch(image), real=real)
         return float(metric.compute())
 
 
@@ -91,5 +91,5 @@ def _network(what: str) -> Iterator[None]:
         raise SettingError("SETTING_WEIGHTS", what, f"its weights cannot be downloaded ({error})", hint=hint) from error
 
 
-def _batch(picture: Bytes) -> Tensor:
-    return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None]
+def _batch(image: Bytes) -> Tensor:
+    return torch.from_numpy(image.copy()).permute(2, 0, 1)[None]

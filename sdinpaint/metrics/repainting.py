@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from sdinpaint.checks import check_whole
 from sdinpaint.metrics.colour import Lab, delta_e, to_lab
-from sdinpaint.metrics.inputs import check_hole, check_pictures
+from sdinpaint.metrics.inputs import check_hole, check_images
 from sdinpaint.metrics.likeness import gaussian, smoothed
 
 __all__ = ["Scores", "changed", "known_error", "ring_delta_e", "scores", "seam"]
@@ -54,12 +54,12 @@ class Scores:
         return asdict(self)
 
 
-def scores(original: Bytes, picture: Bytes, hole: Hole) -> Scores:
+def scores(original: Bytes, image: Bytes, hole: Hole) -> Scores:
     """Compute all scores of a repainted image.
 
     Args:
         original: the image before, uint8 (H, W, 3).
-        picture: the image after, uint8 (H, W, 3).
+        image: the image after, uint8 (H, W, 3).
         hole: bool (H, W), True = repainted.
 
     Returns:
@@ -70,14 +70,14 @@ def scores(original: Bytes, picture: Bytes, hole: Hole) -> Scores:
         MaskError: the hole is not bool (H, W) of that size.
     """
     return Scores(
-        ring_delta_e=ring_delta_e(picture, hole),
-        seam=seam(picture, hole),
-        changed=changed(original, picture, hole),
-        known_error=known_error(original, picture, hole),
+        ring_delta_e=ring_delta_e(image, hole),
+        seam=seam(image, hole),
+        changed=changed(original, image, hole),
+        known_error=known_error(original, image, hole),
     )
 
 
-def ring_delta_e(picture: Bytes, hole: Hole, width: int = 4) -> float | None:
+def ring_delta_e(image: Bytes, hole: Hole, width: int = 4) -> float | None:
     """Measure the colour shift across the hole's edge; a shift of all repainted pixels by d scores d.
 
     The boundary bands are the pixels up to `width` rows and columns from the other side of the edge, inside and
@@ -86,7 +86,7 @@ def ring_delta_e(picture: Bytes, hole: Hole, width: int = 4) -> float | None:
     of their distances in CIELAB. A smooth slope across the edge counts by its change over about `width` pixels.
 
     Args:
-        picture: the image, uint8 (H, W, 3).
+        image: the image, uint8 (H, W, 3).
         hole: bool (H, W), True = repainted.
         width: width of the bands in pixels.
 
@@ -98,7 +98,7 @@ def ring_delta_e(picture: Bytes, hole: Hole, width: int = 4) -> float | None:
         MaskError: the hole is not bool (H, W) of the size of the image.
         SettingError: `width` is not a whole number from 1 on.
     """
-    _check(picture, hole)
+    _check(image, hole)
     check_whole("width", width, 1, of="ring_delta_e")
     edge = _edge(hole)
     if not edge.any():
@@ -110,11 +110,11 @@ def ring_delta_e(picture: Bytes, hole: Hole, width: int = 4) -> float | None:
         counted = edge[first:end].copy()
         counted[: top - first] = counted[top - first + ROWS :] = False
         if counted.any():
-            shifts.append(_shifts(picture[first:end], hole[first:end], counted, width))
+            shifts.append(_shifts(image[first:end], hole[first:end], counted, width))
     return float(torch.cat(shifts).mean())
 
 
-def seam(picture: Bytes, hole: Hole) -> float | None:
+def seam(image: Bytes, hole: Hole) -> float | None:
     """Measure how much larger the colour steps across the hole's edge are than the steps beside it, in CIELAB.
 
     A step is the distance of two neighbouring pixels. From each step across the edge, along a row or a column, the mean
@@ -123,7 +123,7 @@ def seam(picture: Bytes, hole: Hole) -> float | None:
     across the edge, and below 0 where the edge is smoother than its surroundings.
 
     Args:
-        picture: the image, uint8 (H, W, 3).
+        image: the image, uint8 (H, W, 3).
         hole: bool (H, W), True = repainted.
 
     Returns:
@@ -133,22 +133,22 @@ def seam(picture: Bytes, hole: Hole) -> float | None:
         ImageError: the image is not uint8 (H, W, 3).
         MaskError: the hole is not bool (H, W) of the size of the image.
     """
-    _check(picture, hole)
+    _check(image, hole)
     edge = _edge(hole)
     if not edge.any():
         return None
     near = _near(edge, 2)
-    lab, hole = to_lab(picture[near]), hole[near]
+    lab, hole = to_lab(image[near]), hole[near]
     excess = np.concatenate([_excess(lab, hole), _excess(lab.swapaxes(0, 1), hole.T)])
     return float(excess.mean()) if excess.size else None
 
 
-def changed(original: Bytes, picture: Bytes, hole: Hole) -> float | None:
+def changed(original: Bytes, image: Bytes, hole: Hole) -> float | None:
     """Measure the share of the hole's pixels whose colour changed noticeably, by more than 2.3 in CIELAB.
 
     Args:
         original: the image before, uint8 (H, W, 3).
-        picture: the image after, uint8 (H, W, 3).
+        image: the image after, uint8 (H, W, 3).
         hole: bool (H, W), True = repainted.
 
     Returns:
@@ -158,23 +158,23 @@ def changed(original: Bytes, picture: Bytes, hole: Hole) -> float | None:
         ImageError: the images are not uint8 (H, W, 3) of one size.
         MaskError: the hole is not bool (H, W) of that size.
     """
-    check_pictures(original, picture)
-    _check(picture, hole)
+    check_images(original, image)
+    _check(image, hole)
     if not hole.any():
         return None
     far = 0
     for band in (slice(top, top + ROWS) for top in range(0, len(hole), ROWS)):
-        before, after = (to_lab(one[band][hole[band]]) for one in (original, picture))
+        before, after = (to_lab(one[band][hole[band]]) for one in (original, image))
         far += int((delta_e(before, after) > NOTICEABLE).sum())
     return far / int(hole.sum())
 
 
-def known_error(original: Bytes, picture: Bytes, hole: Hole) -> int:
+def known_error(original: Bytes, image: Bytes, hole: Hole) -> int:
     """Measure the largest difference outside the hole; 0 means that all known pixels are the same bits.
 
     Args:
         original: the image before, uint8 (H, W, 3).
-        picture: the image after, uint8 (H, W, 3).
+        image: the image after, uint8 (H, W, 3).
         hole: bool (H, W), True = repainted.
 
     Returns:
@@ -184,27 +184,27 @@ def known_error(original: Bytes, picture: Bytes, hole: Hole) -> int:
         ImageError: the images are not uint8 (H, W, 3) of one size.
         MaskError: the hole is not bool (H, W) of that size.
     """
-    check_pictures(original, picture)
-    _check(picture, hole)
-    difference = np.abs(original.astype(np.int16) - picture)
+    check_images(original, image)
+    _check(image, hole)
+    difference = np.abs(original.astype(np.int16) - image)
     return int(difference[~hole].max(initial=0))
 
 
-def _shifts(picture: Bytes, hole: Hole, edge: Hole, width: int) -> Tensor:
+def _shifts(image: Bytes, hole: Hole, edge: Hole, width: int) -> Tensor:
     """Return the distances of the mean colours of both bands about the pixels of the edge, as one tensor."""
     near = _near(edge, 3 * width)
     sides = torch.from_numpy(np.stack([hole[near], ~hole[near]])).float()
     bands = sides * _grown(sides.flip(0), width)
-    lab = torch.from_numpy(to_lab(picture[near])).float().permute(2, 0, 1)
+    lab = torch.from_numpy(to_lab(image[near])).float().permute(2, 0, 1)
     sums = torch.cat([bands[:, None] * lab, bands[:, None]], dim=1).flatten(0, 1)
     around = F.pad(sums, (2 * width,) * 4)
     inside, outside = smoothed(around, gaussian(width, 2 * width))[:, torch.from_numpy(edge[near])].chunk(2)
     return torch.linalg.vector_norm(inside[:3] / inside[3] - outside[:3] / outside[3], dim=0)
 
 
-def _check(picture: Bytes, hole: Hole) -> None:
-    check_pictures(picture)
-    check_hole(hole, picture, "hole")
+def _check(image: Bytes, hole: Hole) -> None:
+    check_images(image)
+    check_hole(hole, image, "hole")
 
 
 def _grown(sides: Tensor, width: int) -> Tensor:

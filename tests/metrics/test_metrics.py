@@ -1,4 +1,4 @@
-"""Metrics against other libraries, on pictures whose scores are known, and under changes that must not matter."""
+"""Metrics against other libraries, on images whose scores are known, and under changes that must not matter."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ EDGED = sorted(set(KINDS) - {"full"})
 
 @pytest.fixture
 def pair():
-    """A random picture and one like it."""
+    """A random image and one like it."""
     rng = np.random.default_rng(0)
-    picture = rng.integers(0, 256, (61, 80, 3), dtype=np.uint8)
-    return picture, np.clip(picture + rng.integers(-30, 31, picture.shape), 0, 255).astype(np.uint8)
+    image = rng.integers(0, 256, (61, 80, 3), dtype=np.uint8)
+    return image, np.clip(image + rng.integers(-30, 31, image.shape), 0, 255).astype(np.uint8)
 
 
 def flat(size=(96, 96), colour=BASE):
     return np.full((*size, 3), colour, np.uint8)
 
 
-def with_hole(picture, hole, colour):
-    return np.where(hole[..., None], np.uint8(colour), picture)
+def with_hole(image, hole, colour):
+    return np.where(hole[..., None], np.uint8(colour), image)
 
 
 def ramp(slope_x, slope_y, size=96):
@@ -63,8 +63,8 @@ def test_lab_is_that_of_skimage(pair):
     from skimage import color
 
     every_grey = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
-    for picture in (*pair, every_grey):
-        np.testing.assert_allclose(metrics.to_lab(picture), color.rgb2lab(picture), atol=5e-4)
+    for image in (*pair, every_grey):
+        np.testing.assert_allclose(metrics.to_lab(image), color.rgb2lab(image), atol=5e-4)
     ours, theirs = (metrics.delta_e(*map(to_lab, pair)) for to_lab in (metrics.to_lab, color.rgb2lab))
     np.testing.assert_allclose(ours, theirs, atol=1e-3)
     np.testing.assert_allclose(ours, color.deltaE_cie76(*map(color.rgb2lab, pair)), atol=1e-3)
@@ -83,13 +83,13 @@ def test_psnr_and_ssim_are_those_of_skimage(pair):
 
     assert metrics.psnr(*pair) == pytest.approx(peer.peak_signal_noise_ratio(*pair), abs=1e-9)
     options = {"channel_axis": -1, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    pictures = [
+    images = [
         pair,
         (textured(1), textured(2)),
         (flat(), flat(colour=SHIFTED)),
         (pair[0] // 8 + 220, pair[1] // 8 + 220),
     ]
-    for one, other in pictures:
+    for one, other in images:
         expected = peer.structural_similarity(one, other, data_range=255, **options)
         assert metrics.ssim(one, other) == pytest.approx(expected, abs=1e-4)
 
@@ -115,11 +115,11 @@ def test_masked_ssim_is_the_mean_of_skimages_map(pair):
 
 def test_a_mask_counts_its_pixels_alone(pair):
     hole = hole_of("box")[:61, :80]
-    picture = np.where(hole[..., None], *pair)
-    assert metrics.psnr(picture, pair[0], hole) == math.inf
-    assert metrics.psnr(picture, pair[0], ~hole) < 40
-    error = (picture[~hole].astype(float) - pair[0][~hole]) ** 2
-    assert metrics.psnr(picture, pair[0], ~hole) == pytest.approx(10 * np.log10(255**2 / error.mean()))
+    image = np.where(hole[..., None], *pair)
+    assert metrics.psnr(image, pair[0], hole) == math.inf
+    assert metrics.psnr(image, pair[0], ~hole) < 40
+    error = (image[~hole].astype(float) - pair[0][~hole]) ** 2
+    assert metrics.psnr(image, pair[0], ~hole) == pytest.approx(10 * np.log10(255**2 / error.mean()))
     everything = np.ones((61, 80), bool)
     for metric in (metrics.psnr, metrics.ssim):
         assert metric(*pair, everything) == metric(*pair)
@@ -159,8 +159,8 @@ def test_a_ramp_has_no_seam(kind, slopes):
 def test_a_step_on_a_ramp_is_found():
     hole = np.zeros((96, 96), bool)
     hole[30:60, 48:] = True
-    picture = ramp(1, 0)
-    stepped = np.where(hole[..., None], picture + 10, picture)
+    image = ramp(1, 0)
+    stepped = np.where(hole[..., None], image + 10, image)
     across = metrics.to_lab(np.uint8([78, 78, 78]))[0] - metrics.to_lab(np.uint8([68, 68, 68]))[0]
     assert metrics.seam(stepped, hole) == pytest.approx(across, rel=0.1)
 
@@ -182,10 +182,8 @@ def test_ring_delta_e_is_proportional_to_the_shift_of_what_is_pasted():
         found.append(metrics.ring_delta_e(with_hole(grey, hole, (level,) * 3), hole))
         shifts.append(metrics.to_lab(np.uint8([level] * 3))[0] - metrics.to_lab(np.uint8([128] * 3))[0])
     np.testing.assert_allclose(found, shifts, rtol=1e-3)
-    picture = textured(contrast=5)
-    rising = [
-        metrics.ring_delta_e(np.where(hole[..., None], picture + np.uint8(k), picture), hole) for k in (0, 20, 40)
-    ]
+    image = textured(contrast=5)
+    rising = [metrics.ring_delta_e(np.where(hole[..., None], image + np.uint8(k), image), hole) for k in (0, 20, 40)]
     assert rising[1] > 2 * rising[0]
     assert rising[2] > 1.8 * rising[1]
 
@@ -194,11 +192,11 @@ def test_the_boundary_band_has_the_width_given():
     """A shift beyond the ring does not count, one within it does."""
     hole = np.zeros((64, 64), bool)
     hole[:, 32:] = True
-    picture = flat((64, 64))
-    picture[:, 36:] = SHIFTED
-    assert metrics.ring_delta_e(picture, hole, width=4) == pytest.approx(0, abs=1e-4)
-    assert metrics.ring_delta_e(picture, hole, width=5) > 0.05 * SHIFT
-    assert metrics.ring_delta_e(picture, hole, width=40) == pytest.approx(SHIFT * 28 / 32, rel=0.1)
+    image = flat((64, 64))
+    image[:, 36:] = SHIFTED
+    assert metrics.ring_delta_e(image, hole, width=4) == pytest.approx(0, abs=1e-4)
+    assert metrics.ring_delta_e(image, hole, width=5) > 0.05 * SHIFT
+    assert metrics.ring_delta_e(image, hole, width=40) == pytest.approx(SHIFT * 28 / 32, rel=0.1)
 
 
 def test_every_part_of_the_edge_counts():
@@ -207,31 +205,31 @@ def test_every_part_of_the_edge_counts():
     hole[:, 32:64] = True
     half = hole.copy()
     half[:48] = False
-    picture = with_hole(flat(), half, SHIFTED)
-    assert metrics.ring_delta_e(picture, hole) == pytest.approx(SHIFT / 2, rel=0.05)
-    assert metrics.seam(picture, hole) == pytest.approx(SHIFT / 2)
+    image = with_hole(flat(), half, SHIFTED)
+    assert metrics.ring_delta_e(image, hole) == pytest.approx(SHIFT / 2, rel=0.05)
+    assert metrics.seam(image, hole) == pytest.approx(SHIFT / 2)
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from(EDGED), st.sampled_from(["flip", "transpose", "swap sides", "move"]))
 @settings(max_examples=40, deadline=None)
 def test_what_must_not_matter(seed, kind, change):
     rng = np.random.default_rng(seed)
-    picture, hole = rng.integers(0, 256, (48, 48, 3), dtype=np.uint8), random_hole(rng, 48, kind)
+    image, hole = rng.integers(0, 256, (48, 48, 3), dtype=np.uint8), random_hole(rng, 48, kind)
     if change == "flip":
-        other, mask = picture[::-1], hole[::-1]
+        other, mask = image[::-1], hole[::-1]
     elif change == "transpose":
-        other, mask = picture.swapaxes(0, 1), hole.T
+        other, mask = image.swapaxes(0, 1), hole.T
     elif change == "swap sides":
-        other, mask = picture, ~hole
-    else:  # into a larger picture, far from whose content it does not depend
+        other, mask = image, ~hole
+    else:  # into a larger image, far from whose content it does not depend
         hole[:14] = hole[-14:] = hole[:, :14] = hole[:, -14:] = False
         other, mask = (
-            np.pad(picture, ((30, 40), (50, 20), (0, 0)), constant_values=255),
+            np.pad(image, ((30, 40), (50, 20), (0, 0)), constant_values=255),
             np.pad(hole, ((30, 40), (50, 20))),
         )
     if hole.any():
-        assert metrics.ring_delta_e(other, mask) == pytest.approx(metrics.ring_delta_e(picture, hole), abs=1e-3)
-        assert metrics.seam(other, mask) == pytest.approx(metrics.seam(picture, hole), abs=1e-9)
+        assert metrics.ring_delta_e(other, mask) == pytest.approx(metrics.ring_delta_e(image, hole), abs=1e-3)
+        assert metrics.seam(other, mask) == pytest.approx(metrics.seam(image, hole), abs=1e-9)
 
 
 def inner_hole(kind):
@@ -262,16 +260,16 @@ def test_the_rings_are_those_of_the_definition(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_seam_is_that_of_the_definition(kind):
     """The score again, one step across the edge after the other."""
-    hole, picture = inner_hole(kind), textured(4, 40)
+    hole, image = inner_hole(kind), textured(4, 40)
     found = []
-    for mask, lab in ((hole, metrics.to_lab(picture)), (hole.T, metrics.to_lab(picture).swapaxes(0, 1))):
+    for mask, lab in ((hole, metrics.to_lab(image)), (hole.T, metrics.to_lab(image).swapaxes(0, 1))):
         for row, column in zip(*np.nonzero(mask[:, 1:] != mask[:, :-1]), strict=True):
             near = [column + k for k in (-2, -1, 1, 2) if 0 <= column + k < 39]
             beside = [at for at in near if mask[row, at] == mask[row, at + 1]]
             steps = [np.linalg.norm(lab[row, at + 1] - lab[row, at]) for at in (column, *beside)]
             if beside:
                 found.append(steps[0] - np.mean(steps[1:]))
-    assert metrics.seam(picture, hole) == pytest.approx(np.mean(found))
+    assert metrics.seam(image, hole) == pytest.approx(np.mean(found))
 
 
 # what changed
@@ -292,11 +290,11 @@ def test_changed_counts_what_is_seen():
 def test_known_error_is_exact(pair):
     hole = hole_of("box")[:61, :80]
     original, other = pair
-    picture = np.where(hole[..., None], other, original)
-    assert metrics.known_error(original, picture, hole) == 0
+    image = np.where(hole[..., None], other, original)
+    assert metrics.known_error(original, image, hole) == 0
     row, column = np.argwhere(~hole)[7]
-    picture[row, column] = original[row, column] ^ np.uint8(1)
-    assert metrics.known_error(original, picture, hole) == 1
+    image[row, column] = original[row, column] ^ np.uint8(1)
+    assert metrics.known_error(original, image, hole) == 1
     assert metrics.known_error(flat(colour=(0, 0, 0)), flat(colour=(255, 0, 0)), np.zeros((96, 96), bool)) == 255
     assert metrics.known_error(original, other, np.ones((61, 80), bool)) == 0
 
@@ -326,11 +324,11 @@ def test_a_hole_with_no_steps_beside_its_edge_has_no_seam():
 
 def test_scores_are_fast():
     """About 0.03 s of work; a bound that a busy machine keeps, and that full convolutions in float64 would not."""
-    picture, hole = np.tile(textured(), (6, 6, 1))[:512, :512], hole_of("thick", size=512)
+    image, hole = np.tile(textured(), (6, 6, 1))[:512, :512], hole_of("thick", size=512)
     took = []
     for _ in range(3):
         start = time.thread_time()
-        metrics.scores(picture, picture, hole)
+        metrics.scores(image, image, hole)
         took.append(time.thread_time() - start)
     assert min(took) < 0.4
 
@@ -343,7 +341,7 @@ def test_refusals(pair):
     refused(ImageError, "IMAGE_BAD_SHAPE", lambda: metrics.psnr(one, one[:-1]), "(60, 80, 3)", "(61, 80, 3)")
     refused(ImageError, "IMAGE_TYPE", lambda: metrics.ssim(one / 255, one), "float64 (61, 80, 3)")
     refused(ImageError, "IMAGE_TYPE", lambda: metrics.changed(one, one[..., 0], hole), "uint8 (61, 80)")
-    refused(ImageError, "IMAGE_TYPE", lambda: metrics.seam("picture.png", hole), "a str")
+    refused(ImageError, "IMAGE_TYPE", lambda: metrics.seam("image.png", hole), "a str")
     refused(ImageError, "IMAGE_TOO_SMALL", lambda: metrics.ssim(one[:10], one[:10]), "10 rows, 80 columns")
     refused(MaskError, "MASK_TYPE", lambda: metrics.seam(one, hole.T), "bool (80, 61)", "(61, 80)")
     refused(MaskError, "MASK_TYPE", lambda: metrics.scores(one, one, hole.astype(float)), "float64", ">= 0.5")
@@ -380,8 +378,8 @@ class Means(torch.nn.Module):
 
     num_features = 3
 
-    def forward(self, pictures):
-        return pictures.double().mean(dim=(2, 3))
+    def forward(self, images):
+        return images.double().mean(dim=(2, 3))
 
 
 def test_fid_by_given_features_is_the_frechet_distance():
@@ -389,10 +387,10 @@ def test_fid_by_given_features_is_the_frechet_distance():
 
     rng = np.random.default_rng(0)
     sets = [[rng.integers(low, 256, (16 + i, 20, 3), dtype=np.uint8) for i in range(9)] for low in (0, 60)]
-    features = [np.stack([one.mean(axis=(0, 1)) for one in pictures]) for pictures in sets]
+    features = [np.stack([one.mean(axis=(0, 1)) for one in images]) for images in sets]
     means, covariances = [one.mean(axis=0) for one in features], [np.cov(one.T) for one in features]
     root = linalg.sqrtm(covariances[0] @ covariances[1]).real
     expected = ((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
     assert metrics.fid(*sets, features=Means()) == pytest.approx(expected, rel=1e-4)
     assert metrics.fid(sets[0], sets[0], features=Means()) == pytest.approx(0, abs=1e-3)
-    refused(SettingError, "SETTING_COUNTS", lambda: metrics.fid(sets[0], sets[1][:1]), "pictures", "at least two")
+    refused(SettingError, "SETTING_COUNTS", lambda: metrics.fid(sets[0], sets[1][:1]), "images", "at least two")
