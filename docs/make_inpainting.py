@@ -1,4 +1,4 @@
-"""Run the code of inpainting.md from top to bottom and make its pictures: `python docs/make_inpainting.py`."""
+"""Run the code of inpainting.md from top to bottom and make its images: `python docs/make_inpainting.py`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image
 from sdinpaint.cli import main as command_line
 
 DOCUMENT = Path(__file__).with_name("inpainting.md")
-PICTURES = DOCUMENT.with_suffix("")
+IMAGES = DOCUMENT.with_suffix("")
 FENCE = re.compile(r"^```(\w+) *([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHOWN = re.compile(r"!\[.+?\]\(inpainting/(.+?)\)")
 EVEN = [level & ~1 for level in range(256)] * 3
@@ -61,18 +61,18 @@ def run(document: str) -> Iterator[tuple[Block, str, dict[str, Any]]]:
 
 
 def make() -> None:
-    """Write the pictures that the document shows."""
+    """Write the images that the document shows."""
     text = DOCUMENT.read_text(encoding="utf-8")
-    PICTURES.mkdir(exist_ok=True)
+    IMAGES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for _ in run(text):
             pass
         for name in SHOWN.findall(text):
-            as_shown(Path(name)).save(PICTURES / name, optimize=True)
+            as_shown(Path(name)).save(IMAGES / name, optimize=True)
 
 
 def as_shown(path: Path) -> Image.Image:
-    """A picture with even levels alone: nobody sees it, and the file is a fifth smaller."""
+    """An image with even levels alone: nobody sees it, and the file is a fifth smaller."""
     return Image.open(path).convert("RGB").point(EVEN)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from sdinpaint import loading
 from sdinpaint.errors import SettingError
 from sdinpaint.images.files import read_settings
-from sdinpaint.images.picture import Picture, read_picture
+from sdinpaint.images.input_image import InputImage, read_image
 from sdinpaint.load_options import LoadOptions
 from sdinpaint.masks import Mask
 from sdinpaint.masks.text import mask_from_text
@@ -81,13 +81,13 @@ def replay(
     for name in ALSO:
         _check_given(name, inputs.get(name) is not None, name in manifest.get("also", []))
     given = {name: value for name, value in inputs.items() if value is not None}
-    picture = read_picture(_found(image, manifest, "image"))
+    original = read_image(_found(image, manifest, "image"))
     hole = _mask(mask, manifest) if kind == "inpaint" else None
-    request = Request(picture, hole, kind=kind, **{**settings, **given})
+    request = Request(original, hole, kind=kind, **{**settings, **given})
     if pipe is None:
         pipe = loading.load(LoadOptions.from_manifest(manifest, **load or {}), progress=progress)
     made = pipe.run(request, progress=progress)
-    before, after = read_picture(path, "image"), read_picture(made.image, "image")
+    before, after = read_image(path, "image"), read_image(made.image, "image")
     changed, largest = _compared(before, after)
     return Replay(made, changed, largest, differences(manifest, pipe))
 
@@ -120,7 +120,7 @@ def _found(given: Any, manifest: Manifest, argument: str) -> Any:
     return stored
 
 
-def _compared(before: Picture, after: Picture) -> tuple[int, int]:
+def _compared(before: InputImage, after: InputImage) -> tuple[int, int]:
     """Return how many pixels differ, and by how much at most."""
     if before.size != after.size:
         return max(before.rgb[..., 0].size, after.rgb[..., 0].size), 255

@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from closeness import same_picture
+from closeness import same_image
 from PIL import Image
 
 import sdinpaint
@@ -97,7 +97,7 @@ def test_a_replay_loads_the_same_components_again(photo):
     (path,) = result.save(photo / "out.png")
     done = replay(path, load={"device": "cpu"}, progress=False)
     assert done.largest <= 1
-    assert same_picture(done.result.image, result.image)
+    assert same_image(done.result.image, result.image)
     with pytest.raises(CheckpointError, match="vae: made with"):
         replay(path, load={"device": "cpu", "vae": None}, progress=False)
 

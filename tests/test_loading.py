@@ -1,4 +1,4 @@
-"""One model, in whatever files it comes: the same weights, the same picture; and what `inspect` says of each."""
+"""One model, in whatever files it comes: the same weights, the same image; and what `inspect` says of each."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def other(family, vocabulary):
 
 
 @pytest.fixture(scope="module")
-def picture(pipe):
+def image(pipe):
     return paint(pipe)
 
 
@@ -116,11 +116,11 @@ def alone(saved, vocabulary):
     return {"config": saved, "tokenizer": vocabulary}
 
 
-def test_the_folder_holds_the_whole_model(saved, pipe, picture):
+def test_the_folder_holds_the_whole_model(saved, pipe, image):
     loaded = load(saved)
     assert loaded.family == pipe.family
     assert same_models(loaded, pipe)
-    assert alike(paint(loaded), picture)
+    assert alike(paint(loaded), image)
 
 
 # Single files: writers (path, tensors, monkeypatch)
@@ -154,25 +154,25 @@ def plain_pickle(path, state):
         (plain_pickle, "model.pth"),
     ],
 )
-def test_single_files_of_any_name(tmp_path, alone, pipe, other, picture, write, name):
+def test_single_files_of_any_name(tmp_path, alone, pipe, other, image, write, name):
     write(tmp_path / name, single_file(pipe) | averages(other.unet))
     with warnings.catch_warnings():
         warnings.simplefilter("error", SdInpaintWarning)  # nothing in it is unknown
         loaded = load(tmp_path / name, **alone)
     assert loaded.family == pipe.family
     assert same_models(loaded, pipe)
-    assert alike(paint(loaded), picture)
+    assert alike(paint(loaded), image)
 
 
-def test_single_file_as_exported(tmp_path, alone, pipe, picture):
+def test_single_file_as_exported(tmp_path, alone, pipe, image):
     write_single_file(tmp_path / "model.safetensors", states(pipe), "sd1")
-    assert alike(paint(load(tmp_path / "model.safetensors", **alone)), picture)
+    assert alike(paint(load(tmp_path / "model.safetensors", **alone)), image)
 
 
-def test_single_file_without_text_model_in_its_names(tmp_path, alone, pipe, picture):
+def test_single_file_without_text_model_in_its_names(tmp_path, alone, pipe, image):
     flat = {name.replace("transformer.text_model.", "transformer."): value for name, value in single_file(pipe).items()}
     save_file(contiguous(flat), tmp_path / "model.safetensors")
-    assert alike(paint(load(tmp_path / "model.safetensors", **alone)), picture)
+    assert alike(paint(load(tmp_path / "model.safetensors", **alone)), image)
 
 
 # Diffusers folders: changes to one
@@ -266,20 +266,20 @@ def with_other_parts_around(folder):
         with_other_parts_around,
     ],
 )
-def test_folders(folder, pipe, picture, change):
+def test_folders(folder, pipe, image, change):
     change(folder)
     loaded = load(folder)
     assert same_models(loaded, pipe)
-    assert alike(paint(loaded), picture)
+    assert alike(paint(loaded), image)
 
 
-def test_the_only_variant_is_taken_and_told(folder, pipe, picture):
+def test_the_only_variant_is_taken_and_told(folder, pipe, image):
     as_the_only_variant(folder)
     with pytest.warns(SdInpaintWarning, match="the variant 'fp16' is used") as caught:
         loaded = load(folder)
     assert len(caught) == len(FILES)
     assert same_models(loaded, pipe)
-    assert alike(paint(loaded), picture)
+    assert alike(paint(loaded), image)
     assert same_models(load(folder, variant="fp16"), pipe)
 
 
@@ -471,7 +471,7 @@ def test_configuration_of_no_use(saved, tmp_path):
         assert str(config) in str(caught.value)
 
 
-def test_junk_is_told_once(tmp_path, alone, pipe, picture):
+def test_junk_is_told_once(tmp_path, alone, pipe, image):
     junk = {
         "merge.recipe": torch.zeros(3),
         "first_stage_model_backup.x": torch.zeros(2),
@@ -484,7 +484,7 @@ def test_junk_is_told_once(tmp_path, alone, pipe, picture):
     assert "3 tensors" in str(caught[0].message)
     assert "merge.recipe" in str(caught[0].message)
     assert caught[0].filename == __file__
-    assert alike(paint(loaded), picture)
+    assert alike(paint(loaded), image)
 
 
 # What inspect says

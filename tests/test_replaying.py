@@ -1,4 +1,4 @@
-"""A picture holds what makes it again: the same one, or an error that says what is missing or different."""
+"""An image holds what makes it again: the same one, or an error that says what is missing or different."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from builders import random_pipeline, small
-from closeness import same_picture
+from closeness import same_image
 from PIL import Image
 
 from sdinpaint.errors import CheckpointError, ImageError, SdInpaintError, SettingError
@@ -63,7 +63,7 @@ def test_each_of_several(pipe, files):
         assert replay(path, pipe, image=IMAGE[:size], progress=False).largest <= 1
 
 
-def test_a_image_that_was_changed_since_is_told_from_the_first(pipe, files):
+def test_an_image_that_was_changed_since_is_told_from_the_first(pipe, files):
     path = saved(made(pipe, files), files)
     settings = read_settings(path)
     pixels = np.array(Image.open(path))
@@ -132,7 +132,7 @@ def test_the_model_is_found_by_its_stored_name(files):
     demo = sdinpaint.load("demo", device="cpu", progress=False)
     path = saved(made(demo, files), files)
     again = replay(path, progress=False)
-    assert same_picture(again.result.image, Image.open(path))
+    assert same_image(again.result.image, Image.open(path))
     assert again.differences == []
 
 

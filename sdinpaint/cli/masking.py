@@ -17,7 +17,7 @@ from sdinpaint.errors import ImageError
 from sdinpaint.images.files import save_png
 
 if TYPE_CHECKING:
-    from sdinpaint.images.picture import Picture
+    from sdinpaint.images.input_image import InputImage
     from sdinpaint.masks import Cover, Mask
 
 __all__ = ["mask"]
@@ -61,14 +61,14 @@ def mask() -> None:
     """
 
 
-def _picture(image: str) -> Picture:
-    from sdinpaint.images.picture import read_picture
+def _image(path: str) -> InputImage:
+    from sdinpaint.images.input_image import read_image
 
-    return read_picture(image)
+    return read_image(path)
 
 
-def _size(image: str) -> tuple[int, int]:
-    return _picture(image).size
+def _size(path: str) -> tuple[int, int]:
+    return _image(path).size
 
 
 @dataclass(frozen=True)
@@ -139,14 +139,14 @@ KINDS = {
     ),
     "alpha": Kind(
         "from_alpha",
-        _picture,
+        _image,
         "Make a mask of the transparent pixels of IMAGE.",
         "cutout.png",
         (click.option("--opaque", is_flag=True, help="Repaint the opaque pixels instead of the transparent ones."),),
     ),
     "color": Kind(
         "from_color",
-        _picture,
+        _image,
         "Make a mask of the pixels of IMAGE that have a colour.",
         "painted.png --color '#ff00ff'",
         (
@@ -161,7 +161,7 @@ KINDS = {
     ),
     "luminance": Kind(
         "from_luminance",
-        _picture,
+        _image,
         "Make a mask of the pixels of IMAGE in a range of brightness.",
         "photo.jpg --low 0.9 --high 1",
         (
@@ -188,7 +188,7 @@ KINDS = {
     ),
     "grabcut": Kind(
         "grabcut",
-        _picture,
+        _image,
         "Make a mask of the object in a box or under scribbles, by GrabCut.",
         "photo.jpg --box 100,50,300,400",
         (
@@ -205,7 +205,7 @@ KINDS = {
     ),
     "flood": Kind(
         "flood",
-        _picture,
+        _image,
         "Make a mask of the area coloured like a point and joined to it.",
         "photo.jpg --at 220,140 --tolerance 0.2",
         (
@@ -220,7 +220,7 @@ KINDS = {
     ),
     "region": Kind(
         "region",
-        _picture,
+        _image,
         "Make a mask of the region at a point. IMAGE is divided into regions along its edges.",
         "photo.jpg --at 220,140 --scale 400",
         (
@@ -235,7 +235,7 @@ KINDS = {
     ),
     "points": Kind(
         "sam",
-        _picture,
+        _image,
         "Make a mask of the object at points or in a box, by SAM or SAM 2.",
         "photo.jpg --at 220,140 --not 10,10 --model facebook/sam-vit-base",
         (
@@ -256,7 +256,7 @@ KINDS = {
     ),
     "text": Kind(
         "clipseg",
-        _picture,
+        _image,
         "Make a mask of what TEXT names, by CLIPSeg.",
         'photo.jpg "the dog" --model CIDAS/clipseg-rd64-refined --grow 8',
         (

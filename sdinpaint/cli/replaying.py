@@ -18,7 +18,7 @@ DIFFERENT = 1
 
 
 @click.command()
-@click.argument("picture", metavar="IMAGE")
+@click.argument("path", metavar="IMAGE")
 @click.option("--image", metavar="PATH", help="Image that was repainted, if it is not at its recorded path any more.")
 @click.option(
     "--mask", "-m", metavar="PATH", help="Mask, if it is neither stored in the image nor at its recorded path."
@@ -32,7 +32,7 @@ DIFFERENT = 1
 def replay(
     ctx: click.Context,
     /,
-    picture: str,
+    path: str,
     image: str | None,
     mask: str | None,
     model: str | None,
@@ -58,13 +58,13 @@ def replay(
     from sdinpaint.replaying import replay as make_again
 
     if out is not None:
-        check_output(out, [one for one in (picture, image, mask, control_image) if one is not None])
-    manifest = manifest_of(read_settings(picture))
+        check_output(out, [one for one in (path, image, mask, control_image) if one is not None])
+    manifest = manifest_of(read_settings(path))
     show_progress = not quiet and not as_json
     typed = {name: loading[name] for name in LOADING if given(ctx, name)}
     options = LoadOptions.from_manifest(manifest, **typed, **({"source": model} if model else {}))
     pipe = load(options, progress=show_progress)
-    again = make_again(picture, pipe, image=image, mask=mask, control_image=control_image, progress=show_progress)
+    again = make_again(path, pipe, image=image, mask=mask, control_image=control_image, progress=show_progress)
     if out is not None:
         again.result.save(check_output_path(out))
     if as_json:
@@ -72,5 +72,5 @@ def replay(
         click.echo(json.dumps({**found, "differences": again.differences}, indent=2))
     elif not quiet:
         pixels = f"{again.changed} pixels differ, by {again.largest} of 255 levels at most"
-        click.echo("\n".join([f"{picture}: {'identical' if again.identical else pixels}", *again.differences]))
+        click.echo("\n".join([f"{path}: {'identical' if again.identical else pixels}", *again.differences]))
     ctx.exit(0 if again.identical else DIFFERENT)

@@ -14,7 +14,7 @@ from sdinpaint.errors import ImageError, SettingError
 from sdinpaint.images.boxes import Box
 from sdinpaint.images.files import MAX_PIXELS
 from sdinpaint.images.fills import NEUTRAL
-from sdinpaint.images.picture import Picture
+from sdinpaint.images.input_image import InputImage
 
 __all__ = ["ANCHORS", "EXTENDING_FILLS", "OVERLAP", "Anchor", "ExtendingFill", "canvas_for", "extend", "sides_for"]
 
@@ -43,7 +43,7 @@ ANCHORS: tuple[Anchor, ...] = get_args(Anchor)
 
 
 def extend(
-    picture: Picture,
+    image: InputImage,
     left: int = 0,
     right: int = 0,
     top: int = 0,
@@ -51,13 +51,13 @@ def extend(
     *,
     overlap: int = OVERLAP,
     fill: ExtendingFill = "edge",
-) -> tuple[Picture, Soft]:
+) -> tuple[InputImage, Soft]:
     """Extend an image at its sides, and make the mask of what is generated there.
 
     The new pixels are opaque. The old pixels, their alpha and the colour profile stay as they are.
 
     Args:
-        picture: the image.
+        image: the image.
         left: new pixels at the left.
         right: new pixels at the right.
         top: new pixels at the top.
@@ -80,7 +80,7 @@ def extend(
         hint = "give pixels for at least one side; use inpaint to repaint pixels inside"
         raise SettingError("SETTING_SIDES", ", ".join(sides), "all are 0", expected="a larger canvas", hint=hint)
     overlap = check_whole("overlap", overlap, 0, MAX_SIDE)
-    height, width = picture.size
+    height, width = image.size
     _check_canvas(sides, (height + top + bottom, width + left + right))
     box = Box(left, top, left + width, top + height)
     old = box.slices
@@ -92,21 +92,21 @@ def extend(
         found = f"{overlap} pixels at each side that is extended, of an image of {height} rows, {width} columns"
         raise SettingError("SETTING_OVERLAP", "overlap", found, expected="less, so that part of the image stays known")
     widths = (top, bottom), (left, right)
-    rgb = np.pad(picture.opaque(), (*widths, (0, 0)), **_PADDINGS[fill])
-    rgb[old] = picture.rgb
-    alpha = None if picture.alpha is None else np.pad(picture.alpha, widths, constant_values=255)
+    rgb = np.pad(image.opaque(), (*widths, (0, 0)), **_PADDINGS[fill])
+    rgb[old] = image.rgb
+    alpha = None if image.alpha is None else np.pad(image.alpha, widths, constant_values=255)
     mask = np.ones(rgb.shape[:2], dtype=np.float32)
     mask[known] = 0
-    return replace(picture, rgb=rgb, alpha=alpha, old=box), mask
+    return replace(image, rgb=rgb, alpha=alpha, old=box), mask
 
 
 def canvas_for(
-    picture: Picture, *, size: Sequence[int] | None, anchor: Anchor, overlap: int, fill: ExtendingFill, **sides: int
-) -> tuple[Picture, Soft]:
+    image: InputImage, *, size: Sequence[int] | None, anchor: Anchor, overlap: int, fill: ExtendingFill, **sides: int
+) -> tuple[InputImage, Soft]:
     """Extend an image to a size, or by pixels at its sides.
 
     Args:
-        picture: the image.
+        image: the image.
         size: (height, width) of the canvas; None uses `sides`.
         anchor: position of the image on the canvas, one of ANCHORS.
         overlap: as in `extend`.
@@ -125,8 +125,8 @@ def canvas_for(
         if any(sides.values()):
             found = f"{size!r} together with pixels for a side"
             raise SettingError("SETTING_SIZE", "size", found, expected="only one of them")
-        sides = sides_for(picture.size, size, anchor)
-    return extend(picture, **sides, overlap=overlap, fill=fill)
+        sides = sides_for(image.size, size, anchor)
+    return extend(image, **sides, overlap=overlap, fill=fill)
 
 
 def sides_for(old: tuple[int, int], size: Sequence[int], anchor: Anchor = "center") -> dict[str, int]:

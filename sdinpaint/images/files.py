@@ -30,7 +30,7 @@ __all__ = [
     "over_white",
     "read_settings",
     "save_png",
-    "write_picture",
+    "write_image",
 ]
 
 # decoders in wide use; most of Pillow's security fixes concern the others
@@ -213,10 +213,10 @@ def save_png(image: Image.Image, path: Path | str, settings: Mapping[str, Any]) 
             message = f"output {str(path)!r}: JPEG has no transparency, so it is saved over white"
             warn(message)
         image = over_white(image)
-    write_picture(image, path, kind, **options)
+    write_image(image, path, kind, **options)
 
 
-def write_picture(image: Image.Image, path: Path | str, kind: str, **options: Any) -> None:
+def write_image(image: Image.Image, path: Path | str, kind: str, **options: Any) -> None:
     """Write an image; a write that fails leaves the previous file.
 
     Args:

@@ -43,28 +43,28 @@ HEAT = {
 HEAT_KEY = "levels: yellow 8, orange 32, red 96"
 
 
-def tinted(picture: NDArray[np.uint8], hole: NDArray[np.bool_]) -> Image.Image:
+def tinted(image: NDArray[np.uint8], hole: NDArray[np.bool_]) -> Image.Image:
     """Show a hole over an image in a bright colour.
 
     Args:
-        picture: uint8 (H, W, 3).
+        image: uint8 (H, W, 3).
         hole: bool (H, W).
 
     Returns:
         The RGB image.
     """
-    mixed = np.where(hole[..., None], 0.4 * picture + 0.6 * np.array(TINT), picture)
+    mixed = np.where(hole[..., None], 0.4 * image + 0.6 * np.array(TINT), image)
     return Image.fromarray(np.rint(mixed).astype(np.uint8))
 
 
-def heat_map(original: Bytes, picture: Bytes, size: tuple[int, int] | None = None) -> Image.Image:
+def heat_map(original: Bytes, image: Bytes, size: tuple[int, int] | None = None) -> Image.Image:
     """Show how far two images differ; the colours of HEAT are fixed, so that maps compare.
 
     The difference of a pixel is that of its channel that differs most, 0 to 255 levels.
 
     Args:
         original: uint8 (H, W, 3).
-        picture: uint8 (H, W, 3).
+        image: uint8 (H, W, 3).
         size: (height, width) of the map, in which each pixel shows the largest difference under it; None is the size of
             the images.
 
@@ -74,8 +74,8 @@ def heat_map(original: Bytes, picture: Bytes, size: tuple[int, int] | None = Non
     Raises:
         ImageError: the sizes differ.
     """
-    _check_shapes(original, picture)
-    levels = _levels(original, picture)
+    _check_shapes(original, image)
+    levels = _levels(original, image)
     if size is not None:
         levels = pooled(levels, size)
     channels = zip(*HEAT.values(), strict=True)
@@ -83,7 +83,7 @@ def heat_map(original: Bytes, picture: Bytes, size: tuple[int, int] | None = Non
     return Image.fromarray(np.rint(np.stack(colours, axis=2)).astype(np.uint8))
 
 
-def review_row(original: Bytes, hole: Hole, picture: Bytes, *, boxes: Sequence[Box] = (), caption: str = "") -> Row:
+def review_row(original: Bytes, hole: Hole, image: Bytes, *, boxes: Sequence[Box] = (), caption: str = "") -> Row:
     """Make the row of a contact sheet that reviews a run: original, hole, result, difference and crops.
 
     Cells have at most CELL_SIDE pixels a side; smaller images are enlarged by a whole factor.
@@ -91,7 +91,7 @@ def review_row(original: Bytes, hole: Hole, picture: Bytes, *, boxes: Sequence[B
     Args:
         original: the original image, uint8 (H, W, 3).
         hole: (H, W), True = repainted.
-        picture: the result, uint8 (H, W, 3).
+        image: the result, uint8 (H, W, 3).
         boxes: the crops that the model worked on; they are outlined over the hole, and the result is shown in the first
             MAX_CROPS of them.
         caption: caption of the result.
@@ -102,21 +102,21 @@ def review_row(original: Bytes, hole: Hole, picture: Bytes, *, boxes: Sequence[B
     Raises:
         ImageError: the sizes differ.
     """
-    _check_shapes(original, picture, hole)
+    _check_shapes(original, image, hole)
     boxes = [box for box in boxes if box.size != hole.shape]
     size = _cell_size(hole.shape)
     before = _fitted(original, size)
-    known = np.count_nonzero(_levels(original, picture)[~hole])
+    known = np.count_nonzero(_levels(original, image)[~hole])
     over = tinted(np.asarray(before), pooled(hole, size) > 0)
     crops = [
-        (_fitted(picture[box.slices], _cell_size(box.size)), f"the crop\n{box.size[1]} x {box.size[0]} pixels")
+        (_fitted(image[box.slices], _cell_size(box.size)), f"the crop\n{box.size[1]} x {box.size[0]} pixels")
         for box in boxes[:MAX_CROPS]
     ]
     return [
         (before, f"the image\n{hole.shape[1]} x {hole.shape[0]} pixels"),
         (_outlined(over, boxes, max(size) / max(hole.shape)), f"the hole\n{hole.sum()} pixels, {hole.mean():.1%}"),
-        (_fitted(picture, size), caption or "the result"),
-        (heat_map(original, picture, size), f"the difference\nknown pixels changed: {known}\n{HEAT_KEY}"),
+        (_fitted(image, size), caption or "the result"),
+        (heat_map(original, image, size), f"the difference\nknown pixels changed: {known}\n{HEAT_KEY}"),
         *crops,
     ]
 
@@ -177,18 +177,18 @@ def _wrapped(
     return lines
 
 
-def _check_shapes(original: Bytes, picture: Bytes, hole: Hole | None = None) -> None:
+def _check_shapes(original: Bytes, image: Bytes, hole: Hole | None = None) -> None:
     size = original.shape[:2]
-    if not original.shape == picture.shape == (*size, 3) or (hole is not None and hole.shape != size):
-        given = f"{picture.shape}" if hole is None else f"{picture.shape} and a hole {hole.shape}"
+    if not original.shape == image.shape == (*size, 3) or (hole is not None and hole.shape != size):
+        given = f"{image.shape}" if hole is None else f"{image.shape} and a hole {hole.shape}"
         found = f"an array {given}, for an original {original.shape}"
         expected, hint = "(height, width, 3) of one size", "compare with its own original"
-        raise ImageError("IMAGE_BAD_SHAPE", "picture", found, expected=expected, hint=hint)
+        raise ImageError("IMAGE_BAD_SHAPE", "image", found, expected=expected, hint=hint)
 
 
-def _levels(original: Bytes, picture: Bytes) -> NDArray[Any]:
+def _levels(original: Bytes, image: Bytes) -> NDArray[Any]:
     """Return the largest difference of the channels of pixels (H, W, 3): (H, W), 0 to 255."""
-    difference = ImageChops.difference(Image.fromarray(original), Image.fromarray(picture))
+    difference = ImageChops.difference(Image.fromarray(original), Image.fromarray(image))
     return np.asarray(reduce(ImageChops.lighter, difference.split()))
 
 

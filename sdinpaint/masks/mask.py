@@ -13,9 +13,9 @@ from numpy.typing import DTypeLike, NDArray
 from PIL import Image
 
 from sdinpaint.errors import ImageError, MaskError
-from sdinpaint.images import picture
+from sdinpaint.images import input_image
 from sdinpaint.images.boxes import Box
-from sdinpaint.images.files import check_output_path, write_picture
+from sdinpaint.images.files import check_output_path, write_image
 from sdinpaint.images.sheets import tinted
 from sdinpaint.masks import picking, segmenting, shapes, verbs
 from sdinpaint.masks.checks import require_size
@@ -136,7 +136,7 @@ class Mask:
         return cls(read_own_size(path, "mask"))
 
     @classmethod
-    def from_alpha(cls, image: picture.Source, *, opaque: bool = False) -> Mask:
+    def from_alpha(cls, image: input_image.Source, *, opaque: bool = False) -> Mask:
         """Repaint the transparent pixels of an image.
 
         Args:
@@ -150,11 +150,11 @@ class Mask:
             MaskError: the image has no alpha channel.
             ImageError: the image cannot be read.
         """
-        visible = cls(picking.by_alpha(picture.read_picture(image)))
+        visible = cls(picking.by_alpha(input_image.read_image(image)))
         return visible if opaque else ~visible
 
     @classmethod
-    def from_color(cls, image: picture.Source, color: str | Sequence[int], tolerance: float = 24) -> Mask:
+    def from_color(cls, image: input_image.Source, color: str | Sequence[int], tolerance: float = 24) -> Mask:
         """Repaint the pixels that have a colour.
 
         Args:
@@ -169,10 +169,10 @@ class Mask:
             SettingError: `color` is no colour, or `tolerance` is not from 0 to 255.
             ImageError: the image cannot be read.
         """
-        return cls(picking.by_color(picture.read_picture(image), color, tolerance))
+        return cls(picking.by_color(input_image.read_image(image), color, tolerance))
 
     @classmethod
-    def from_luminance(cls, image: picture.Source, low: float = 0.5, high: float = 1.0) -> Mask:
+    def from_luminance(cls, image: input_image.Source, low: float = 0.5, high: float = 1.0) -> Mask:
         """Repaint the pixels whose brightness (Rec. 601 luma) lies in a range.
 
         Args:
@@ -187,7 +187,7 @@ class Mask:
             SettingError: the bounds are not 0 <= low <= high <= 1.
             ImageError: the image cannot be read.
         """
-        return cls(picking.by_luminance(picture.read_picture(image), low, high))
+        return cls(picking.by_luminance(input_image.read_image(image), low, high))
 
     @classmethod
     def from_labels(cls, labels: Any, ids: int | Iterable[int], size: tuple[int, int] | None = None) -> Mask:
@@ -313,7 +313,7 @@ class Mask:
     @classmethod
     def grabcut(
         cls,
-        image: picture.Source,
+        image: input_image.Source,
         box: Sequence[int] | None = None,
         keep: Source | None = None,
         repaint: Source | None = None,
@@ -342,7 +342,7 @@ class Mask:
         return cls(segmenting.grabcut(rgb, box, kept, repainted, iterations))
 
     @classmethod
-    def flood(cls, image: picture.Source, point: Sequence[float], tolerance: float = 0.1) -> Mask:
+    def flood(cls, image: input_image.Source, point: Sequence[float], tolerance: float = 0.1) -> Mask:
         """Repaint the area that is coloured like a point and joined to it.
 
         Args:
@@ -364,7 +364,7 @@ class Mask:
     @classmethod
     def region(
         cls,
-        image: picture.Source,
+        image: input_image.Source,
         point: Sequence[float],
         scale: float = 200.0,
         sigma: float = 0.8,
@@ -392,7 +392,7 @@ class Mask:
     @classmethod
     def sam(
         cls,
-        image: picture.Source,
+        image: input_image.Source,
         model: Any,
         *,
         points: Sequence[Sequence[float]] = (),
@@ -428,7 +428,7 @@ class Mask:
     @classmethod
     def clipseg(
         cls,
-        image: picture.Source,
+        image: input_image.Source,
         text: str | Sequence[str],
         model: Any,
         threshold: float = 0.5,
@@ -618,7 +618,7 @@ class Mask:
         """Return a grey image (mode L) in which white is repainted; soft values are rounded to 256 levels."""
         return Image.fromarray(np.rint(self._array * 255).astype(np.uint8))
 
-    def over(self, image: picture.Source) -> Image.Image:
+    def over(self, image: input_image.Source) -> Image.Image:
         """Show the mask over an image in a bright colour.
 
         Args:
@@ -648,7 +648,7 @@ class Mask:
         if check_output_path(path).suffix.lower() != ".png":
             found, hint = "a mask can only be saved as PNG, which keeps every value", "name it mask.png"
             raise ImageError("IMAGE_OUTPUT_TYPE", f"output {str(path)!r}", found, expected=".png", hint=hint)
-        write_picture(self.to_pil(), path, "PNG")
+        write_image(self.to_pil(), path, "PNG")
 
     def _repr_png_(self) -> bytes:
         """Return the PNG that a notebook shows."""
@@ -657,8 +657,8 @@ class Mask:
         return stream.getvalue()
 
 
-def _pixels(image: picture.Source) -> NDArray[np.uint8]:
-    return picture.read_picture(image).opaque()
+def _pixels(image: input_image.Source) -> NDArray[np.uint8]:
+    return input_image.read_image(image).opaque()
 
 
 def _scribble(mask: Source | None, rgb: NDArray[np.uint8], argument: str) -> Hole | None:

@@ -14,7 +14,7 @@ from PIL import Image, ImageColor
 from sdinpaint.checks import check_number
 from sdinpaint.errors import MaskError, SettingError
 from sdinpaint.images.files import decode, open_image
-from sdinpaint.images.picture import Picture
+from sdinpaint.images.input_image import InputImage
 from sdinpaint.masks.reading import Hole, Soft
 
 __all__ = ["by_alpha", "by_color", "by_label", "by_luminance"]
@@ -25,11 +25,11 @@ LISTED = 20
 """Largest number of ids that an error lists."""
 
 
-def by_alpha(picture: Picture) -> Soft:
+def by_alpha(image: InputImage) -> Soft:
     """Read how opaque each pixel of an image is.
 
     Args:
-        picture: the image, (H, W) pixels.
+        image: the image, (H, W) pixels.
 
     Returns:
         The alpha channel as float32 (H, W) in [0, 1].
@@ -37,17 +37,17 @@ def by_alpha(picture: Picture) -> Soft:
     Raises:
         MaskError: the image has no alpha channel.
     """
-    if picture.alpha is None:
+    if image.alpha is None:
         found, hint = "every pixel is opaque", "save the image as PNG with its alpha channel"
         raise MaskError("MASK_NO_ALPHA", "Mask.from_alpha", found, expected="transparency", hint=hint)
-    return picture.alpha.astype(np.float32) / np.float32(255)
+    return image.alpha.astype(np.float32) / np.float32(255)
 
 
-def by_color(picture: Picture, color: str | Iterable[int], tolerance: float) -> Hole:
+def by_color(image: InputImage, color: str | Iterable[int], tolerance: float) -> Hole:
     """Find the pixels that have a colour.
 
     Args:
-        picture: the image, (H, W) pixels.
+        image: the image, (H, W) pixels.
         color: (red, green, blue) in 0..255, or a name such as "magenta" or "#ff00ff".
         tolerance: largest difference of red, green and blue each, in 0..255.
 
@@ -58,16 +58,16 @@ def by_color(picture: Picture, color: str | Iterable[int], tolerance: float) -> 
         SettingError: `color` is no colour, or `tolerance` is not from 0 to 255.
     """
     limit = check_number("tolerance", tolerance, 0, 255, of="Mask.from_color")
-    difference = np.abs(picture.opaque().astype(np.int16) - _rgb(color))
+    difference = np.abs(image.opaque().astype(np.int16) - _rgb(color))
     hole: Hole = difference.max(axis=2) <= limit
     return hole
 
 
-def by_luminance(picture: Picture, low: float, high: float) -> Hole:
+def by_luminance(image: InputImage, low: float, high: float) -> Hole:
     """Find the pixels whose brightness (Rec. 601 luma) lies in a range.
 
     Args:
-        picture: the image, (H, W) pixels.
+        image: the image, (H, W) pixels.
         low: lowest luma; 0 is black.
         high: highest luma; 1 is white.
 
@@ -79,7 +79,7 @@ def by_luminance(picture: Picture, low: float, high: float) -> Hole:
     """
     top = check_number("high", high, 0, 1, of="Mask.from_luminance")
     bottom = check_number("low", low, 0, top, of="Mask.from_luminance")
-    luma = np.asarray(Image.fromarray(picture.opaque()).convert("L")) / 255
+    luma = np.asarray(Image.fromarray(image.opaque()).convert("L")) / 255
     hole: Hole = (bottom <= luma) & (luma <= top)
     return hole
 

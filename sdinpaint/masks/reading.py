@@ -15,7 +15,7 @@ from PIL import Image
 
 from sdinpaint.errors import MaskError, warn
 from sdinpaint.images.files import DEEP_MODES, decode, open_image
-from sdinpaint.images.picture import mirrored
+from sdinpaint.images.input_image import mirrored
 from sdinpaint.on_demand import OnDemand, is_tensor
 
 if TYPE_CHECKING:

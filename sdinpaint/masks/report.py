@@ -12,7 +12,7 @@ from PIL import Image
 from sdinpaint.checks import require_extra
 from sdinpaint.errors import MaskError, SettingError
 from sdinpaint.images.boxes import Box
-from sdinpaint.images.picture import mirrored
+from sdinpaint.images.input_image import mirrored
 from sdinpaint.masks.reading import CELL, Cover, Hole, binarize, latent_cells, looks_inverted
 
 __all__ = ["Cover", "MaskReport", "report"]

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sdinpaint.images.picture import to_uint8
+from sdinpaint.images.input_image import to_uint8
 from sdinpaint.latent_diffusion import LatentDiffusion
 from sdinpaint.masks import masked_image, to_latent
 from sdinpaint.pipeline.control import Control, inpaint_hint

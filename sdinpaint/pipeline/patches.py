@@ -13,7 +13,7 @@ from torch import Tensor
 from sdinpaint.images.boxes import Box
 from sdinpaint.images.crops import Crop
 from sdinpaint.images.fills import Fill, fill_hole
-from sdinpaint.images.picture import pad_to_multiple, to_tensor
+from sdinpaint.images.input_image import pad_to_multiple, to_tensor
 from sdinpaint.pipeline.requests import Item
 
 __all__ = ["Patch", "cut_patch", "of_one_size", "whole"]
@@ -63,7 +63,7 @@ def cut_patch(
     amount = np.where(inside, crop.cut_soft(item.mask.array), 0) if soft else inside
     image = _padded(to_tensor(pixels))
     start = image if fill == "original" else _padded(to_tensor(fill_hole(pixels, amount >= 0.5, fill)))
-    # reflected as the picture is: pixels under the mask must not show in the padding
+    # reflected as the image is: pixels under the mask must not show in the padding
     amounts = _padded(torch.from_numpy(amount.astype(np.float32))[None, None])
     given = item.control_image
     hint = None if given is None else _padded(to_tensor(crop.cut(given.opaque()))) / 2 + 0.5

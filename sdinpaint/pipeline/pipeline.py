@@ -12,7 +12,7 @@ from sdinpaint.errors import keeping_warnings, warn
 from sdinpaint.images.blending import Blend
 from sdinpaint.images.canvas import OVERLAP, Anchor, ExtendingFill
 from sdinpaint.images.fills import Fill
-from sdinpaint.images.picture import paste
+from sdinpaint.images.input_image import paste
 from sdinpaint.latent_diffusion import LatentDiffusion
 from sdinpaint.masks import Cover, masked_image, to_latent
 from sdinpaint.pipeline.events import Listener, event_bars
@@ -294,7 +294,7 @@ class Pipeline(LatentDiffusion):
             MaskError: the mask cannot be read or does not fit the image.
         """
         item = cast(Item, Request(image, mask).items[0])
-        patch = cut_patch(item, item.picture.opaque(), item.hole, whole(item.picture.size))
+        patch = cut_patch(item, item.image.opaque(), item.hole, whole(item.image.size))
         pixels, hole = patch.image.to(self.device), patch.amount.to(self.device)
         all_of_it = self.sample_latents(pixels, draws) if latents else None
         return Known(to_latent(hole, cover), self.sample_latents(masked_image(pixels, hole), draws), all_of_it)
@@ -311,7 +311,7 @@ def _made(canvas: Canvas | None, settings: Settings) -> Repainted | None:
     if canvas is None:
         return None
     replaced = canvas.replaced(whole=not settings.paste_back)
-    image = paste(canvas.item.picture, canvas.rgb, replaced)
+    image = paste(canvas.item.image, canvas.rgb, replaced)
     return Repainted(image, canvas.item, settings.cover, tuple(canvas.boxes))
 
 
@@ -331,6 +331,6 @@ def _doubts(request: Request, settings: Settings) -> Iterator[tuple[int | None, 
         elif not item.hole.any():
             reason = item.mask.report().warnings[0]
             yield index, f"{name}: the mask is empty, so it comes back unchanged: {reason}"
-        elif item.picture.old is None and not settings.soft:
+        elif item.image.old is None and not settings.soft:
             for warning in item.mask.report(settings.cover).warnings:
                 yield index, f"{name}: mask: {warning}"

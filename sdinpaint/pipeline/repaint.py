@@ -131,7 +131,7 @@ class Repaint:
 
     def _canvas(self, item: Item) -> Canvas:
         if self.settings.strength == 0 or not item.hole.any():
-            return Canvas(item, item.picture.opaque(), [])
+            return Canvas(item, item.image.opaque(), [])
         todo = regions(item.hole, REGION_GAP) if self.settings.regions == "each" else [item.hole]
         if item.noise is not None and len(todo) > 1:
             found, hint = f'given for {len(todo)} regions with regions="each"', "give a seed, or repaint them together"
@@ -142,7 +142,7 @@ class Repaint:
             if given != needed:
                 found = f"{given} latent rows and columns"
                 raise SettingError("SETTING_NOISE", "noise", found, expected=f"{needed} for this image")
-        return Canvas(item, item.picture.opaque(), todo)
+        return Canvas(item, item.image.opaque(), todo)
 
     def _patch(self, canvas: Canvas) -> Patch:
         """Cut the next region out with its surroundings; regions that are still to come are holes in it too."""

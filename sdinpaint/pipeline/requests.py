@@ -16,7 +16,7 @@ from sdinpaint.checks import as_list, check_choice, check_prompt
 from sdinpaint.errors import ImageError, Remark, SdInpaintError, SettingError, keeping_warnings
 from sdinpaint.families import Family
 from sdinpaint.images.canvas import canvas_for
-from sdinpaint.images.picture import Picture, read_picture
+from sdinpaint.images.input_image import InputImage, read_image
 from sdinpaint.masks import Mask, read_mask
 from sdinpaint.pipeline.settings import CanvasSettings, Settings, check_seed, common_length, names_of
 from sdinpaint.provenance.manifest import Manifest, as_given
@@ -39,7 +39,7 @@ VARY_STRENGTH = 0.6
 class Item:
     """One image of a request, read."""
 
-    picture: Picture
+    image: InputImage
     mask: Mask
     hole: NDArray[np.bool_]
     """The pixels (H, W) that are repainted at all."""
@@ -47,7 +47,7 @@ class Item:
     negative_prompt: str | Conditioning | None
     seed: int
     noise: Tensor | None
-    control_image: Picture | None
+    control_image: InputImage | None
     """Conditioning image of a ControlNet, None for the image itself."""
     mask_path: str | None
     """The file that the mask was read from."""
@@ -55,13 +55,13 @@ class Item:
     @property
     def row(self) -> Row:
         """The arguments of a request that make this item again."""
-        mask, image = GivenMask(self.mask, self.mask_path), as_given(self.picture)
+        mask, image = GivenMask(self.mask, self.mask_path), as_given(self.image)
         return image, mask, self.prompt, self.negative_prompt, self.seed, self.control_image, self.noise
 
     @property
-    def inputs(self) -> dict[str, Picture | Mask]:
+    def inputs(self) -> dict[str, InputImage | Mask]:
         """The inputs of the item that a manifest records."""
-        return {"image": self.picture, "mask": self.mask}
+        return {"image": self.image, "mask": self.mask}
 
     def __getstate__(self) -> dict[str, Any]:
         # torch hands a tensor to another process by a file that is gone when the first one ends
@@ -277,17 +277,17 @@ class _Reading:
         if negative is not None and not isinstance(negative, Conditioning):
             negative = check_prompt("negative_prompt", negative)
         seed = check_seed(seed)
-        picture = read_picture(image)
+        input_image = read_image(image)
         if self.canvas is not None:
-            picture, mask = canvas_for(picture, **vars(self.canvas))
+            input_image, mask = canvas_for(input_image, **vars(self.canvas))
         elif self.kind == "vary":
-            mask = np.ones(picture.size, dtype=bool)
+            mask = np.ones(input_image.size, dtype=bool)
         path = str(mask) if isinstance(mask, str | Path) else None
         given = mask if isinstance(mask, GivenMask) else GivenMask(mask, path)
-        read = Mask(read_mask(given.mask, picture.size))
+        read = Mask(read_mask(given.mask, input_image.size))
         hole = read.array >= self.settings.mask_threshold
-        control = None if control_image is None else _control_image(control_image, picture.size)
-        return Item(picture, read, hole, text, negative, seed, noise, control, given.path)
+        control = None if control_image is None else _control_image(control_image, input_image.size)
+        return Item(input_image, read, hole, text, negative, seed, noise, control, given.path)
 
 
 def unbatched(value: Any) -> list[Any]:
@@ -344,13 +344,13 @@ def _named(error: SdInpaintError, index: int, count: int) -> SdInpaintError:
     return type(error)(error.code, subject, error.found, expected=error.expected, hint=error.hint)
 
 
-def _control_image(control_image: Any, size: tuple[int, int]) -> Picture:
-    picture = read_picture(control_image, "control_image")
-    if picture.size != size:
-        found, expected = (f"{height} rows, {width} columns" for height, width in (picture.size, size))
+def _control_image(control_image: Any, size: tuple[int, int]) -> InputImage:
+    image = read_image(control_image, "control_image")
+    if image.size != size:
+        found, expected = (f"{height} rows, {width} columns" for height, width in (image.size, size))
         hint = "scale it to the size of the image"
         raise ImageError("IMAGE_CONTROL_SIZE", "control_image", found, expected=expected, hint=hint)
-    return picture
+    return image
 
 
 def _noises(noise: Tensor | None, count: int) -> list[Tensor | None]:

@@ -52,7 +52,7 @@ class Repainted:
     @cached_property
     def scores(self) -> Scores:
         """How well the hole joins the rest, and how much was changed on both sides of its edge."""
-        return scores(self.item.picture.rgb, self._rgb, self.item.hole)
+        return scores(self.item.image.rgb, self._rgb, self.item.hole)
 
     @cached_property
     def report(self) -> MaskReport:
@@ -79,7 +79,7 @@ class Repainted:
             "crops": [list(box) for box in self.boxes],
             "scores": self.scores.to_json(),
         }
-        return record(made_with, kind, also, image=item.picture, mask=item.mask, mask_path=item.mask_path, **results)
+        return record(made_with, kind, also, image=item.image, mask=item.mask, mask_path=item.mask_path, **results)
 
     def row(self, prompt: str = "") -> Row:
         """Return the images of a review: before, the hole, after, and the difference.
@@ -91,7 +91,7 @@ class Repainted:
             A row of a sheet.
         """
         caption = f"seed {self.item.seed}" + f": {prompt}" * bool(prompt)
-        return review_row(self.item.picture.rgb, self.item.hole, self._rgb, boxes=self.boxes, caption=caption)
+        return review_row(self.item.image.rgb, self.item.hole, self._rgb, boxes=self.boxes, caption=caption)
 
     @property
     def _rgb(self) -> NDArray[np.uint8]:

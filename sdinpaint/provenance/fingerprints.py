@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sdinpaint.checkpoints.sources import COMPONENTS
-from sdinpaint.images.picture import Picture
+from sdinpaint.images.input_image import InputImage
 from sdinpaint.latent_diffusion import LatentDiffusion
 from sdinpaint.masks.text import Soft
 from sdinpaint.models.weights import Snapshot, all_weights
@@ -97,7 +97,7 @@ def _json_sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def pixels_sha256(given: Picture | Soft) -> str:
+def pixels_sha256(given: InputImage | Soft) -> str:
     planes = [given] if isinstance(given, np.ndarray) else [given.rgb, given.alpha]
     digest = hashlib.sha256()
     for plane in planes:

@@ -16,7 +16,7 @@ import torch
 
 from sdinpaint.errors import CheckpointError, SettingError
 from sdinpaint.images.files import SHORTENED
-from sdinpaint.images.picture import Picture
+from sdinpaint.images.input_image import InputImage
 from sdinpaint.latent_diffusion import LatentDiffusion
 from sdinpaint.masks import Mask, binarize
 from sdinpaint.masks.text import Soft, mask_to_text
@@ -24,7 +24,7 @@ from sdinpaint.provenance.fingerprints import pixels_sha256, weights_of
 from sdinpaint.version import __version__
 
 __all__ = ["DRAWS", "Manifest", "arguments", "check_input", "check_manifest", "differences", "environment"]
-__all__ += ["ALSO", "check_again", "manifest_of", "mask_record", "picture_record", "record"]
+__all__ += ["ALSO", "check_again", "image_record", "manifest_of", "mask_record", "record"]
 __all__ += ["require_same_weights"]
 
 Manifest = Mapping[str, Any]
@@ -72,18 +72,18 @@ def environment(pipe: LatentDiffusion) -> dict[str, Any]:
     }
 
 
-def picture_record(picture: Picture, path: str | Path | None = None) -> dict[str, Any]:
+def image_record(image: InputImage, path: str | Path | None = None) -> dict[str, Any]:
     """Record an image that a run is given.
 
     Args:
-        picture: the image.
+        image: the image.
         path: the file that it was read from, if any.
 
     Returns:
         The path as given, the size [height, width], and the SHA-256 digest of the pixels with their alpha.
     """
     given = None if path is None else str(path)
-    return {"path": given, "size": list(picture.size), "sha256": pixels_sha256(picture)}
+    return {"path": given, "size": list(image.size), "sha256": pixels_sha256(image)}
 
 
 def mask_record(mask: Soft, path: str | Path | None = None) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def record(
     kind: str,
     also: Sequence[str],
     *,
-    image: Picture,
+    image: InputImage,
     mask: Mask,
     mask_path: str | None,
     **results: Any,
@@ -127,7 +127,7 @@ def record(
     Returns:
         The manifest, as plain JSON values.
     """
-    inputs: dict[str, Any] = {"image": picture_record(as_given(image), image.path)}
+    inputs: dict[str, Any] = {"image": image_record(as_given(image), image.path)}
     if kind == "inpaint":
         inputs["mask"] = mask_record(mask.array, mask_path)
     return {**made_with, "kind": kind, **inputs, "also": list(also), **results}
@@ -136,7 +136,7 @@ def record(
 def check_again(
     manifest: Manifest | Sequence[Manifest] | None,
     pipe: LatentDiffusion,
-    inputs: Sequence[Mapping[str, Picture | Mask] | None],
+    inputs: Sequence[Mapping[str, InputImage | Mask] | None],
 ) -> None:
     """Refuse to repeat a run with other weights, images or masks.
 
@@ -168,19 +168,19 @@ def check_again(
                 check_input(made[name], one.array if isinstance(one, Mask) else as_given(one), name)
 
 
-def as_given(picture: Picture) -> Picture:
+def as_given(image: InputImage) -> InputImage:
     """Cut the image that was given out of an extended one.
 
     Args:
-        picture: the image, perhaps extended by a canvas.
+        image: the image, perhaps extended by a canvas.
 
     Returns:
         The image before it was extended.
     """
-    if picture.old is None:
-        return picture
-    part = picture.old.slices
-    return replace(picture, rgb=picture.rgb[part], alpha=None if picture.alpha is None else picture.alpha[part])
+    if image.old is None:
+        return image
+    part = image.old.slices
+    return replace(image, rgb=image.rgb[part], alpha=None if image.alpha is None else image.alpha[part])
 
 
 def manifest_of(settings: Any) -> Manifest:
@@ -292,7 +292,7 @@ def require_same_weights(manifest: Manifest, pipe: LatentDiffusion) -> None:
         )
 
 
-def check_input(record: Mapping[str, Any], given: Picture | Soft, argument: str) -> None:
+def check_input(record: Mapping[str, Any], given: InputImage | Soft, argument: str) -> None:
     """Refuse an image or mask other than the recorded one.
 
     Args:
@@ -304,7 +304,7 @@ def check_input(record: Mapping[str, Any], given: Picture | Soft, argument: str)
         SettingError: the pixels differ, or the record is broken.
     """
     _require(record, _INPUT, argument)
-    digest, (height, width) = pixels_sha256(given), given.size if isinstance(given, Picture) else given.shape
+    digest, (height, width) = pixels_sha256(given), given.size if isinstance(given, InputImage) else given.shape
     if digest != record["sha256"]:
         found = f"pixels that differ from the recorded ones: {height} rows, {width} columns, sha256 {_short(digest)}"
         rows, columns = record["size"]

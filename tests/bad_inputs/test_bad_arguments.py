@@ -1,4 +1,4 @@
-"""Pictures, masks, settings and prompts that cannot be used: refused before anything is computed."""
+"""Images, masks, settings and prompts that cannot be used: refused before anything is computed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_what_is_computed_is_seen(pipe):
             call()
 
 
-# Pictures and masks
+# Images and masks
 
 
 def png_header(path, width, height):
@@ -78,7 +78,7 @@ FILES = [
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(("write", "code"), FILES)
 def test_image_files(pipe, tmp_path, write, code):
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     write(path)
     subject = "image" if code == "IMAGE_TOO_SMALL" else f"image {str(path)!r}"
     assert refused(ImageError, code, lambda: inpaint(pipe, image=path)).subject == subject

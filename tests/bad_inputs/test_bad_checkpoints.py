@@ -20,7 +20,7 @@ from builders import (
     small,
     write_header,
 )
-from closeness import same_picture
+from closeness import same_image
 from refusals import INF, NAN, inpaint, load, refused
 from safetensors.torch import load_file, save_file
 
@@ -269,5 +269,5 @@ def test_no_module_is_imported_because_a_configuration_names_it(folder, usual, t
     rewrite_json(folder / "unet/config.json", _class_name="sentinel_module.Model", auto_map={"A": "sentinel_module.A"})
     rewrite_json(folder / "text_encoder/config.json", architectures=["sentinel_module"], model_type="sentinel_module")
     rewrite_json(folder / "tokenizer/tokenizer_config.json", tokenizer_class="sentinel_module.Tokenizer")
-    assert same_picture(inpaint(load(folder)).image, usual)
+    assert same_image(inpaint(load(folder)).image, usual)
     assert "sentinel_module" not in sys.modules

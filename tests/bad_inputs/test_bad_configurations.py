@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from builders import rewrite_json
-from closeness import same_picture
+from closeness import same_image
 from refusals import INF, NAN, inpaint, load, refused
 
 from sdinpaint.errors import CheckpointError, SettingError, TokenizerError
@@ -66,7 +66,7 @@ def test_sizes_in_a_configuration_are_not_believed(folder, usual):
     rewrite_json(folder / "unet/config.json", block_out_channels=[2_000_000] * 99, layers_per_block=10**9)
     rewrite_json(folder / "vae/config.json", block_out_channels="none", latent_channels=10**9)
     rewrite_json(folder / "text_encoder/config.json", hidden_size=10**12, num_hidden_layers=10**9, vocab_size=-1)
-    assert same_picture(inpaint(load(folder)).image, usual)
+    assert same_image(inpaint(load(folder)).image, usual)
 
 
 @pytest.mark.parametrize("rows", [514, 600])

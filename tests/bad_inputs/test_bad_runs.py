@@ -1,4 +1,4 @@
-"""What goes wrong while it runs: no wrong picture, and the next run is as good as ever."""
+"""What goes wrong while it runs: no wrong image, and the next run is as good as ever."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from builders import UNET_FILE, VAE_FILE, rewrite
-from closeness import same_picture, same_pictures
+from closeness import same_image, same_images
 from refusals import MASK, NAN, inpaint, load, refused
 
 from sdinpaint import SdInpaintWarning
@@ -49,7 +49,7 @@ def test_an_autoencoder_that_overflows_runs_again_in_float32(folder, half):
         found = inpaint(pipe).image
     assert {weight.dtype for weight in pipe.vae.parameters()} == {torch.float16}
     expected = np.asarray(inpaint(load(folder)).image).astype(int)
-    assert np.abs(expected - found).mean() < 12  # of 255; a black picture is 128 away
+    assert np.abs(expected - found).mean() < 12  # of 255; a black image is 128 away
     assert np.asarray(found)[MASK].std() > 20
 
 
@@ -84,7 +84,7 @@ def test_one_pipeline_in_many_threads(pipe):
         thread.start()
     for thread in threads:
         thread.join()
-    assert same_pictures(alone, together)
+    assert same_images(alone, together)
 
 
 def test_a_file_that_was_cut_after_loading_is_told_by_the_next_load(folder, usual):
@@ -94,4 +94,4 @@ def test_a_file_that_was_cut_after_loading_is_told_by_the_next_load(folder, usua
     inpaint(pipe)
     refused(CheckpointError, "CKPT_TRUNCATED", lambda: load(folder), folder / UNET_FILE)
     (folder / UNET_FILE).write_bytes(content)
-    assert same_picture(inpaint(load(folder)).image, usual)
+    assert same_image(inpaint(load(folder)).image, usual)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from closeness import same_picture
+from closeness import same_image
 
 from sdinpaint.bench import modes, paintings
 from sdinpaint.bench.cases import Case
@@ -71,7 +71,7 @@ def test_bands_may_differ_by_rounding_and_without_proc_nothing_is_recorded(monke
     assert list(measure_modes(demo_case(), [])) == []
 
 
-def test_a_picture_is_painted_and_measured(monkeypatch):
+def test_an_image_is_painted_and_measured(monkeypatch):
     made, (make, share) = [], paintings.PAINTINGS["inpaint"]
 
     def noted(*given, **options):
@@ -80,9 +80,9 @@ def test_a_picture_is_painted_and_measured(monkeypatch):
 
     monkeypatch.setitem(paintings.PAINTINGS, "inpaint", (noted, share))
     plain, offloaded = (paint(f"inpaint: {mode}", demo_case()) for mode in (DEFAULT, "offload"))
-    pictures = [np.asarray(one.image) for one in made]
-    assert same_picture(*pictures)
-    assert (plain["digest"] == offloaded["digest"]) == np.array_equal(*pictures)
+    images = [np.asarray(one.image) for one in made]
+    assert same_image(*images)
+    assert (plain["digest"] == offloaded["digest"]) == np.array_equal(*images)
     assert plain["digest"] != paint("outpaint: default", demo_case(size=128))["digest"]
     cells = [name for name in plain if name.startswith("cell")]
     assert len(cells) == 16

@@ -17,7 +17,7 @@ import pytest
 import torch
 from builders import random_pipeline, small
 from click.testing import CliRunner
-from closeness import same_picture
+from closeness import same_image
 from PIL import Image
 
 import sdinpaint
@@ -51,7 +51,7 @@ def pipe(model):
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
-    """A folder with a picture and its mask, in which the command runs."""
+    """A folder with an image and its mask, in which the command runs."""
     monkeypatch.chdir(tmp_path)
     Image.fromarray(PIXELS).save("photo.png")
     Image.fromarray(HOLE).save("mask.png")
@@ -73,7 +73,7 @@ def written():
 # what it does
 
 
-def test_a_image_is_written_with_its_settings(model, pipe):
+def test_an_image_is_written_with_its_settings(model, pipe):
     done = inpaint(model, seed=5, guidance=3, sampler="euler")
     assert done.exit_code == 0, done.output
     result = np.asarray(Image.open("out.png"))
@@ -82,9 +82,9 @@ def test_a_image_is_written_with_its_settings(model, pipe):
     assert (result[HOLE] != PIXELS[HOLE]).any()
     settings = read_settings("out.png")
     again = pipe.inpaint("photo.png", "mask.png", **settings, progress=False)
-    assert same_picture(again.image, result)
+    assert same_image(again.image, result)
     other = pipe.inpaint("photo.png", "mask.png", **settings | {"guidance_scale": 4}, progress=False)
-    assert not same_picture(other.image, result)
+    assert not same_image(other.image, result)
     assert again.settings == settings
     assert [settings["manifest"][name]["path"] for name in ("image", "mask")] == ["photo.png", "mask.png"]
     assert done.stdout.startswith("out.png: 100 x 72 pixels, seed 5, ")
@@ -101,9 +101,9 @@ def test_options_reach_the_run(model, pipe):
     given = {**HOW, **TURNED_ON, "batch_size": 1, "prompt": "a red fox", "steps": 2, "seed": 5}
     assert given.items() <= read_settings("out.png").items()
     result = pipe.inpaint("photo.png", "mask.png", **given, progress=False)
-    assert same_picture(result.image, Image.open("out.png"))
+    assert same_image(result.image, Image.open("out.png"))
     other = pipe.inpaint("photo.png", "mask.png", **given | {"fill": "edge"}, progress=False)
-    assert not same_picture(other.image, Image.open("out.png"))
+    assert not same_image(other.image, Image.open("out.png"))
 
 
 @pytest.mark.parametrize(("given", "crop"), [("auto", "auto"), ("none", None), ("0", 0)])
@@ -121,20 +121,20 @@ def test_seeds_are_run_in_batches(model, pipe):
     alone = pipe.inpaint("photo.png", "mask.png", "a red fox", seed=seeds[2], **options).images
     for number, seed, expected in zip((1, 2, 3), seeds, together + alone, strict=True):
         path = f"out-{number}.png"
-        assert same_picture(Image.open(path), expected)
+        assert same_image(Image.open(path), expected)
         settings = read_settings(path)
         assert (settings["seed"], settings["batch_size"], settings["prompt"]) == (seed, 2, "a red fox")
         assert settings["manifest"]["image"]["path"] == "photo.png"
 
 
-def test_every_seed_gives_a_image_of_its_own(model, pipe):
+def test_every_seed_gives_an_image_of_its_own(model, pipe):
     done = inpaint(model, "-s", 3, "-s", 4)
     assert done.exit_code == 0
     assert written() == {"out-1.png", "out-2.png"}
     for name, seed in (("out-1.png", 3), ("out-2.png", 4)):
         alone = pipe.inpaint("photo.png", "mask.png", "a red fox", steps=2, seed=seed, progress=False).image
-        assert same_picture(alone, Image.open(name))
-    assert not same_picture(Image.open("out-1.png"), Image.open("out-2.png"))
+        assert same_image(alone, Image.open(name))
+    assert not same_image(Image.open("out-1.png"), Image.open("out-2.png"))
 
 
 @pytest.mark.parametrize("given", [(), ("--seed", -1)])
@@ -151,9 +151,9 @@ def test_quiet_is_silent(model):
 
 def test_json_is_one_object(model):
     done = inpaint(model, "--json", out="out.webp")
-    (picture,) = json.loads(done.stdout)["pictures"]
-    assert picture["path"] == "out.webp"
-    assert read_settings("out.webp").items() <= picture.items()
+    (image,) = json.loads(done.stdout)["pictures"]
+    assert image["path"] == "out.webp"
+    assert read_settings("out.webp").items() <= image.items()
 
 
 def test_options_are_those_of_the_library():
@@ -168,7 +168,7 @@ def test_options_are_those_of_the_library():
     assert set(options) - set(named) - loading == settings
     assert loading - {"source"} <= set(options) & set(inspect.signature(sdinpaint.load).parameters)
     defaults = inspect.signature(sdinpaint.Pipeline.inpaint).parameters
-    for name in settings - {"batch_size"}:  # one picture at a time is written as soon as it is done
+    for name in settings - {"batch_size"}:  # one image at a time is written as soon as it is done
         assert options[name] == defaults[name].default
 
 
@@ -252,7 +252,7 @@ BESIDE_THE_MODEL = {
 @pytest.mark.parametrize("code", BESIDE_THE_MODEL)
 def test_bad_input_is_refused_before_the_model_is_loaded(code, loads):
     loads(AssertionError("the model was loaded"))
-    Path("text.png").write_text("not a picture")
+    Path("text.png").write_text("not an image")
     Image.new("L", (64, 64), 255).save("square.png")
     before = written()
     done = inpaint("any", **BESIDE_THE_MODEL[code])
@@ -350,11 +350,11 @@ def test_a_device_that_is_not_there(device, model):
 
 
 def test_a_full_disk_leaves_the_file_of_that_name(model, failing):
-    Path("out.png").write_bytes(b"an earlier picture")
+    Path("out.png").write_bytes(b"an earlier image")
     failing(os, "fsync", NO_ROOM)
     assert inpaint(model).exit_code == 5
     assert written() == {"out.png"}
-    assert Path("out.png").read_bytes() == b"an earlier picture"
+    assert Path("out.png").read_bytes() == b"an earlier image"
 
 
 def test_interrupted_runs_leave_no_file(loads, pipe):
@@ -390,7 +390,7 @@ def test_inspect_says_what_a_checkpoint_is(model):
     assert report["problem"] == ""
 
 
-def test_inspect_shows_the_settings_of_a_image(model):
+def test_inspect_shows_the_settings_of_an_image(model):
     inpaint(model, seed=8)
     assert json.loads(run("inspect", "out.png", "--json").stdout) == read_settings("out.png")
     page = run("inspect", "out.png").stdout

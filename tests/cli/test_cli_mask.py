@@ -20,7 +20,7 @@ from sdinpaint.cli import main
 from sdinpaint.cli.edits import EDITS
 from sdinpaint.cli.masking import KINDS
 from sdinpaint.images.boxes import Box
-from sdinpaint.images.picture import read_picture
+from sdinpaint.images.input_image import read_image
 from sdinpaint.masks import Mask
 
 HEIGHT, WIDTH = SIZE = 72, 100
@@ -37,7 +37,7 @@ def draw_photo():
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
-    """A folder with a picture, one with transparency, a map of classes, and three masks, in which the command runs."""
+    """A folder with an image, one with transparency, a map of classes, and three masks, in which the command runs."""
     monkeypatch.chdir(tmp_path)
     photo = draw_photo()
     photo.save("photo.png")
@@ -69,7 +69,7 @@ def levels(mask):
 
 
 def photo():
-    return read_picture("photo.png")
+    return read_image("photo.png")
 
 
 # making
@@ -163,9 +163,9 @@ def models(substitute):
     """What `Mask.sam` and `Mask.clipseg` were asked for; both answer with a box."""
     asked = []
 
-    def answer(picture, **given):
-        asked.append((picture.size, given))
-        return Mask.box(picture.size, BOX)
+    def answer(image, **given):
+        asked.append((image.size, given))
+        return Mask.box(image.size, BOX)
 
     substitute(Mask, sam=answer, clipseg=answer)
     return asked

@@ -1,4 +1,4 @@
-"""`sdinpaint outpaint` and `sdinpaint replay`, and what the commands that paint print and write beside pictures."""
+"""`sdinpaint outpaint` and `sdinpaint replay`, and what the commands that paint print and write beside images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from builders import random_pipeline, small
 from click.testing import CliRunner
-from closeness import LEVEL, SHARE, same_picture
+from closeness import LEVEL, SHARE, same_image
 from PIL import Image
 
 import sdinpaint
@@ -73,9 +73,9 @@ def test_it_writes_what_the_library_makes(model):
     assert done.exit_code == 0, done.output
     pipe = sdinpaint.load(model, device="cpu", progress=False)
     expected = pipe.outpaint(PIXELS, "a fox", right=24, top=16, overlap=8, steps=2, seed=3, progress=False)
-    assert same_picture(pixels("out.png"), expected.image)
+    assert same_image(pixels("out.png"), expected.image)
     other = pipe.outpaint(PIXELS, "a cube", right=24, top=16, overlap=8, steps=2, seed=3, progress=False)
-    assert not same_picture(pixels("out.png"), other.image)
+    assert not same_image(pixels("out.png"), other.image)
     assert (pixels("out.png")[24:, :92] == PIXELS[8:, :92]).all()
     assert "124 x 88 pixels" in done.output
     assert read_settings("out.png")["manifest"]["kind"] == "outpaint"
@@ -127,7 +127,7 @@ def test_a_replay_says_that_it_is_the_same(model):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_replay_loads_the_model_by_itself(model, command):
-    """Its weights may lie otherwise than those that made the picture, so that a few pixels may differ by a level."""
+    """Its weights may lie otherwise than those that made the image, so that a few pixels may differ by a level."""
     assert paint(command, model, *COMMANDS[command]).exit_code == 0
     again = run("replay", "out.png", "--device=cpu", "--json", "--out=again.png")
     found = json.loads(again.output)
@@ -135,7 +135,7 @@ def test_a_replay_loads_the_model_by_itself(model, command):
     assert found["changed"] < SHARE * pixels("out.png")[..., 0].size
     assert found["differences"] == []
     assert (again.exit_code == 0) is found["identical"] is (found["changed"] == 0)
-    assert same_picture(pixels("again.png"), pixels("out.png"))
+    assert same_image(pixels("again.png"), pixels("out.png"))
 
 
 @pytest.mark.usefixtures("kept")
@@ -172,7 +172,7 @@ def test_it_does_not_write_over_what_it_reads(model):
     assert run("replay", "out.png", "--out=out.png").exit_code == 3
 
 
-# beside the picture
+# beside the image
 
 
 def test_the_mask_report_is_printed_before_the_run_and_the_scores_after(model):

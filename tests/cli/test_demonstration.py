@@ -31,7 +31,7 @@ def rows(pipe, substitute):
 
 
 def changed_known_pixels(rows):
-    """How many known pixels of all results differ from the picture that was given."""
+    """How many known pixels of all results differ from the image that was given."""
     count = 0
     for task, (given, _, *results) in zip(tasks(SIZE), rows, strict=True):
         before = np.asarray(given[0])
@@ -39,7 +39,7 @@ def changed_known_pixels(rows):
     return count
 
 
-# the pictures
+# the images
 
 
 def test_every_prompt_is_painted_with_every_sampler(rows):
@@ -76,10 +76,10 @@ def test_holes_cover_what_is_to_be_replaced_and_nothing_else():
 
 
 def test_the_tint_is_seen_in_the_hole_alone():
-    picture = np.full((20, 30, 3), 128, dtype=np.uint8)
+    image = np.full((20, 30, 3), 128, dtype=np.uint8)
     hole = np.zeros((20, 30), dtype=bool)
     hole[5:9, 7:12] = True
-    differs = (np.asarray(tinted(picture, hole)) != picture).any(axis=2)
+    differs = (np.asarray(tinted(image, hole)) != image).any(axis=2)
     assert np.array_equal(differs, hole)
 
 
@@ -116,7 +116,7 @@ def test_a_second_line_makes_rows_higher_and_a_title_the_head():
 
 
 def test_long_captions_are_wrapped_to_the_image():
-    words = "what is asked for here is longer than the picture is wide"
+    words = "what is asked for here is longer than the image is wide"
     narrow = contact_sheet([[(Image.new("RGB", (70, 30)), words)]])
     assert paper(narrow)[:, -MARGIN + 2 :].all()
     wide = ImageFont.load_default(CAPTION_SIZE).getlength(words)

@@ -1,4 +1,4 @@
-"""docs/inpainting.md: all of its code runs, what was asked for is in the pictures, and it shows those very pictures."""
+"""docs/inpainting.md: all of its code runs, what was asked for is in the images, and it shows those very images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from closeness import same_picture
+from closeness import same_image
 from PIL import Image
 from places import DOCS
 
@@ -21,7 +21,7 @@ from sdinpaint.training.scenes import COLORS, Scene, render
 
 MAX_BYTES, MAX_TOTAL = 250_000, 900_000
 LIKE = 0.3
-"""Levels of 255: how far a picture may be, in the mean, from the committed one. One of another seed is off by 1.3."""
+"""Levels of 255: how far an image may be, in the mean, from the committed one. One of another seed is off by 1.3."""
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_the_scratch_is_repaired(names):
     assert names["after"] > names["before"] + 10
 
 
-def test_the_picture_goes_on_to_the_right(names, photo, empty):
+def test_the_image_goes_on_to_the_right(names, photo, empty):
     wider = np.asarray(names["wider"].image)
     assert wider.shape == (128, 192, 3)
     assert np.array_equal(wider[:, :112], photo[:, :112])
@@ -154,7 +154,7 @@ def test_the_picture_goes_on_to_the_right(names, photo, empty):
 def test_the_higher_the_strength_the_more_is_varied(names, photo, empty):
     ball = names["keep"].hole
     purple = np.array(COLORS["purple"]) / np.linalg.norm(COLORS["purple"])
-    means = [np.asarray(picture)[ball].mean(axis=0) for picture in (photo, *names["varied"][:2])]
+    means = [np.asarray(image)[ball].mean(axis=0) for image in (photo, *names["varied"][:2])]
     given, less, more = (np.linalg.norm(mean / np.linalg.norm(mean) - purple) for mean in means)
     assert more < less < given
     assert more < 0.15
@@ -179,49 +179,49 @@ def test_the_best_is_the_best(names):
 # what is kept
 
 
-def test_the_replay_is_the_same_picture(names, folder):
+def test_the_replay_is_the_same_image(names, folder):
     assert names["made"].identical
     assert names["made"].differences == []
     assert read_settings(folder / "out.png")["manifest"]["model"] == "demo"
 
 
-def test_the_command_line_makes_the_same_masks_and_pictures(names, folder):
+def test_the_command_line_makes_the_same_masks_and_images(names, folder):
     expected = {"cli.png": "removed", "added.png": "added", "wider.png": "wider"}
-    pictures = {made: names[name].image for made, name in expected.items()} | {"varied.png": names["varied"][1]}
-    pictures["added-sheet.png"] = Image.open(folder / "add.png")
-    for made, picture in pictures.items():
-        assert same_picture(Image.open(folder / made), picture), made
+    images = {made: names[name].image for made, name in expected.items()} | {"varied.png": names["varied"][1]}
+    images["added-sheet.png"] = Image.open(folder / "add.png")
+    for made, image in images.items():
+        assert same_image(Image.open(folder / made), image), made
     for made, mask in {"cli-mask.png": "mask.png", "cli-preview.png": "preview.png"}.items():
         assert np.array_equal(np.asarray(Image.open(folder / made)), np.asarray(Image.open(folder / mask))), made
-    assert not same_picture(Image.open(folder / "cli.png"), names["first"].image)
+    assert not same_image(Image.open(folder / "cli.png"), names["first"].image)
 
 
-# the pictures it shows
+# the images it shows
 
 
 def unlike(making, folder):
-    """Names of the pictures that the document shows, which are not as its code makes them, in `folder`."""
+    """Names of the images that the document shows, which are not as its code makes them, in `folder`."""
     names = []
     for name in making.SHOWN.findall(making.DOCUMENT.read_text(encoding="utf-8")):
-        shown, made = (np.asarray(making.as_shown(one / name), int) for one in (making.PICTURES, folder))
+        shown, made = (np.asarray(making.as_shown(one / name), int) for one in (making.IMAGES, folder))
         if shown.shape != made.shape or np.abs(shown - made).mean() > LIKE:
             names.append(name)
     return names
 
 
-def test_it_shows_the_pictures_that_its_code_makes(making, folder):
+def test_it_shows_the_images_that_its_code_makes(making, folder):
     assert unlike(making, folder) == []
 
 
-def test_pictures_of_another_run_are_noticed(making, folder, tmp_path):
+def test_images_of_another_run_are_noticed(making, folder, tmp_path):
     for name in making.SHOWN.findall(making.DOCUMENT.read_text(encoding="utf-8")):
         shutil.copy(folder / name, tmp_path)
     shutil.copy(folder / "first.png", tmp_path / "remove.png")
     assert unlike(making, tmp_path) == ["remove.png"]
 
 
-def test_every_picture_is_shown_and_small(making, text):
-    sizes = {path.name: path.stat().st_size for path in making.PICTURES.iterdir()}
+def test_every_image_is_shown_and_small(making, text):
+    sizes = {path.name: path.stat().st_size for path in making.IMAGES.iterdir()}
     assert sorted(sizes) == sorted(making.SHOWN.findall(text))
     assert max(sizes.values()) < MAX_BYTES
     assert sum(sizes.values()) < MAX_TOTAL

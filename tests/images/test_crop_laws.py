@@ -1,4 +1,4 @@
-"""Laws of crops, for any picture and hole: where boxes are, what they are scaled to, and what comes back."""
+"""Laws of crops, for any image and hole: where boxes are, what they are scaled to, and what comes back."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def boxes_in(draw, height, width):
     return Box(left, top, draw(st.integers(left + 1, width)), draw(st.integers(top + 1, height)))
 
 
-def pictures(height, width):
+def random_image(height, width):
     return np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -70,14 +70,14 @@ def breaks_a_law_of_boxes(hole, context, box, multiple):
     """The first law that this box does not keep, or None."""
     height, width = hole.shape
     if not (0 <= box.left < box.right <= width and 0 <= box.top < box.bottom <= height):
-        return "it is inside the picture"
+        return "it is inside the image"
     if not holds(box, surrounded(hole, context)):
         return "it holds the hole and as much of the context as there is"
     for side, whole in zip(box.size, hole.shape, strict=True):
         if side % multiple and side != whole:
-            return "its sides are multiples, or the picture's own"
+            return "its sides are multiples, or the image's own"
         if side * MAX_ELONGATION < max(box.size) and side != whole:
-            return "it is at most twice as long as wide, or as wide as the picture"
+            return "it is at most twice as long as wide, or as wide as the image"
     return None
 
 
@@ -134,7 +134,7 @@ def test_the_laws_see_boxes_that_are_cut_not_shifted(sabotage):
         start = (sum(span) - length) // 2
         return max(start, 0), min(start + length, whole)
 
-    assert broken_boxes(sabotage, cut) == {"its sides are multiples, or the picture's own"}
+    assert broken_boxes(sabotage, cut) == {"its sides are multiples, or the image's own"}
 
 
 def test_the_laws_see_boxes_that_are_off_centre(sabotage):
@@ -150,7 +150,7 @@ def test_the_laws_see_boxes_that_leave_the_image(sabotage):
         start = (sum(span) - length) // 2
         return start, start + length
 
-    assert "it is inside the picture" in broken_boxes(sabotage, outside)
+    assert "it is inside the image" in broken_boxes(sabotage, outside)
 
 
 # working size
@@ -218,23 +218,23 @@ def test_a_region_is_held_together_by_steps_over_less_than_the_gap(hole, gap):
 @quick
 @given(st.data(), SIDES, SIDES)
 def test_cut_and_put_back_are_inverse_at_the_boxs_own_size(data, height, width):
-    picture, box = pictures(height, width), data.draw(boxes_in(height, width))
+    image, box = random_image(height, width), data.draw(boxes_in(height, width))
     crop = Crop(box, box.size)
-    assert np.array_equal(crop.cut(picture), picture[box.slices])
-    assert np.array_equal(crop.put_back(crop.cut(picture), np.zeros_like(picture))[box.slices], picture[box.slices])
-    assert np.array_equal(crop.put_back(crop.cut(picture), picture), picture)
+    assert np.array_equal(crop.cut(image), image[box.slices])
+    assert np.array_equal(crop.put_back(crop.cut(image), np.zeros_like(image))[box.slices], image[box.slices])
+    assert np.array_equal(crop.put_back(crop.cut(image), image), image)
 
 
 @quick
 @given(st.data(), SIDES, SIDES, st.integers(1, 80), st.integers(1, 80))
 def test_pixels_outside_the_box_never_change(data, height, width, rows, columns):
-    picture, box = pictures(height, width), data.draw(boxes_in(height, width))
+    image, box = random_image(height, width), data.draw(boxes_in(height, width))
     crop = Crop(box, (rows, columns))
-    assert crop.cut(picture).shape == (rows, columns, 3)
-    back = crop.put_back(pictures(rows, columns), picture)
+    assert crop.cut(image).shape == (rows, columns, 3)
+    back = crop.put_back(random_image(rows, columns), image)
     outside = np.ones((height, width), dtype=bool)
     outside[box.slices] = False
-    assert np.array_equal(back[outside], picture[outside])
+    assert np.array_equal(back[outside], image[outside])
 
 
 @quick
@@ -253,10 +253,10 @@ def test_every_repainted_pixel_of_the_box_is_repainted_at_working_size_and_none_
 
 @pytest.mark.parametrize("seed", range(3))
 def test_repeated_edits_of_one_crop_leave_what_is_outside_of_it(seed):
-    picture = first = pictures(90 + seed, 120)
+    image = first = random_image(90 + seed, 120)
     crop = Crop(Box(10, 20, 58, 68), (128, 128))
     for _ in range(10):
-        picture = crop.put_back(crop.cut(picture), picture)
+        image = crop.put_back(crop.cut(image), image)
     outside = np.ones(first.shape[:2], dtype=bool)
     outside[crop.box.slices] = False
-    assert np.array_equal(picture[outside], first[outside])
+    assert np.array_equal(image[outside], first[outside])

@@ -38,9 +38,9 @@ def noise(height, width, seed=0):
         ((600, 800), (0, 0, 64, 64), 32, 512, (0, 0, 128, 128)),  # shifted to the left and top border
         ((600, 800), (736, 536, 800, 600), 32, 512, (672, 472, 800, 600)),  # and to the right and bottom one
         ((600, 800), (100, 300, 500, 310), 0, 512, (100, 205, 500, 405)),  # a long strip: 400 by at least 200
-        ((40, 800), (100, 10, 500, 20), 0, 512, (100, 0, 500, 40)),  # in a picture that is not high enough
+        ((40, 800), (100, 10, 500, 20), 0, 512, (100, 0, 500, 40)),  # in an image that is not high enough
         ((600, 800), (300, 200, 301, 201), 0, 512, (296, 196, 304, 204)),  # one pixel: a latent cell
-        ((8, 9), (0, 0, 9, 8), 9, 512, (0, 0, 9, 8)),  # the smallest picture, and no multiple of 8
+        ((8, 9), (0, 0, 9, 8), 9, 512, (0, 0, 9, 8)),  # the smallest image, and no multiple of 8
         ((601, 803), (0, 0, 803, 601), AUTO, 512, (0, 0, 803, 601)),
         ((600, 800), (300, 200, 364, 264), None, 512, (0, 0, 800, 600)),
     ],
@@ -122,9 +122,9 @@ def test_regions_say_what_they_need(without):
 
 
 def test_without_scaling_a_crop_is_the_box_itself():
-    picture = noise(40, 50)
+    image = noise(40, 50)
     crop = Crop(Box(4, 6, 36, 30), (24, 32))
-    assert np.array_equal(crop.cut(picture), picture[6:30, 4:36])
+    assert np.array_equal(crop.cut(image), image[6:30, 4:36])
     soft = np.random.default_rng(1).random((40, 50), dtype=np.float32)
     assert np.array_equal(crop.cut_soft(soft), soft[6:30, 4:36])
     assert np.array_equal(crop.cut_hole(soft > 0.5), soft[6:30, 4:36] > 0.5)
@@ -132,21 +132,21 @@ def test_without_scaling_a_crop_is_the_box_itself():
 
 def test_scaling_there_and_back_keeps_a_smooth_image():
     rows, columns = np.mgrid[:96, :120]
-    picture = np.stack([2 * rows, 2 * columns, rows + columns], axis=2).astype(np.uint8)
+    image = np.stack([2 * rows, 2 * columns, rows + columns], axis=2).astype(np.uint8)
     crop = Crop(Box(10, 8, 90, 72), (128, 160))
-    back = crop.put_back(crop.cut(picture), picture)
-    assert np.abs(back.astype(int) - picture).max() <= 3
+    back = crop.put_back(crop.cut(image), image)
+    assert np.abs(back.astype(int) - image).max() <= 3
 
 
 def test_a_pasted_crop_fills_its_box_and_changes_nothing_else():
-    picture = noise(40, 50)
-    before = picture.copy()
+    image = noise(40, 50)
+    before = image.copy()
     crop = Crop(Box(4, 6, 36, 30), (48, 64))
-    back = crop.put_back(np.full((48, 64, 3), 7, dtype=np.uint8), picture)
+    back = crop.put_back(np.full((48, 64, 3), 7, dtype=np.uint8), image)
     assert (back[6:30, 4:36] == 7).all()
     outside = ~hole_at((40, 50), crop.box)
     assert np.array_equal(back[outside], before[outside])
-    assert np.array_equal(picture, before)
+    assert np.array_equal(image, before)
 
 
 def test_a_thin_line_survives_any_scaling_down():

@@ -372,7 +372,7 @@ def test_altered_settings_are_read_or_refused(folder, name, changes, share):
 
 @pytest.fixture(scope="module")
 def saved(folder) -> dict[str, bytes]:
-    """The bytes of a picture with its settings, by its extension."""
+    """The bytes of an image with its settings, by its extension."""
     for suffix in ("png", "jpg", "webp"):
         save_png(Image.new("RGB", (8, 8)), folder / f"whole.{suffix}", FULL)
     return {suffix: (folder / f"whole.{suffix}").read_bytes() for suffix in ("png", "jpg", "webp")}
@@ -409,7 +409,7 @@ class Faulty:
         self.error = error
 
     def save(self, stream, **options):
-        stream.write(b"half a picture")
+        stream.write(b"half an image")
         raise self.error
 
 
@@ -417,12 +417,12 @@ class Faulty:
 def test_disk_full_leaves_the_old_file_and_nothing_else(image, tmp_path, exists):
     target = tmp_path / "a.png"
     if exists:
-        target.write_bytes(b"the old picture")
+        target.write_bytes(b"the old image")
     with pytest.raises(ImageError, match="No space left") as caught:
         save_png(Faulty(OSError(errno.ENOSPC, "No space left on device")), target, {})
     assert caught.value.code == "IMAGE_NOT_WRITTEN"
     assert names(tmp_path) == (["a.png"] if exists else [])
-    assert not exists or target.read_bytes() == b"the old picture"
+    assert not exists or target.read_bytes() == b"the old image"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1), MemoryError()])
@@ -434,11 +434,11 @@ def test_interruption_leaves_nothing(tmp_path, error):
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_failure_at_the_end_leaves_the_old_file(image, tmp_path, step, failing):
-    (tmp_path / "a.png").write_bytes(b"the old picture")
+    (tmp_path / "a.png").write_bytes(b"the old image")
     failing(os, step, OSError(errno.EIO, "Input/output error"))
     with pytest.raises(ImageError, match="Input/output"):
         save_png(image, tmp_path / "a.png", {})
-    assert (tmp_path / "a.png").read_bytes() == b"the old picture"
+    assert (tmp_path / "a.png").read_bytes() == b"the old image"
     assert names(tmp_path) == ["a.png"]
 
 

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from sdinpaint.errors import SettingError
 from sdinpaint.images import fills
 from sdinpaint.images.fills import FILLS, NEUTRAL, fill_hole, spread
-from sdinpaint.images.picture import to_tensor, to_uint8
+from sdinpaint.images.input_image import to_tensor, to_uint8
 
 FROM_KNOWN = ("blur", "edge", "telea")
 SIZE = (37, 53)
 
 
-def random_picture(seed: int = 0, size: tuple[int, int] = SIZE) -> np.ndarray:
+def random_image(seed: int = 0, size: tuple[int, int] = SIZE) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
 
 
@@ -43,11 +43,11 @@ each_from_known = pytest.mark.parametrize("fill", FROM_KNOWN)
 @each_hole
 @pytest.mark.parametrize("fill", FILLS)
 def test_known_pixels_stay_and_the_input_is_not_changed(fill, hole):
-    rgb = random_picture()
+    rgb = random_image()
     filled = fill_hole(rgb, hole, fill)
     assert filled.dtype == np.uint8
     assert np.array_equal(filled[~hole], rgb[~hole])
-    assert np.array_equal(rgb, random_picture())
+    assert np.array_equal(rgb, random_image())
     assert not np.shares_memory(filled, rgb)
 
 
@@ -55,7 +55,7 @@ def test_known_pixels_stay_and_the_input_is_not_changed(fill, hole):
 @given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 1), st.integers(0, 1000), st.sampled_from(FILLS))
 def test_any_size_and_any_hole(height, width, share, seed, fill):
     hole = np.random.default_rng(seed).random((height, width)) < share
-    rgb = random_picture(seed, (height, width))
+    rgb = random_image(seed, (height, width))
     filled = fill_hole(rgb, hole, fill)
     assert filled.shape == rgb.shape
     assert np.array_equal(filled[~hole], rgb[~hole])
@@ -64,7 +64,7 @@ def test_any_size_and_any_hole(height, width, share, seed, fill):
 @each_hole
 @each_from_known
 def test_what_is_removed_has_no_part(fill, hole):
-    rgb, other = random_picture(), random_picture()
+    rgb, other = random_image(), random_image()
     other[hole] = 255 - other[hole]
     assert np.array_equal(fill_hole(rgb, hole, fill), fill_hole(other, hole, fill))
 
@@ -81,14 +81,14 @@ def test_a_leak_would_be_seen(sabotage):
 @pytest.mark.parametrize("color", [(0, 0, 0), (255, 255, 255), (7, 130, 251)])
 def test_constant_surroundings_go_on(fill, tolerance, hole, color):
     """OpenCV paints each pixel from neighbours that it has rounded, which adds up."""
-    rgb = np.where(hole[..., None], random_picture(), np.uint8(color))
+    rgb = np.where(hole[..., None], random_image(), np.uint8(color))
     assert np.abs(fill_hole(rgb, hole, fill) - np.array(color)).max() <= tolerance
 
 
 @each_from_known
 def test_fillings_stay_between_the_known_levels(fill):
     hole = HOLES["inside"]
-    rgb = np.where(hole[..., None], np.uint8(0), random_picture() // 4 + 90)
+    rgb = np.where(hole[..., None], np.uint8(0), random_image() // 4 + 90)
     filled = fill_hole(rgb, hole, fill)
     assert filled.min() >= rgb[~hole].min()
     assert filled.max() <= rgb[~hole].max()
@@ -96,7 +96,7 @@ def test_fillings_stay_between_the_known_levels(fill):
 
 @pytest.mark.parametrize("fill", ["original", "neutral", "noise"])
 def test_fillings_that_look_at_nothing(fill):
-    rgb, hole = random_picture(), HOLES["two"]
+    rgb, hole = random_image(), HOLES["two"]
     expected = rgb[hole] if fill == "original" else NEUTRAL
     assert (fill_hole(rgb, hole, fill)[hole] == expected).all()
 
@@ -109,7 +109,7 @@ def test_neutral_is_what_the_models_see_as_zero():
 
 @pytest.mark.parametrize("fill", FILLS)
 def test_everything_and_nothing(fill):
-    rgb = random_picture()
+    rgb = random_image()
     assert np.array_equal(fill_hole(rgb, np.zeros(SIZE, bool), fill), rgb)
     whole = fill_hole(rgb, np.ones(SIZE, bool), fill)
     assert np.array_equal(whole, rgb if fill == "original" else np.full_like(rgb, NEUTRAL))
@@ -130,13 +130,13 @@ def test_edge_is_the_nearest_known_pixel(hole):
 
 @pytest.mark.parametrize("name", ["inside", "one pixel", "two", "right and bottom"])
 def test_telea_is_that_of_opencv(name):
-    rgb, hole = random_picture(), HOLES[name]
+    rgb, hole = random_image(), HOLES[name]
     peer = cv2.inpaint(rgb, hole.astype(np.uint8) * 255, 3, cv2.INPAINT_TELEA)
     assert np.array_equal(fill_hole(rgb, hole, "telea")[hole], peer[hole])
 
 
 def test_views_that_opencv_does_not_take():
-    rgb, hole = random_picture()[::-1, ::-1], HOLES["inside"][::-1, ::-1]
+    rgb, hole = random_image()[::-1, ::-1], HOLES["inside"][::-1, ::-1]
     for fill in FILLS:
         filled = fill_hole(rgb, hole, fill)
         assert np.array_equal(filled, fill_hole(rgb.copy(), hole.copy(), fill))
@@ -166,7 +166,7 @@ def test_spread_keeps_what_is_known_and_takes_any_scale():
 @pytest.mark.parametrize(("fill", "hint"), [("tela", "telea"), ("Blur", "blur"), ("xyz", ""), (None, ""), (3, "")])
 def test_unknown_fill_lists_the_known(fill, hint):
     with pytest.raises(SettingError) as caught:
-        fill_hole(random_picture(), HOLES["inside"], fill)
+        fill_hole(random_image(), HOLES["inside"], fill)
     assert caught.value.code == "SETTING_FILL"
     assert repr(fill) in caught.value.found
     assert all(name in caught.value.expected for name in FILLS)
@@ -177,7 +177,7 @@ def test_unknown_fill_lists_the_known(fill, hint):
 def test_fills_that_need_the_extra_say_so(fill, module, without):
     without(module)
     with pytest.raises(SettingError, match=r"sdinpaint\[mask\]") as caught:
-        fill_hole(random_picture(), HOLES["inside"], fill)
+        fill_hole(random_image(), HOLES["inside"], fill)
     assert caught.value.code == "SETTING_EXTRA"
     for core in ("original", "noise", "blur", "neutral"):
-        fill_hole(random_picture(), HOLES["inside"], core)
+        fill_hole(random_image(), HOLES["inside"], core)

@@ -178,7 +178,7 @@ def test_saved_as_png_alone(tmp_path, name):
         Mask(HOLE).save(tmp_path / name)
 
 
-def test_over_a_image():
+def test_over_an_image():
     shown = np.asarray(Mask(HOLE).over(PHOTO)).astype(int)
     assert np.array_equal(shown[~HOLE], PHOTO[~HOLE])
     tint = 0.4 * PHOTO + 0.6 * np.array([255, 0, 140])
@@ -249,13 +249,13 @@ def test_strokes_are_as_wide_as_asked_with_round_ends(width):
     assert abs(dot - np.pi * width**2 / 4) <= np.pi * width + 1
 
 
-# picked from pictures
+# picked from images
 
 
 def test_from_alpha_either_way(tmp_path):
     alpha = np.where(HOLE, np.uint8(1), PHOTO[..., 0])
     image = Image.fromarray(np.dstack([PHOTO, alpha]))
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     image.save(path)
     for source in (image, path):
         assert Mask.from_alpha(source, opaque=True) == Mask(alpha / np.float32(255))
@@ -267,14 +267,14 @@ def test_from_alpha_either_way(tmp_path):
 
 @pytest.mark.parametrize("color", ["magenta", "#ff00ff", (255, 0, 255), np.array([255, 0, 255])])
 def test_from_color(color):
-    picture = np.where(HOLE[..., None], np.uint8((255, 0, 255)), np.uint8((255, 40, 255)))
-    picture[20, 30] = (231, 24, 231)
-    picture[20, 31] = (230, 24, 231)
+    image = np.where(HOLE[..., None], np.uint8((255, 0, 255)), np.uint8((255, 40, 255)))
+    image[20, 30] = (231, 24, 231)
+    image[20, 31] = (230, 24, 231)
     expected = HOLE.copy()
     expected[20, 31] = False
-    assert np.array_equal(Mask.from_color(picture, color).hole, expected)
-    assert np.array_equal(Mask.from_color(picture, color, tolerance=25).hole, HOLE)
-    assert Mask.from_color(picture, color, tolerance=40).share == 1
+    assert np.array_equal(Mask.from_color(image, color).hole, expected)
+    assert np.array_equal(Mask.from_color(image, color, tolerance=25).hole, HOLE)
+    assert Mask.from_color(image, color, tolerance=40).share == 1
 
 
 def test_from_luminance():
@@ -298,9 +298,9 @@ def label_forms(tmp_path):
     text.write_text(LAYOUT)
     table.write_text("0,0,7\n0,2,2\n")
     arrays = [ids, ids.astype(np.uint8), torch.from_numpy(ids)]
-    pictures = [palette, Image.fromarray(ids.astype(np.uint8)), Image.fromarray(ids.astype(np.int32))]
-    pictures += [Image.fromarray(ids.astype(np.uint16)), png, str(png)]
-    return [*arrays, *pictures, text, str(table), LAYOUT, "0, 0, 7\n0, 2, 2", "\n0\t0\t7\r\n0 2 2\n\n"]
+    images = [palette, Image.fromarray(ids.astype(np.uint8)), Image.fromarray(ids.astype(np.int32))]
+    images += [Image.fromarray(ids.astype(np.uint16)), png, str(png)]
+    return [*arrays, *images, text, str(table), LAYOUT, "0, 0, 7\n0, 2, 2", "\n0\t0\t7\r\n0 2 2\n\n"]
 
 
 def test_from_labels_in_every_form(tmp_path):
@@ -327,15 +327,15 @@ def test_unknown_label_lists_those_that_occur(tmp_path):
 
 
 def test_segmentation_is_passed_the_pixels_and_returned_as_a_mask():
-    picture = np.full((*SIZE, 3), 30, np.uint8)
-    picture[HOLE] = (200, 180, 40)
-    clear = Image.fromarray(np.dstack([picture, np.full(SIZE, 255, np.uint8)]))
+    image = np.full((*SIZE, 3), 30, np.uint8)
+    image[HOLE] = (200, 180, 40)
+    clear = Image.fromarray(np.dstack([image, np.full(SIZE, 255, np.uint8)]))
     keep, repaint = Mask.box(SIZE, (0, 0, 96, 8)), Mask.box(SIZE, (45, 30, 50, 35))
     assert Mask.flood(clear, (40, 30)) == Mask(HOLE)
-    assert Mask.region(picture, (40, 30), sigma=0) == Mask(HOLE)
+    assert Mask.region(image, (40, 30), sigma=0) == Mask(HOLE)
     assert Mask.grabcut(clear, box=(20, 10, 80, 60)) == Mask(HOLE)
-    assert Mask.grabcut(picture, keep=keep, repaint=repaint.to_pil()) == Mask(HOLE)
-    refused(MaskError, "MASK_SIZE", lambda: Mask.grabcut(picture, repaint=Mask.full((96, 72))), "repaint")
+    assert Mask.grabcut(image, keep=keep, repaint=repaint.to_pil()) == Mask(HOLE)
+    refused(MaskError, "MASK_SIZE", lambda: Mask.grabcut(image, repaint=Mask.full((96, 72))), "repaint")
 
 
 def test_models_are_passed_the_pixels_and_every_argument(monkeypatch):
@@ -416,7 +416,7 @@ BAD = {
     "words as labels": (MaskError, "MASK_LABELS", lambda: Mask.from_labels("sky sky\nsea sea\n", 1)),
     "ragged layout": (MaskError, "MASK_LABELS", lambda: Mask.from_labels("1 2\n3\n", 1)),
     "no layout file": (MaskError, "MASK_LABELS", lambda: Mask.from_labels("none.csv", 1)),
-    "no label picture": (ImageError, "IMAGE_NOT_FOUND", lambda: Mask.from_labels("none.png", 1)),
+    "no label image": (ImageError, "IMAGE_NOT_FOUND", lambda: Mask.from_labels("none.png", 1)),
     "no ids": (MaskError, "MASK_UNKNOWN_LABEL", lambda: Mask.from_labels(LAYOUT, [])),
     "ids as text": (MaskError, "MASK_UNKNOWN_LABEL", lambda: Mask.from_labels(LAYOUT, "7")),
     "labels to no size": (MaskError, "MASK_BAD_SIZE", lambda: Mask.from_labels(LAYOUT, 7, size=(0, 1))),

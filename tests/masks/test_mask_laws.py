@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as arrays
 from scipy import ndimage
 from skimage import measure
 
-from sdinpaint.images.picture import pad_to_multiple
+from sdinpaint.images.input_image import pad_to_multiple
 from sdinpaint.masks import Mask, to_latent
 
 LEVELS = st.sampled_from([0.0, 0.0, 1.0, 0.5, 0.25]) | st.floats(0, 1, width=32)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from refusals import refused
 
 from sdinpaint.errors import MaskError, SettingError
-from sdinpaint.images.picture import pad_to_multiple
+from sdinpaint.images.input_image import pad_to_multiple
 from sdinpaint.masks import Mask, to_latent
 from sdinpaint.masks import report as report_on
 from sdinpaint.masks.generator import random_hole

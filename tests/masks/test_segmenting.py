@@ -1,4 +1,4 @@
-"""Masks by GrabCut, by flooding and by regions, on pictures whose objects are known."""
+"""Masks by GrabCut, by flooding and by regions, on images whose objects are known."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def ellipse(x: float, y: float, across: float, down: float) -> np.ndarray:
 
 
 def painted(*objects, ground=(60, 120, 170), noise=0.0):
-    """A picture of (hole, colour) pairs over a ground, with noise of that standard deviation."""
-    picture = np.empty((*SIZE, 3))
-    picture[:] = ground
+    """An image of (hole, colour) pairs over a ground, with noise of that standard deviation."""
+    image = np.empty((*SIZE, 3))
+    image[:] = ground
     for hole, colour in objects:
-        picture[hole] = colour
-    picture += np.random.default_rng(0).normal(0, 1, picture.shape) * noise
-    return picture.clip(0, 255).astype(np.uint8)
+        image[hole] = colour
+    image += np.random.default_rng(0).normal(0, 1, image.shape) * noise
+    return image.clip(0, 255).astype(np.uint8)
 
 
 def iou(found, truth):
@@ -44,46 +44,46 @@ SPECK = ellipse(40, 20, 5, 5)
 
 
 def test_grabcut_finds_the_object_in_a_box():
-    picture = painted((OBJECT, RED), noise=25)
-    assert iou(grabcut(picture, BOX), OBJECT) > 0.95
-    assert iou(grabcut(picture, (25, 12, 95, 78)), OBJECT) > 0.95
+    image = painted((OBJECT, RED), noise=25)
+    assert iou(grabcut(image, BOX), OBJECT) > 0.95
+    assert iou(grabcut(image, (25, 12, 95, 78)), OBJECT) > 0.95
 
 
 def test_grabcut_finds_the_object_under_a_scribble():
-    picture = painted((OBJECT, RED), noise=25)
-    assert iou(grabcut(picture, repaint=ellipse(60, 45, 8, 4)), OBJECT) > 0.95
+    image = painted((OBJECT, RED), noise=25)
+    assert iou(grabcut(image, repaint=ellipse(60, 45, 8, 4)), OBJECT) > 0.95
 
 
 def test_nothing_outside_of_the_box_is_repainted_but_by_scribbles():
     other = ellipse(105, 70, 12, 12)
-    picture = painted((OBJECT, RED), (other, RED), noise=10)
-    found = grabcut(picture, BOX)
+    image = painted((OBJECT, RED), (other, RED), noise=10)
+    found = grabcut(image, BOX)
     outside = np.ones(SIZE, bool)
     outside[BOX.slices] = False
     assert not found[outside].any()
-    assert grabcut(picture, BOX, repaint=other)[outside & other].all()
+    assert grabcut(image, BOX, repaint=other)[outside & other].all()
 
 
 def test_scribbles_decide_where_they_are_drawn():
     left, right = ellipse(45, 45, 12, 15), ellipse(75, 45, 12, 15)
-    picture = painted((left, RED), (right, BLUE), noise=10)
-    assert iou(grabcut(picture, BOX), left | right) > 0.95
-    kept = grabcut(picture, BOX, keep=ellipse(75, 45, 8, 10))
+    image = painted((left, RED), (right, BLUE), noise=10)
+    assert iou(grabcut(image, BOX), left | right) > 0.95
+    kept = grabcut(image, BOX, keep=ellipse(75, 45, 8, 10))
     assert iou(kept, left) > 0.95
     hard = ellipse(45, 45, 4, 4)
-    assert not grabcut(picture, BOX, keep=hard)[hard].any()
+    assert not grabcut(image, BOX, keep=hard)[hard].any()
     ground = ellipse(60, 20, 5, 3)
-    assert grabcut(picture, BOX, repaint=ground)[ground].all()
+    assert grabcut(image, BOX, repaint=ground)[ground].all()
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64, int])
 def test_scribbles_of_any_kind(kind):
-    picture, scribble = painted((OBJECT, RED), noise=25), ellipse(60, 45, 8, 4)
+    image, scribble = painted((OBJECT, RED), noise=25), ellipse(60, 45, 8, 4)
     soft = scribble.astype(kind)
     if kind is not int:
         soft[~scribble] = 0.49
         soft[scribble] = 0.5
-    assert np.array_equal(grabcut(picture, repaint=soft), grabcut(picture, repaint=scribble))
+    assert np.array_equal(grabcut(image, repaint=soft), grabcut(image, repaint=scribble))
 
 
 def test_grabcut_gives_the_same_bits_and_leaves_the_generator_of_opencv_alone():
@@ -117,11 +117,11 @@ def test_grabcut_gives_the_same_bits_and_leaves_the_generator_of_opencv_alone():
 
 
 def test_grabcut_leaves_what_it_is_given():
-    picture, scribble = painted((OBJECT, RED), noise=25), ellipse(60, 45, 8, 4)
-    before = picture.copy(), scribble.copy()
-    picture.flags.writeable = scribble.flags.writeable = False
-    grabcut(picture[:, ::-1], repaint=scribble)
-    assert np.array_equal(picture, before[0])
+    image, scribble = painted((OBJECT, RED), noise=25), ellipse(60, 45, 8, 4)
+    before = image.copy(), scribble.copy()
+    image.flags.writeable = scribble.flags.writeable = False
+    grabcut(image[:, ::-1], repaint=scribble)
+    assert np.array_equal(image, before[0])
     assert np.array_equal(scribble, before[1])
 
 
@@ -163,10 +163,10 @@ def test_a_scribble_of_one_pixel_is_enough():
 
 def test_flood_fills_one_colour_and_no_other_object():
     far = ellipse(15, 15, 8, 8)
-    picture = painted((OBJECT, RED), (far, RED))
-    assert np.array_equal(flood(picture, (60, 45)), OBJECT)
-    assert np.array_equal(flood(picture, (15, 15)), far)
-    assert np.array_equal(flood(picture, (110, 5), tolerance=0), ~(OBJECT | far))
+    image = painted((OBJECT, RED), (far, RED))
+    assert np.array_equal(flood(image, (60, 45)), OBJECT)
+    assert np.array_equal(flood(image, (15, 15)), far)
+    assert np.array_equal(flood(image, (110, 5), tolerance=0), ~(OBJECT | far))
 
 
 def test_a_point_is_x_then_y():
@@ -208,21 +208,21 @@ def test_flood_at_tolerance_zero_takes_every_pixel_of_one_colour():
 
 
 def test_region_under_a_point():
-    picture = painted((OBJECT, RED))
-    assert np.array_equal(region(picture, (60, 45), sigma=0), OBJECT)
-    assert np.array_equal(region(picture, (2, 2), sigma=0), ~OBJECT)
+    image = painted((OBJECT, RED))
+    assert np.array_equal(region(image, (60, 45), sigma=0), OBJECT)
+    assert np.array_equal(region(image, (2, 2), sigma=0), ~OBJECT)
     assert iou(region(painted((OBJECT, RED), noise=10), (60, 45)), OBJECT) > 0.85
 
 
 def test_small_regions_are_taken_in_by_their_neighbours():
-    picture = painted((SPECK, RED))
-    assert np.array_equal(region(picture, (40, 20), sigma=0, min_size=50), SPECK)
-    assert region(picture, (40, 20), sigma=0, min_size=100).all()
+    image = painted((SPECK, RED))
+    assert np.array_equal(region(image, (40, 20), sigma=0, min_size=50), SPECK)
+    assert region(image, (40, 20), sigma=0, min_size=100).all()
 
 
 def test_regions_grow_with_scale():
-    picture = painted((OBJECT, (90, 130, 170)), noise=10)
-    assert region(picture, (60, 45), scale=5000).sum() > region(picture, (60, 45), scale=20).sum()
+    image = painted((OBJECT, (90, 130, 170)), noise=10)
+    assert region(image, (60, 45), scale=5000).sum() > region(image, (60, 45), scale=20).sum()
 
 
 @pytest.mark.parametrize("function", [flood, region])

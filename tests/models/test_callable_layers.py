@@ -48,7 +48,7 @@ def pixels(result):
     return np.asarray(result.image).astype(int)
 
 
-def same_picture(one, other):
+def same_image(one, other):
     """Equal to one level of 255."""
     return np.abs(pixels(one) - pixels(other)).max() <= 1
 
@@ -390,7 +390,7 @@ def test_a_wrapper_is_what_runs(tiny, vocabulary, sdxl, name):
     wrapper = nn.ModuleList(map(Wrapper, whole)) if isinstance(whole, nn.ModuleList) else Wrapper(whole)
     setattr(pipe, name, wrapper)
     after = pipe.inpaint(IMAGE, MASK, "a red fox", **RUN)
-    assert same_picture(before, after)
+    assert same_image(before, after)
     assert all(one.calls > 0 for one in ([*wrapper] if isinstance(wrapper, nn.ModuleList) else [wrapper]))
 
 
@@ -444,7 +444,7 @@ def test_a_model_that_is_not_plain_is_not_captured(pipe, replays):
     replays.made = 0
     pipe.graphs = Graphs(True)
     pipe.unet.input_blocks[0][0].register_forward_hook(lambda *_: None)
-    assert same_picture(before, pipe.inpaint(IMAGE, MASK, "a red fox", **RUN))
+    assert same_image(before, pipe.inpaint(IMAGE, MASK, "a red fox", **RUN))
     assert replays.made == 0
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from builders import fill, for_text_to_image, random_pipeline, rewrite_json, save_lightning, single_file, small
 from click.testing import CliRunner
-from closeness import same_picture
+from closeness import same_image
 from PIL import Image
 from safetensors.torch import save_file
 from sdinpaint_weights.keymap import controlnet_table_for, inverse, renamed
@@ -115,7 +115,7 @@ def family(tiny):
 def net(family):
     config = ControlNetConfig(unet=replace(family.unet, in_channels=4), hint_widths=(5, 7, 11, 13))
     net = fill(ControlNet(config), 7).eval().requires_grad_(False)
-    net.input_hint_block[14].weight.mul_(300)  # a picture's trace fades on its way through the hint's block
+    net.input_hint_block[14].weight.mul_(300)  # an image's trace fades on its way through the hint's block
     return net
 
 
@@ -329,7 +329,7 @@ def test_the_hint(pipe, asked):
     found = hint[0, :, :, :70].permute(1, 2, 0).numpy()
     assert np.abs(found[~mask] - image[~mask] / 255).max() < 1e-6
     assert (found[mask] == -1).all()
-    assert hint[0, :, :, 70].equal(hint[0, :, :, 68])  # reflected as the picture is
+    assert hint[0, :, :, 70].equal(hint[0, :, :, 68])  # reflected as the image is
 
 
 def test_a_hint_of_ones_own_is_not_masked(pipe, asked):
@@ -349,7 +349,7 @@ def test_inpaint_hint():
     assert inpaint_hint(image, hole)[0, 2].flatten().tolist() == [0, -1, 1, -1]
 
 
-# Pictures
+# Images
 
 
 def test_a_new_one_changes_nothing(either, net):
@@ -357,7 +357,7 @@ def test_a_new_one_changes_nothing(either, net):
     for layer in (*untrained.zero_convs, untrained.middle_block_out):
         layer[0].weight.zero_(), layer[0].bias.zero_()
     without = controlled(either, None)
-    assert same_picture(inpaint(controlled(either, untrained)).image, inpaint(without).image)
+    assert same_image(inpaint(controlled(either, untrained)).image, inpaint(without).image)
     assert levels(inpaint(either).image, inpaint(without).image) > 1
 
 
@@ -387,7 +387,7 @@ def test_an_item_of_a_batch_is_its_single_run(either):
     for i, image in enumerate(images):
         alone = inpaint(either, image, masks[i], control_image=hints[i], seed=i + 1, **RANGE).image
         assert levels(together[i], alone) <= 1
-        assert same_picture(listed[i], alone)
+        assert same_image(listed[i], alone)
 
 
 def test_settings_replay_the_run(pipe):
@@ -447,9 +447,9 @@ def test_a_hint_that_is_no_image_of_that_size(pipe):
 def test_on_the_command_line(model, net, tmp_path):
     """The ControlNet is loaded and asked as it is from Python."""
     write_folder(tmp_path / "control", net)
-    picture, mask, own, out = (tmp_path / f"{name}.png" for name in ("picture", "mask", "own", "out"))
-    Image.fromarray(IMAGE).save(picture), Image.fromarray(MASK).save(mask), Image.fromarray(255 - IMAGE).save(own)
-    given = [*("inpaint", picture, "--mask", mask, "--prompt", "a red fox", "--model", model, "--out", out)]
+    image, mask, own, out = (tmp_path / f"{name}.png" for name in ("image", "mask", "own", "out"))
+    Image.fromarray(IMAGE).save(image), Image.fromarray(MASK).save(mask), Image.fromarray(255 - IMAGE).save(own)
+    given = [*("inpaint", image, "--mask", mask, "--prompt", "a red fox", "--model", model, "--out", out)]
     given += ["--steps", 10, "--seed", 5, "--device", "cpu", "--control-image", own]
     given += [word for name, value in RANGE.items() for word in (f"--{name.replace('_', '-')}", value)]
     done = CliRunner().invoke(cli.main, [str(word) for word in given])
@@ -460,6 +460,6 @@ def test_on_the_command_line(model, net, tmp_path):
     assert done.exit_code == 0, done.output
     pipe = load(model, controlnet=tmp_path / "control", device="cpu", progress=False)
     expected = inpaint(pipe, control_image=255 - IMAGE, steps=10, **RANGE).image
-    assert same_picture(Image.open(out), expected)
-    assert not same_picture(Image.open(out), inpaint(pipe, steps=10, **RANGE).image)
+    assert same_image(Image.open(out), expected)
+    assert not same_image(Image.open(out), inpaint(pipe, steps=10, **RANGE).image)
     assert RANGE.items() <= read_settings(out).items()

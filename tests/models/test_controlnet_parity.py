@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore:__array__ imp
 
 TOLERANCE = 1e-4
 HINT, RESIDUAL = 1000.0, 0.3
-"""Factors of the last layers: activations shrink on the way through the hint's block, and a picture has to count."""
+"""Factors of the last layers: activations shrink on the way through the hint's block, and an image has to count."""
 TIMES = (1.0, 413.75, 999.0)
 
 
@@ -101,7 +101,7 @@ def test_full_width():
 
 
 def test_a_small_one_for_sdxl(config):
-    """It is told the picture's size, its heads and projections are others, and the first level has no attention."""
+    """It is told the image's size, its heads and projections are others, and the first level has no attention."""
     unet = replace(
         config.unet,
         channel_mult=(1, 2, 4),
@@ -175,7 +175,7 @@ STEPS, RUN_TOLERANCE = 10, 3e-4
 RANGE = {"control_scale": 0.7, "control_start": 0.2, "control_end": 0.6}
 
 
-def picture(height=64, width=72):
+def image_and_mask(height=64, width=72):
     rows, columns = np.mgrid[:height, :width] / 64
     waves = [0.5 + 0.4 * np.sin(5 * rows + 3 * columns * shift + shift) for shift in range(3)]
     mask = np.zeros((height, width), np.uint8)
@@ -185,7 +185,7 @@ def picture(height=64, width=72):
 
 def hint():
     """As the model card of control_v11p_sd15_inpaint makes it."""
-    image, mask = picture()
+    image, mask = image_and_mask()
     values = np.asarray(image).astype(np.float32) / 255
     values[np.asarray(mask).astype(np.float32) / 255 > 0.5] = -1
     return torch.from_numpy(values).permute(2, 0, 1)[None]
@@ -216,7 +216,7 @@ def pipes(request, tiny, models, vocabulary, tmp_path_factory):
 def run_theirs(theirs, strength=1.0, guidance_scale=7.5, control_image=None, **options):
     names = {"control_scale": "controlnet_conditioning_scale"}
     names |= {name: name.replace("control", "control_guidance") for name in ("control_start", "control_end")}
-    image, mask = picture()
+    image, mask = image_and_mask()
     return theirs(
         PROMPT,
         image,
@@ -238,7 +238,7 @@ def run_ours(mine, **options):
     """Return the image in [0, 1] before it is rounded to 8 bits."""
     options = {"steps": STEPS, "seed": 7, "cover": "nearest", "progress": False, **options}  # as diffusers has it
     with unrounded() as decoded:
-        mine.inpaint(*picture(), PROMPT, NEGATIVE, **options)
+        mine.inpaint(*image_and_mask(), PROMPT, NEGATIVE, **options)
     return decoded[0]
 
 
@@ -296,7 +296,7 @@ def bound(**changes):
 
 BROKEN_RUNS = {
     "0 where it is repainted": another_hint(lambda image, hole: (image / 2 + 0.5) * (hole < 0.5)),
-    "the whole picture": another_hint(lambda image, hole: image / 2 + 0.5),
+    "the whole image": another_hint(lambda image, hole: image / 2 + 0.5),
     "-1 to 1": another_hint(lambda image, hole: torch.where(hole >= 0.5, -1.0, image)),
     "-1 where it is kept": another_hint(lambda image, hole: torch.where(hole < 0.5, -1.0, image / 2 + 0.5)),
     "from one step earlier": bound(start=lambda start: start - 1 / STEPS),

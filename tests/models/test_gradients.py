@@ -41,14 +41,14 @@ def test_text_embeddings_carry_gradients(trained):
 
 
 def test_the_decoder_passes_gradients_to_latents_in_strips_too(trained):
-    pictures = []
+    images = []
     for tile in (None, 16):
         trained.tile = tile
         latents = draw(1, 1, 4, 16, 16).requires_grad_(True)
-        pictures.append(trained.decode(latents))
-        pictures[-1].square().mean().backward()
+        images.append(trained.decode(latents))
+        images[-1].square().mean().backward()
         assert latents.grad.abs().sum() > 0
-    assert torch.allclose(*pictures)
+    assert torch.allclose(*images)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
@@ -82,7 +82,7 @@ def test_a_gradient_is_that_of_float64(pipe):
 
 
 def test_a_callback_may_ask_for_gradients(pipe):
-    """Guidance by what the decoded picture shows."""
+    """Guidance by what the decoded image shows."""
     pipe, seen = copy.deepcopy(pipe), []
 
     def look(step, x, x0):

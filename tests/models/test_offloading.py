@@ -1,4 +1,4 @@
-"""Models that are in memory only while they are used: the same pictures in less memory, whatever happens on the way."""
+"""Models that are in memory only while they are used: the same images in less memory, whatever happens on the way."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import pytest
 import torch
 from builders import as_sdxl, fill, random_pipeline, rewrite, small
 from click.testing import CliRunner
-from closeness import FLOAT32, apart, close, same_picture, same_pictures
-from painting import IMAGE, MASK, picture
+from closeness import FLOAT32, apart, close, same_image, same_images
+from painting import IMAGE, MASK, random_image
 from PIL import Image
 from safetensors.torch import save_file
 from sdinpaint_kernels.prepacked import _cache
@@ -45,7 +45,7 @@ RUNS = {
     "strength": lambda pipe: pipe.inpaint(IMAGE, MASK, "a red fox", strength=0.6, fill="noise", **OPTIONS),
     "soft": lambda pipe: pipe.inpaint(IMAGE, MASK * np.float32(0.7), "a red fox", soft=True, **OPTIONS),
     "vary": lambda pipe: pipe.vary(IMAGE, "a red fox", **OPTIONS),
-    "outpaint": lambda pipe: pipe.outpaint(picture(64, 72), "a red fox", right=24, **OPTIONS),
+    "outpaint": lambda pipe: pipe.outpaint(random_image(64, 72), "a red fox", right=24, **OPTIONS),
 }
 
 
@@ -98,9 +98,9 @@ def exact(both):
 
 
 def same(found, expected, exact):
-    """Tell whether pictures of one dtype differ by less than it is away from float32, of which `exact` are."""
-    if all(map(same_picture, expected.images, exact.images)):
-        return same_pictures(found.images, expected.images)
+    """Tell whether images of one dtype differ by less than it is away from float32, of which `exact` are."""
+    if all(map(same_image, expected.images, exact.images)):
+        return same_images(found.images, expected.images)
     each = zip(found.images, expected.images, exact.images, strict=True)
     return all(apart(one, other) <= apart(other, wide) for one, other, wide in each)
 
@@ -126,7 +126,7 @@ def events(substitute):
     return found
 
 
-# The same pictures
+# The same images
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=list(RUNS))
@@ -164,7 +164,7 @@ def test_with_a_controlnet_too(model, controlnet, events, dtype):
 def test_and_the_two_text_encoders_of_sdxl(tiny, vocabulary, tmp_path):
     save_diffusers(tmp_path, random_pipeline(as_sdxl(tiny), vocabulary))
     plain, offloaded = (load(tmp_path, device="cpu", offload=offload, progress=False) for offload in (False, True))
-    assert same_pictures(RUNS["inpaint"](offloaded).images, RUNS["inpaint"](plain).images)
+    assert same_images(RUNS["inpaint"](offloaded).images, RUNS["inpaint"](plain).images)
 
 
 def test_one_level_down_everything_brings_what_it_needs(both, exact):
@@ -377,7 +377,11 @@ def test_nothing_is_kept_beside_weights_that_are_not_there(larger, substitute):
     convs = {module.weight for module in pipe.unet.modules() if isinstance(module, nn.Conv2d)}
     held = []
     pipe.inpaint(
-        picture(128, 128), np.ones((128, 128), bool), "a fox", on_step=lambda *_: held.append(kept(convs)), **OPTIONS
+        random_image(128, 128),
+        np.ones((128, 128), bool),
+        "a fox",
+        on_step=lambda *_: held.append(kept(convs)),
+        **OPTIONS,
     )
     assert held[0] == held[1] > 0
     assert kept(convs) == 0
@@ -496,4 +500,4 @@ def test_the_command_makes_the_same_image(tmp_path):
     for name, more in (("plain", []), ("offloaded", ["--offload"])):
         result = CliRunner().invoke(cli.main, [*given, "-o", str(tmp_path / f"{name}.png"), *more])
         assert result.exit_code == 0, result.output
-    assert same_picture(*(Image.open(tmp_path / f"{name}.png") for name in ("plain", "offloaded")))
+    assert same_image(*(Image.open(tmp_path / f"{name}.png") for name in ("plain", "offloaded")))

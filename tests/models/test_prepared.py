@@ -88,7 +88,7 @@ def double(given):
 
 
 class Case:
-    """One step: the pictures, the texts and the ControlNet."""
+    """One step: the images, the texts and the ControlNet."""
 
     def __init__(self, unet, batch=2, size=(7, 5), guided=True, controlled=False):
         self.unet, self.x = unet, SIGMA * draw(10, batch, 4, *size)

@@ -1,4 +1,4 @@
-"""Large pictures through the autoencoder in bands: the same pictures, from less memory."""
+"""Large images through the autoencoder in bands: the same images, from less memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def draw(half, height, width, *, batch=1, dtype=torch.float32):
 
 
 def whole(vae, half, given):
-    """At once: the picture, or the mean and the deviation side by side."""
+    """At once: the image, or the mean and the deviation side by side."""
     return vae.decode(given) if half == "decode" else torch.cat(vae.posterior(given), dim=1)
 
 
@@ -148,7 +148,7 @@ def test_tiles_take_less_than_half_the_memory(released_size, half):
 
 @pytest.mark.parametrize(("half", "maps"), [("encode", 1.25), ("decode", 1.5)])
 def test_memory_grows_by_what_is_kept_only(released_size, half, maps):
-    """A picture of twice the height takes a picture more, and so many maps of the finest level's channels."""
+    """An image of twice the height takes an image more, and so many maps of the finest level's channels."""
     small, large = (draw(half, height, 32).to("meta") for height in (32, 64))
     added, config = small.element_size() * 256 * 256, released_size.config
     grown = peak(tiled, released_size, half, large, 64) - peak(tiled, released_size, half, small, 64)

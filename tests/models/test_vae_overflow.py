@@ -1,4 +1,4 @@
-"""An autoencoder that overflows float16, as SDXL's official one does: finite pictures, one warning, and little cost."""
+"""An autoencoder that overflows float16, as SDXL's official one does: finite images, one warning, and little cost."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_result_is_that_of_float32(tame, half):
 
 @pytest.mark.parametrize("half", HALVES)
 def test_the_guard_is_needed(tame, half, sabotage):
-    """Without it, the same autoencoder makes no picture at all."""
+    """Without it, the same autoencoder makes no image at all."""
     pipe = loud(tame, half)
     sabotage(guarded_vae.GuardedVAE, "_widened", lambda self, *_: self.vae)
     with pytest.raises(NumericError, match="NaN or infinite"):

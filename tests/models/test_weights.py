@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from builders import fill, random_pipeline, small
-from painting import picture
+from painting import random_image
 from recordings import draw
 from torch import nn
 
@@ -26,7 +26,7 @@ from sdinpaint.sampling.graphs import Graphs
 
 RUN = {"steps": 1, "seed": 1, "progress": False}
 FACTOR = 1.05
-PICTURE, HOLE = picture(128, 128), np.zeros((128, 128), bool)
+IMAGE, HOLE = random_image(128, 128), np.zeros((128, 128), bool)
 HOLE[30:90, 40:100] = True
 """Large enough for prepacked convolutions."""
 
@@ -149,12 +149,12 @@ def captured(request):
 
 
 def require_present_weights(pipe, change, times=1):
-    before = pipe.inpaint(PICTURE, HOLE, "a red fox", **RUN)
+    before = pipe.inpaint(IMAGE, HOLE, "a red fox", **RUN)
     for _ in range(times):  # the second change meets memory that was written to before
         for part in (pipe.unet, pipe.vae, pipe.text):
             change(part)
-        right, after = fresh(pipe), pipe.inpaint(PICTURE, HOLE, "a red fox", **RUN)
-        assert largest(after, right.inpaint(PICTURE, HOLE, "a red fox", **RUN)) <= 1
+        right, after = fresh(pipe), pipe.inpaint(IMAGE, HOLE, "a red fox", **RUN)
+        assert largest(after, right.inpaint(IMAGE, HOLE, "a red fox", **RUN)) <= 1
         assert after.settings["manifest"]["weights"] == weights_of(right)
         assert largest(after, before) > 1
         before = after
@@ -207,7 +207,7 @@ def test_old_prepacked_weights_would_be_seen(folder, sabotage):
 @torch.no_grad()
 def test_steps_are_of_the_present_weights(pipe, change):
     """A denoiser that lives on, as research code has it."""
-    known, said = pipe.encode_image(PICTURE, HOLE), pipe.encode_prompts(["a red fox", ""])
+    known, said = pipe.encode_image(IMAGE, HOLE), pipe.encode_prompts(["a red fox", ""])
     denoise, x = pipe.denoiser(known, *said), draw(1, *known.masked_latents.shape)
     before = denoise(x, 2.0)
     change(pipe.unet)
@@ -222,12 +222,12 @@ def test_weights_that_change_in_a_run_are_told(pipe):
             in_place(pipe.unet)
 
     with pytest.warns(SdInpaintWarning, match="weights were changed during the run"):
-        pipe.inpaint(PICTURE, HOLE, "a red fox", on_step=change, **RUN)
+        pipe.inpaint(IMAGE, HOLE, "a red fox", on_step=change, **RUN)
 
 
 def test_a_manifest_names_the_weights_of_the_run_and_not_those_that_came_after(pipe):
     made = weights_of(pipe)
-    result = pipe.inpaint(PICTURE, HOLE, "a red fox", **RUN)
+    result = pipe.inpaint(IMAGE, HOLE, "a red fox", **RUN)
     with torch.no_grad():
         through_data(pipe.unet)
     assert result.settings["manifest"]["weights"] == made
@@ -287,7 +287,7 @@ def test_a_controlnet_is_of_the_present_weights(tiny, change, request, captured)
 def test_a_snapshot_holds_until_something_changes(pipe, change):
     snapshot = Snapshot(all_weights(pipe.unet))
     assert snapshot.holds(all_weights(pipe.unet))
-    pipe.inpaint(PICTURE, HOLE, "a red fox", **RUN)
+    pipe.inpaint(IMAGE, HOLE, "a red fox", **RUN)
     assert snapshot.holds(all_weights(pipe.unet))
     change(pipe.unet.middle_block[0].emb_layers[1])
     assert not snapshot.holds(all_weights(pipe.unet))
@@ -367,7 +367,7 @@ def test_a_model_that_is_loaded_in_any_mode_serves_in_every_mode(folder, mode):
     results = []
     for around in (nullcontext, torch.no_grad, torch.inference_mode):
         with around():
-            results.append(pipe.inpaint(PICTURE, HOLE, "a red fox", **RUN))
+            results.append(pipe.inpaint(IMAGE, HOLE, "a red fox", **RUN))
     assert all(largest(one, results[0]) <= 1 for one in results)
 
 
@@ -378,5 +378,5 @@ def test_a_pipeline_leaves_modules_as_they_are_given(tiny, vocabulary):
         model.train()
         model.requires_grad_(True)
     pipe = Pipeline(given.family, *models, given.tokenizer)
-    pipe.inpaint(PICTURE, HOLE, "a red fox", **RUN)
+    pipe.inpaint(IMAGE, HOLE, "a red fox", **RUN)
     assert all(model.training and all(one.requires_grad for one in model.parameters()) for model in models)

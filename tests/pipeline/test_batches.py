@@ -5,22 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from closeness import same_picture
-from painting import IMAGE, MASK, PROMPTS, SIZES, every_run, inpaint, levels, picture
+from closeness import same_image
+from painting import IMAGE, MASK, PROMPTS, SIZES, every_run, inpaint, levels, random_image
 
 from sdinpaint.sampling.noise import Draws
 
 
 @every_run
 def test_an_item_of_a_batch_is_its_single_run(pipe, options):
-    images = [picture(64, 72, seed=seed) for seed in range(3)]
+    images = [random_image(64, 72, seed=seed) for seed in range(3)]
     together = inpaint(pipe, images, MASK, PROMPTS, seed=[4, 0, 9], **options).images
     for i, seed in enumerate([4, 0, 9]):
         assert levels(together[i], inpaint(pipe, images[i], MASK, PROMPTS[i], seed=seed, **options).image) <= 1
 
 
 def test_an_item_of_a_batch_is_its_single_run_with_four_channels(four_channels):
-    images = [picture(64, 72, seed=seed) for seed in range(2)]
+    images = [random_image(64, 72, seed=seed) for seed in range(2)]
     together = inpaint(four_channels, images, MASK, PROMPTS[:2], seed=[4, 0], sampler="euler_ancestral").images
     for i, seed in enumerate([4, 0]):
         alone = inpaint(four_channels, images[i], MASK, PROMPTS[i], seed=seed, sampler="euler_ancestral").image
@@ -29,7 +29,7 @@ def test_an_item_of_a_batch_is_its_single_run_with_four_channels(four_channels):
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral"])
 def test_permuting_a_batch_permutes_the_images(pipe, sampler):
-    images, order = [picture(64, 72, seed=seed) for seed in range(3)], [2, 0, 1]
+    images, order = [random_image(64, 72, seed=seed) for seed in range(3)], [2, 0, 1]
     there = inpaint(pipe, images, MASK, PROMPTS, seed=[1, 2, 3], sampler=sampler)
     prompts, images, seeds = zip(*((PROMPTS[i], images[i], i + 1) for i in order), strict=True)
     back = inpaint(pipe, images, MASK, prompts, seed=seeds, sampler=sampler)
@@ -53,13 +53,13 @@ every_mode = pytest.mark.parametrize(
 )
 SEEDS = [4, 0, 9]
 ONE_LEVEL = 1
-"""Of 255: what another order of sums makes in batches of other lengths; measured, in at most 3 values of a picture."""
+"""Of 255: what another order of sums makes in batches of other lengths; measured, in at most 3 values of an image."""
 
 
 def three():
-    """Pictures of two sizes; of the masks, whose edges are soft, two are as large, and one has two parts."""
+    """Images of two sizes; of the masks, whose edges are soft, two are as large, and one has two parts."""
     sizes = SIZES[0], SIZES[0], SIZES[1]
-    images = [picture(*size, seed=seed) for seed, size in enumerate(sizes)]
+    images = [random_image(*size, seed=seed) for seed, size in enumerate(sizes)]
     masks = [np.zeros(size, np.float32) for size in sizes]
     masks[0][13:44, 22:63] = masks[2][30:61, 40:81] = np.linspace(0.3, 1, 41)
     masks[1][3:20, 5:30], masks[1][42:60, 50:70] = 1, np.linspace(0.6, 0.9, 20)
@@ -80,8 +80,8 @@ def test_one_at_a_time_an_item_is_its_single_run(either, options):
     permuted = inpaint_those(either, [2, 0, 1], batch_size=1, **options)
     for i, found in enumerate(listed):
         (alone,) = inpaint_those(either, [i], **options)
-        assert same_picture(found, alone)
-        assert same_picture(found, permuted[(i + 1) % 3])
+        assert same_image(found, alone)
+        assert same_image(found, permuted[(i + 1) % 3])
     assert levels(listed[0], listed[1]) > 20
 
 
@@ -114,7 +114,7 @@ def test_one_stands_for_all(pipe):
 
 
 def test_a_batch_in_one_tensor_is_a_list(pipe):
-    images = [picture(64, 72, seed=seed) for seed in range(2)]
+    images = [random_image(64, 72, seed=seed) for seed in range(2)]
     tensor = torch.stack([torch.from_numpy(image).permute(2, 0, 1) / 127.5 - 1 for image in images])
     masks = np.stack([MASK, MASK[::-1]])
     listed = inpaint(pipe, images, list(masks)).images
@@ -128,4 +128,4 @@ def test_batch_size_is_how_many_the_models_see(pipe, unet_batches):
         assert unet_batches == expected
         unet_batches.clear()
     inpaint_those(pipe, [0, 2], crop=8, steps=2)
-    assert unet_batches == [4, 4], "crops of one size from pictures of two"
+    assert unet_batches == [4, 4], "crops of one size from images of two"

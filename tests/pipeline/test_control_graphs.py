@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from builders import fill, random_pipeline, small
-from closeness import apart, close, same_pictures
+from closeness import apart, close, same_images
 from recordings import draw
 
 from sdinpaint.models import ControlNet, ControlNetConfig
@@ -31,7 +31,7 @@ def net(tiny):
 
 
 def controls(net, found, **options):
-    """Two that differ in their pictures."""
+    """Two that differ in their images."""
     return [Control(net, draw(seed, 1, 3, 48, 40), SIGMAS, graphs=found, **options) for seed in (10, 20)]
 
 
@@ -88,6 +88,6 @@ def test_images_are_the_same(tiny, vocabulary, net, replays, options):
     assert replays.made == 0
     pipe.graphs, pipe.control_graphs = Graphs(True), Graphs(True)
     ours = [np.asarray(pipe.inpaint(IMAGE, mask, text, **runs).image) for text in ("a fox", "a cube")]
-    assert same_pictures(ours, expected)
+    assert same_images(ours, expected)
     assert apart(*ours) > 1
     assert len(pipe.control_graphs._captured) == 1

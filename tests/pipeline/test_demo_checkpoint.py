@@ -30,11 +30,11 @@ def test_it_is_small_and_whole():
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler"])
 def test_colour_and_shape_are_what_was_asked_for(pipe, sampler):
-    found, pictures = score(pipe, held_out(20), sampler=sampler, steps=5)
+    found, images = score(pipe, held_out(20), sampler=sampler, steps=5)
     assert found.color >= 0.85
     assert found.shape >= 0.70
-    for picture, case in zip(pictures, held_out(20), strict=True):
-        assert np.array_equal(np.asarray(picture)[~case.hole], case.image[~case.hole])
+    for image, case in zip(images, held_out(20), strict=True):
+        assert np.array_equal(np.asarray(image)[~case.hole], case.image[~case.hole])
 
 
 @pytest.mark.slow
@@ -57,8 +57,8 @@ def test_asked_to_remove_it_leaves_the_background(pipe):
     images, holes = [case.image for case in cases], [case.hole for case in cases]
     result = pipe.inpaint(images, holes, "remove the object", steps=8, seed=0, progress=False)
     errors = [
-        np.abs(np.asarray(picture)[case.hole].astype(int) - case.background[case.hole]).mean()
-        for picture, case in zip(result.images, cases, strict=True)
+        np.abs(np.asarray(image)[case.hole].astype(int) - case.background[case.hole]).mean()
+        for image, case in zip(result.images, cases, strict=True)
     ]
     before = [np.abs(case.image[case.hole].astype(int) - case.background[case.hole]).mean() for case in cases]
     assert np.median(errors) < 0.5 * np.median(before)

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from builders import random_pipeline, small
-from closeness import close, same_picture
-from painting import IMAGE, MASK, picture, pixels
+from closeness import close, same_image
+from painting import IMAGE, MASK, pixels, random_image
 from PIL import Image
 
 import sdinpaint
@@ -91,7 +91,7 @@ def masks(world):
 
 
 def measures(world):
-    other = picture(64, 72, seed=1)
+    other = random_image(64, 72, seed=1)
     scores = metrics.scores(IMAGE, np.where(MASK[..., None], other, IMAGE), MASK)
     return np.array([*scores.to_json().values(), metrics.psnr(IMAGE, other), metrics.ssim(IMAGE, other)], np.float64)
 
@@ -181,7 +181,7 @@ def like(made, expected):
     each = list(zip(parts(made), parts(expected), strict=True))
     if any(bits(one)[:2] != bits(other)[:2] for one, other in each):
         return False
-    return all((close if isinstance(one, torch.Tensor) else same_picture)(one, other) for one, other in each)
+    return all((close if isinstance(one, torch.Tensor) else same_image)(one, other) for one, other in each)
 
 
 def as_expected(operation, made, expected, setting=None):
@@ -258,7 +258,7 @@ def test_the_number_of_threads_changes_no_more_than_rounding(world):
     for threads in (1, 2):
         with changed(torch.get_num_threads, torch.set_num_threads, threads):
             made.append(inpaint(world))
-    assert same_picture(*made)
+    assert same_image(*made)
 
 
 def test_settings_stay_as_they_are(world):
@@ -288,7 +288,7 @@ def test_another_folder_between_loading_and_a_run(options, world, tmp_path, monk
         here.inpaint(IMAGE, MASK, "a fox", **OPTIONS).image,
         there.inpaint(IMAGE, MASK, "a fox", **OPTIONS).image,
     ):
-        assert same_picture(image, result.image)
+        assert same_image(image, result.image)
     assert result.save("out.png") == [Path("out.png")]
     assert (tmp_path / "out.png").is_file()
     sdinpaint.save_diffusers("saved", there)
@@ -343,4 +343,4 @@ def test_files_are_utf_8_whatever_the_locale_is(world):
     assert own == []
     prompt = "un zorro rojo, \N{HIRAGANA LETTER KI}\N{FOX FACE}"
     here = load(world).inpaint(IMAGE, MASK, prompt, **OPTIONS).image
-    assert same_picture(np.frombuffer(made.stdout, np.uint8).reshape(np.asarray(here).shape), here)
+    assert same_image(np.frombuffer(made.stdout, np.uint8).reshape(np.asarray(here).shape), here)

@@ -47,7 +47,7 @@ def nine(dtype):
 
 @pytest.fixture(scope="module")
 def four(nine):
-    """The same without the channels for mask and masked picture: it blends what is known into its latents."""
+    """The same without the channels for mask and masked image: it blends what is known into its latents."""
     family = replace(nine.family, unet=replace(nine.family.unet, in_channels=4))
     unet = copy.deepcopy(nine.unet)
     first = unet.input_blocks[0][0]
@@ -96,7 +96,7 @@ def check(pipe, sampler, mode, strength):
         result = pipe.inpaint(image, given, "a red ball", on_step=watch, **options, **settings)
     painting = result.repainted[0]
     assert finite == [True] * (max(1, math.floor(STEPS * strength + 1e-9)) * len(painting.boxes))
-    before, after, hole = painting.item.picture.rgb, np.asarray(result.image), painting.item.hole
+    before, after, hole = painting.item.image.rgb, np.asarray(result.image), painting.item.hole
     assert (after[~hole] == before[~hole]).all()
     assert painting.scores.known_error == 0
     assert (after[hole] != before[hole]).any()

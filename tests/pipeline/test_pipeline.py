@@ -8,12 +8,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from closeness import same_picture
-from painting import IMAGE, MASK, PROMPTS, SIZES, every_run, hole, inpaint, levels, picture, pixels
+from closeness import same_image
+from painting import IMAGE, MASK, PROMPTS, SIZES, every_run, hole, inpaint, levels, pixels, random_image
 from PIL import Image
 
 from sdinpaint import SdInpaintWarning
-from sdinpaint.images.picture import to_uint8
+from sdinpaint.images.input_image import to_uint8
 from sdinpaint.sampling import blend_known, find_sampler, find_spacing, restore_known, samplers, schedule, schedules
 from sdinpaint.sampling.noise import Draws
 
@@ -22,7 +22,7 @@ from sdinpaint.sampling.noise import Draws
 
 @pytest.mark.parametrize("size", SIZES)
 def test_known_pixels_stay_bit_for_bit(either, size):
-    image, mask = picture(*size), hole(*size)
+    image, mask = random_image(*size), hole(*size)
     found = np.asarray(inpaint(either, image, mask).image)
     assert found.shape == image.shape
     assert np.array_equal(found[~mask], image[~mask])
@@ -31,16 +31,16 @@ def test_known_pixels_stay_bit_for_bit(either, size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_what_lies_under_the_mask_is_not_seen(pipe, size):
-    one, mask = picture(*size), np.zeros(size, bool)
-    mask[size[0] // 2 :, size[1] // 3 :] = True  # up to the edge, where the picture is padded
-    other = np.where(mask[..., None], picture(*size, seed=1), one)
+    one, mask = random_image(*size), np.zeros(size, bool)
+    mask[size[0] // 2 :, size[1] // 3 :] = True  # up to the edge, where the image is padded
+    other = np.where(mask[..., None], random_image(*size, seed=1), one)
     assert np.array_equal(inpaint(pipe, one, mask).image, inpaint(pipe, other, mask).image)
     seen = [inpaint(pipe, image, mask, strength=0.5).image for image in (one, other)]
     assert not np.array_equal(*seen)
 
 
 def test_transparency_stays_where_nothing_is_repainted(pipe):
-    image, mask = picture(83, 101, channels=4), hole(83, 101)
+    image, mask = random_image(83, 101, channels=4), hole(83, 101)
     result = inpaint(pipe, Image.fromarray(image), mask).image
     assert result.mode == "RGBA"
     found = np.asarray(result)
@@ -49,7 +49,7 @@ def test_transparency_stays_where_nothing_is_repainted(pipe):
 
 
 def test_a_batch_of_different_sizes(pipe):
-    images, masks = [picture(*size) for size in SIZES], [hole(*size) for size in SIZES]
+    images, masks = [random_image(*size) for size in SIZES], [hole(*size) for size in SIZES]
     result = inpaint(pipe, images, masks, PROMPTS, seed=[1, 2, 3])
     for i, found in enumerate(result.images):
         assert found.size == SIZES[i][::-1]
@@ -58,7 +58,7 @@ def test_a_batch_of_different_sizes(pipe):
 
 
 def test_keep_everything(either):
-    for image in (IMAGE, picture(64, 72, channels=4)):
+    for image in (IMAGE, random_image(64, 72, channels=4)):
         with pytest.warns(SdInpaintWarning, match="mask is empty"):
             result = inpaint(either, Image.fromarray(image), np.zeros_like(MASK), paste_back=False)
         assert np.array_equal(result.image, image)
@@ -153,7 +153,7 @@ def test_numbers_of_other_libraries_and_whole_floats(pipe):
 
 def test_given_noise_replaces_the_drawn_one(pipe):
     noise = torch.randn(2, 4, 8, 9, generator=torch.Generator().manual_seed(1))
-    images = [picture(64, 72, seed=seed) for seed in range(2)]
+    images = [random_image(64, 72, seed=seed) for seed in range(2)]
     together = inpaint(pipe, images, noise=noise, seed=[1, 2]).images
     assert levels(together[1], inpaint(pipe, images[1], noise=noise[1:], seed=2).image) <= 1
     assert levels(together[1], inpaint(pipe, images[1], noise=noise[:1], seed=2).image) > 20
@@ -196,7 +196,7 @@ def test_on_step_is_told_every_step(pipe, options):
         assert x.dtype == x0.dtype == torch.float32
         assert bool(x.isfinite().all())
     path = schedule(options.get("sampler", "ddim"), options.get("spacing"), pipe.family.schedule, 5)
-    assert same_picture(to_uint8(pipe.decode(schedules.finish(seen[-1][1], path)))[0], image)
+    assert same_image(to_uint8(pipe.decode(schedules.finish(seen[-1][1], path)))[0], image)
 
 
 @pytest.mark.parametrize("progress", [True, False])
@@ -277,16 +277,16 @@ def test_what_a_pipeline_says_of_itself(pipe, four_channels):
     assert not any(weight.requires_grad for model in (pipe.unet, pipe.vae, pipe.text) for weight in model.parameters())
 
 
-# One level down: every step by name gives the picture of `inpaint`
+# One level down: every step by name gives the image of `inpaint`
 
 
-def whole_picture(pipe, latents, size):
+def whole_image(pipe, latents, size):
     return to_uint8(pipe.decode(latents))[0, : size[0], : size[1]]
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_steps_by_name(pipe, size):
-    image, mask = picture(*size), hole(*size)
+    image, mask = random_image(*size), hole(*size)
     expected = inpaint(pipe, image, mask, sampler="euler", spacing="linspace", steps=4, seed=11, paste_back=False).image
 
     rows, columns = (-(-side // 8) for side in size)
@@ -297,9 +297,9 @@ def test_the_steps_by_name(pipe, size):
     path = schedules.linspace(pipe.train_sigmas, 4)
     denoise = pipe.denoiser(known, cond, uncond, guidance_scale=7.5)
     x = samplers.euler(denoise, schedules.start(noise, path, unit_variance=False), path)
-    found = whole_picture(pipe, schedules.finish(x, path), size)
-    assert same_picture(found, expected)
-    assert levels(found, whole_picture(pipe, known.masked_latents, size)) > 20
+    found = whole_image(pipe, schedules.finish(x, path), size)
+    assert same_image(found, expected)
+    assert levels(found, whole_image(pipe, known.masked_latents, size)) > 20
 
 
 @torch.inference_mode()
@@ -326,8 +326,8 @@ def by_name(pipe, noise, sampler="ddim", spacing=None, eta=None, strength=1.0, g
 def test_the_steps_by_name_for_every_run(either, options):
     noise = torch.randn(1, 4, 8, 9, generator=torch.Generator().manual_seed(1))
     expected = inpaint(either, steps=5, noise=noise, paste_back=False, **options).image
-    assert same_picture(whole_picture(either, by_name(either, noise, **options), SIZES[0]), expected)
-    assert not same_picture(whole_picture(either, by_name(either, noise.flip(3), **options), SIZES[0]), expected)
+    assert same_image(whole_image(either, by_name(either, noise, **options), SIZES[0]), expected)
+    assert not same_image(whole_image(either, by_name(either, noise.flip(3), **options), SIZES[0]), expected)
 
 
 def test_inpainting_conditioning(pipe):

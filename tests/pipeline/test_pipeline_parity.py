@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from sdinpaint import latent_diffusion
-from sdinpaint.images.picture import pad_to_multiple
+from sdinpaint.images.input_image import pad_to_multiple
 from sdinpaint.loading import load, save_diffusers
 from sdinpaint.pipeline import repaint
 from sdinpaint.sampling import Denoiser, find_sampler, schedule, schedules
@@ -30,8 +30,8 @@ ONE_LEVEL = 1
 """Of 255, where rounding falls the other way."""
 
 
-def picture(height=64, width=72):
-    """A smooth picture with some grain, and a hole that keeps to no cell of 8 pixels."""
+def image_and_mask(height=64, width=72):
+    """A smooth image with some grain, and a hole that keeps to no cell of 8 pixels."""
     rows, columns = np.mgrid[:height, :width] / 64
     grain = np.random.default_rng(1).normal(0, 0.05, (height, width, 3))
     waves = [0.5 + 0.4 * np.sin(5 * rows + 3 * columns * shift + shift) for shift in range(3)]
@@ -97,7 +97,7 @@ def run_ours(mine, image, mask, **options):
 
 
 def levels(one, other):
-    """The largest difference of two pictures, in levels of 255."""
+    """The largest difference of two images, in levels of 255."""
     return int(np.abs(np.asarray(one).astype(int) - np.asarray(other)).max())
 
 
@@ -106,7 +106,7 @@ def levels(one, other):
 
 def floats_of_theirs(theirs, noise, sampler, guidance_scale):
     options = {"seed": 7, "sampler": sampler, "guidance_scale": guidance_scale, "latents": noise}
-    found = run_theirs(theirs, *picture(), output_type="pt", **options)
+    found = run_theirs(theirs, *image_and_mask(), output_type="pt", **options)
     assert found.std() > 0.05
     assert ((found > 0) & (found < 1)).float().mean() > 0.9
     return found
@@ -115,7 +115,7 @@ def floats_of_theirs(theirs, noise, sampler, guidance_scale):
 @torch.inference_mode()
 def floats_of_ours(mine, noise, sampler, guidance_scale):
     """The run step by step; with the start noise given, the masked image's posterior is what the seed draws first."""
-    known = mine.encode_image(*picture(), draws=Draws([7], mine.device), latents=False, cover="nearest")
+    known = mine.encode_image(*image_and_mask(), draws=Draws([7], mine.device), latents=False, cover="nearest")
     cond, uncond = mine.encode_prompts([PROMPT, NEGATIVE])
     sigmas = schedule(sampler, "leading", mine.family.schedule, STEPS)
     denoise = mine.denoiser(known, cond, uncond, guidance_scale=guidance_scale)
@@ -138,8 +138,8 @@ def test_floats(pipes, noise, sampler, guidance_scale):
 
 def test_given_noise_gives_the_same_image(pipes, noise):
     theirs, mine = pipes
-    expected = run_theirs(theirs, *picture(), seed=7, latents=noise)[0]
-    assert levels(run_ours(mine, *picture(), seed=7, noise=noise).image, expected) <= ONE_LEVEL
+    expected = run_theirs(theirs, *image_and_mask(), seed=7, latents=noise)[0]
+    assert levels(run_ours(mine, *image_and_mask(), seed=7, noise=noise).image, expected) <= ONE_LEVEL
 
 
 # Broken on purpose: `mine` is a copy, `patch` pytest's monkeypatch.
@@ -215,7 +215,7 @@ def test_a_broken_run_is_seen(pipes, noise, broken, sabotage):
     assert (floats_of_ours(mine, noise, "ddim", 7.5) - expected).abs().max() > 2 * TOLERANCE
 
 
-# Pictures from a seed alone: the order of the draws is diffusers'
+# Images from a seed alone: the order of the draws is diffusers'
 
 RUNS = [
     {"sampler": "ddim"},
@@ -239,15 +239,15 @@ def name(run):
 @pytest.mark.parametrize("run", RUNS, ids=name)
 def test_images(pipes, run):
     theirs, mine = pipes
-    expected = run_theirs(theirs, *picture(), seed=9, **run)[0]
-    assert levels(run_ours(mine, *picture(), seed=9, **run).image, expected) <= ONE_LEVEL
+    expected = run_theirs(theirs, *image_and_mask(), seed=9, **run)[0]
+    assert levels(run_ours(mine, *image_and_mask(), seed=9, **run).image, expected) <= ONE_LEVEL
 
 
 @pytest.mark.parametrize("run", RUNS[:4] + RUNS[6:8], ids=name)
 def test_images_of_a_four_channel_model(four_channel_pipes, run):
     theirs, mine = four_channel_pipes
-    expected = run_theirs(theirs, *picture(), seed=10, **run)[0]
-    assert levels(run_ours(mine, *picture(), seed=10, **run).image, expected) <= ONE_LEVEL
+    expected = run_theirs(theirs, *image_and_mask(), seed=10, **run)[0]
+    assert levels(run_ours(mine, *image_and_mask(), seed=10, **run).image, expected) <= ONE_LEVEL
 
 
 def test_another_order_of_draws_is_seen(pipes, sabotage):
@@ -258,15 +258,15 @@ def test_another_order_of_draws_is_seen(pipes, sabotage):
             super().__init__(seeds, device)
             self(torch.empty(1, 4, 8, 9))
 
-    expected = run_theirs(theirs, *picture(), seed=9)[0]
+    expected = run_theirs(theirs, *image_and_mask(), seed=9)[0]
     sabotage(repaint, "Draws", OneDrawMore)
-    assert levels(run_ours(mine, *picture(), seed=9).image, expected) > 3 * ONE_LEVEL
+    assert levels(run_ours(mine, *image_and_mask(), seed=9).image, expected) > 3 * ONE_LEVEL
 
 
 @pytest.mark.parametrize(("height", "width"), [(65, 66), (70, 83), (71, 64)])
 def test_sizes_that_are_no_multiple_of_8(pipes, height, width):
     theirs, mine = pipes
-    image, mask = picture(height, width)
+    image, mask = image_and_mask(height, width)
     padded, crop = pad_to_multiple(torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None])
     hole, _ = pad_to_multiple(torch.from_numpy(np.asarray(mask).copy())[None, None])
     padded, hole = (Image.fromarray(one[0].permute(1, 2, 0).squeeze(-1).numpy()) for one in (padded, hole))
@@ -283,16 +283,16 @@ def test_sizes_that_are_no_multiple_of_8(pipes, height, width):
 def test_an_item_of_a_batch_is_its_single_run(pipes, run):
     _, mine = pipes
     seeds = [12, 0, 13]
-    batch = run_ours(mine, *picture(), seed=seeds, **run)
+    batch = run_ours(mine, *image_and_mask(), seed=seeds, **run)
     assert batch.seeds == seeds
     for seed, found in zip(seeds, batch.images, strict=True):
-        assert levels(found, run_ours(mine, *picture(), seed=seed, **run).image) <= ONE_LEVEL
+        assert levels(found, run_ours(mine, *image_and_mask(), seed=seed, **run).image) <= ONE_LEVEL
     assert levels(batch.images[0], batch.images[1]) > 3 * ONE_LEVEL
 
 
 def test_unmasked_pixels_stay_bit_for_bit(pipes):
     _, mine = pipes
-    image, mask = picture(70, 83)
+    image, mask = image_and_mask(70, 83)
     whole = np.asarray(run_ours(mine, image, mask, seed=14).image)
     pasted = np.asarray(run_ours(mine, image, mask, seed=14, paste_back=True).image)
     options = {"steps": STEPS, "seed": 14, "cover": "nearest", "progress": False}
@@ -312,5 +312,5 @@ def test_diffusers_loads_what_we_save(pipes, tmp_path):
     again = StableDiffusionInpaintPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert again.scheduler.config.timestep_spacing == "leading"
-    found, expected = (run_theirs(pipe, *picture(), seed=15)[0] for pipe in (again, theirs))
+    found, expected = (run_theirs(pipe, *image_and_mask(), seed=15)[0] for pipe in (again, theirs))
     assert levels(found, expected) <= ONE_LEVEL

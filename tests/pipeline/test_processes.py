@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 from builders import random_pipeline, small
-from closeness import same_picture, same_pictures
-from painting import IMAGE, MASK, inpaint, picture, pixels
+from closeness import same_image, same_images
+from painting import IMAGE, MASK, inpaint, pixels, random_image
 from PIL import Image
 
 import sdinpaint
@@ -48,7 +48,7 @@ def same(one, other):
 
 @pytest.fixture
 def files(tmp_path):
-    """A picture and its mask, as files."""
+    """An image and its mask, as files."""
     Image.fromarray(IMAGE).save(tmp_path / "image.png")
     Image.fromarray(np.uint8(255) * MASK).save(tmp_path / "mask.png")
     return str(tmp_path / "image.png"), str(tmp_path / "mask.png")
@@ -56,7 +56,7 @@ def files(tmp_path):
 
 INPUTS = {
     "paths": lambda image, mask: (image, Path(mask)),
-    "pictures that are not read yet": lambda image, mask: (Image.open(image), Image.open(mask)),
+    "images that are not read yet": lambda image, mask: (Image.open(image), Image.open(mask)),
     "arrays": lambda image, mask: (IMAGE, MASK),
     "tensors": lambda image, mask: (torch.from_numpy(IMAGE).permute(2, 0, 1) / 127.5 - 1, torch.from_numpy(MASK)),
     "a Mask": lambda image, mask: (IMAGE, Mask.open(mask)),
@@ -66,8 +66,8 @@ RUNS = {
     "vary": (lambda pipe: pipe.vary(IMAGE, "a fox", **OPTIONS), lambda pipe: (pipe.vary, IMAGE)),
     "outpaint": (lambda pipe: pipe.outpaint(IMAGE, "a fox", right=16, **OPTIONS), lambda pipe: (pipe.outpaint, IMAGE)),
     "several": (
-        lambda pipe: pipe.inpaint([IMAGE, picture(64, 72, seed=1)], MASK, "a", **OPTIONS | {"seed": [1, 2]}),
-        lambda pipe: (pipe.inpaint, [IMAGE, picture(64, 72, seed=1)], MASK),
+        lambda pipe: pipe.inpaint([IMAGE, random_image(64, 72, seed=1)], MASK, "a", **OPTIONS | {"seed": [1, 2]}),
+        lambda pipe: (pipe.inpaint, [IMAGE, random_image(64, 72, seed=1)], MASK),
     ),
 }
 every_run = pytest.mark.parametrize(("run", "call"), RUNS.values(), ids=list(RUNS))
@@ -117,8 +117,8 @@ def test_a_pickled_result_is_small_and_holds_no_model(pipe):
     result = inpaint(pipe, noise=NOISE)
     pickled = pickle.dumps(result)
     item = result.repainted[0].item
-    pictures = sum(array.nbytes for array in (IMAGE, pixels(result.image).astype(np.uint8), item.mask.array, item.hole))
-    assert len(pickled) < pictures + NOISE.nbytes + 10_000
+    images = sum(array.nbytes for array in (IMAGE, pixels(result.image).astype(np.uint8), item.mask.array, item.hole))
+    assert len(pickled) < images + NOISE.nbytes + 10_000
     assert len(pickled) < len(pickle.dumps(pipe)) / 2
     named = Named(io.BytesIO(pickled))
     assert torch.equal(named.load().repainted[0].item.noise, NOISE)
@@ -200,12 +200,12 @@ def test_a_copied_pipeline_makes_the_same_images(copied, loaded):
     expected = inpaint(loaded)
     used = copied(loaded)
     for other in (fresh, used):
-        assert same_pictures(inpaint(other).images, expected.images)
+        assert same_images(inpaint(other).images, expected.images)
         assert other.dtype == loaded.dtype
         assert (other.offloading is None) == (loaded.offloading is None)
         assert other.unet is not loaded.unet
-    assert same_pictures(inpaint(loaded).images, expected.images)
-    assert not same_pictures(inpaint(loaded, prompt="a cube").images, expected.images)
+    assert same_images(inpaint(loaded).images, expected.images)
+    assert not same_images(inpaint(loaded, prompt="a cube").images, expected.images)
 
 
 def test_a_pickled_pipeline_has_weights_of_its_own(pipe):
@@ -228,8 +228,8 @@ def test_one_pipeline_in_several_threads(loaded):
 
     with ThreadPoolExecutor(4) as pool:
         made = list(pool.map(run, range(4)))
-    assert same_pictures(made, expected)
-    assert not same_pictures(made[1:], expected[:-1])
+    assert same_images(made, expected)
+    assert not same_images(made[1:], expected[:-1])
 
 
 def test_several_pipelines_in_several_threads(tiny, vocabulary):
@@ -237,8 +237,8 @@ def test_several_pipelines_in_several_threads(tiny, vocabulary):
     expected = [inpaint(pipe).image for pipe in pipes]
     with ThreadPoolExecutor(3) as pool:
         made = [result.image for result in pool.map(inpaint, pipes)]
-    assert same_pictures(made, expected)
-    assert not same_pictures(made[1:], expected[:-1])
+    assert same_images(made, expected)
+    assert not same_images(made[1:], expected[:-1])
 
 
 def test_a_spawned_process_takes_a_pipeline_and_returns_a_result(offloaded, environment):
@@ -247,15 +247,15 @@ def test_a_spawned_process_takes_a_pipeline_and_returns_a_result(offloaded, envi
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         result = pool.submit(inpaint, offloaded).result(SECONDS)
     # the process is gone, and with it all that it shared
-    assert same_picture(result.image, expected.image)
+    assert same_image(result.image, expected.image)
     assert result.settings["manifest"]["weights"] == expected.settings["manifest"]["weights"]
-    assert same_picture(inpaint(offloaded).image, expected.image)
+    assert same_image(inpaint(offloaded).image, expected.image)
 
 
 FORKS = """
 import os, select, sys
 import numpy as np, sdinpaint, torch
-from closeness import same_picture
+from closeness import same_image
 from painting import inpaint
 
 def in_fork(pipe):
@@ -278,7 +278,7 @@ children.append(in_fork(lambda: pipe))
 expected = inpaint(pipe).image
 children.append(in_fork(lambda: pipe))
 assert torch.get_num_threads() == 2
-print([same_picture(child, expected) for child in children])
+print([same_image(child, expected) for child in children])
 """
 
 

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from closeness import same_picture
+from closeness import same_image
 from painting import IMAGE, MASK, inpaint, pixels
 from PIL import Image
 
@@ -72,7 +72,7 @@ def test_a_request_holds_what_was_read(tmp_path):
     path.unlink()
     assert len(request) == 2
     assert [item.prompt for item in request.items] == ["a fox", "a cube"]
-    assert all(np.array_equal(item.picture.rgb, IMAGE) and item.picture.path == str(path) for item in request.items)
+    assert all(np.array_equal(item.image.rgb, IMAGE) and item.image.path == str(path) for item in request.items)
     assert repr(request) == "Request(2 images, kind='inpaint', crop='auto')"
 
 
@@ -81,17 +81,17 @@ def test_a_request_holds_what_was_read(tmp_path):
 
 def test_each_method_runs_a_request(pipe):
     made = run(pipe, IMAGE, MASK, "a fox", guidance_scale=5.0)
-    assert same_picture(made.image, inpaint(pipe, prompt="a fox", guidance_scale=5.0, steps=2).image)
+    assert same_image(made.image, inpaint(pipe, prompt="a fox", guidance_scale=5.0, steps=2).image)
     varied = run(pipe, IMAGE, None, "a fox", kind="vary")
-    assert same_picture(varied.image, pipe.vary(IMAGE, "a fox", progress=False, **SHORT).image)
+    assert same_image(varied.image, pipe.vary(IMAGE, "a fox", progress=False, **SHORT).image)
     assert varied.settings["strength"] == 0.6
     wider = run(pipe, IMAGE, None, "a fox", kind="outpaint", left=24, overlap=8)
-    assert same_picture(wider.image, pipe.outpaint(IMAGE, "a fox", 24, overlap=8, progress=False, **SHORT).image)
+    assert same_image(wider.image, pipe.outpaint(IMAGE, "a fox", 24, overlap=8, progress=False, **SHORT).image)
 
 
 def test_a_request_goes_through_a_process_and_can_be_changed(pipe):
     request = pickle.loads(pickle.dumps(Request(IMAGE, MASK, "a fox", noise=torch.randn(1, 4, 8, 9), **SHORT)))
-    assert same_picture(pipe.run(request, progress=False).image, pipe.run(request.replace(), progress=False).image)
+    assert same_image(pipe.run(request, progress=False).image, pipe.run(request.replace(), progress=False).image)
     other = request.replace(steps=3, noise=None)
     assert (other.settings.steps, other.items[0].noise, other.items[0].seed) == (3, None, 5)
     assert request.settings.steps == 2
@@ -102,7 +102,7 @@ def test_another_sampler_comes_with_its_own_defaults(pipe, sampler):
     first = inpaint(pipe)  # ddim, whose eta is 0 and whose spacing is leading
     again = first.again(sampler=sampler)
     asked = inpaint(pipe, sampler=sampler)
-    assert same_picture(again.image, asked.image)
+    assert same_image(again.image, asked.image)
     assert {name: again.settings[name] for name in ("sampler", "spacing", "eta")} == {
         name: asked.settings[name] for name in ("sampler", "spacing", "eta")
     }
@@ -112,7 +112,7 @@ def test_another_sampler_comes_with_its_own_defaults(pipe, sampler):
 def test_a_variation_keeps_its_strength(pipe, strength):
     first = pipe.vary(IMAGE, "a fox", strength, progress=False, **SHORT)
     assert first.again().settings["strength"] == strength
-    assert same_picture(first.again().image, first.image)
+    assert same_image(first.again().image, first.image)
 
 
 def test_what_was_given_stays(pipe):
@@ -130,9 +130,9 @@ def test_what_was_given_stays(pipe):
 def test_conditioning_stands_for_a_prompt(pipe):
     cond, uncond = pipe.encode_prompts(["a red fox", "grey"], IMAGE.shape[:2])
     expected = inpaint(pipe, negative_prompt="grey")
-    assert same_picture(inpaint(pipe, prompt=cond, negative_prompt=uncond).image, expected.image)
-    assert same_picture(inpaint(pipe, prompt=cond, negative_prompt="grey").image, expected.image)
-    assert same_picture(inpaint(pipe, negative_prompt=uncond).image, expected.image)
+    assert same_image(inpaint(pipe, prompt=cond, negative_prompt=uncond).image, expected.image)
+    assert same_image(inpaint(pipe, prompt=cond, negative_prompt="grey").image, expected.image)
+    assert same_image(inpaint(pipe, negative_prompt=uncond).image, expected.image)
 
 
 def test_texts_and_conditioning_mix_in_a_batch(pipe):
@@ -140,13 +140,13 @@ def test_texts_and_conditioning_mix_in_a_batch(pipe):
     expected = inpaint(pipe, prompt=["a red fox", "a blue cube"], seed=[1, 2]).images
     for prompt in (both, [both[:1], "a blue cube"], ["a red fox", both[1:]]):
         found = inpaint(pipe, prompt=prompt, seed=[1, 2]).images
-        assert all(same_picture(*pair) for pair in zip(found, expected, strict=True))
+        assert all(same_image(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_conditioning_may_be_longer_than_the_other(pipe):
     (cond,) = pipe.encode_prompts(["a red fox"], IMAGE.shape[:2])
     twice = Conditioning(cond.context.repeat(1, 2, 1))
-    assert same_picture(inpaint(pipe, prompt=twice).image, inpaint(pipe, prompt=cond).image)
+    assert same_image(inpaint(pipe, prompt=twice).image, inpaint(pipe, prompt=cond).image)
 
 
 def test_conditioning_of_another_model_is_refused(pipe):
@@ -162,7 +162,7 @@ def test_conditioning_is_given_again_for_a_replay(pipe, tmp_path):
     assert "prompt" not in result.settings
     (path,) = result.save(tmp_path / "out.png")
     assert replay(path, pipe, prompt=cond, progress=False).identical
-    assert same_picture(result.again().image, result.image)
+    assert same_image(result.again().image, result.image)
     with pytest.raises(SettingError) as caught:
         replay(path, pipe, progress=False)
     assert (caught.value.code, caught.value.subject) == ("MANIFEST_INPUT_MISSING", "prompt")
@@ -193,8 +193,8 @@ def test_the_bad_one_of_a_batch_is_named_or_left_out(pipe, error, given):
     assert "1 failed" in repr(result)
     good = {name: [values[0], values[2]] for name, values in given.items()}
     expected = inpaint(pipe, **{"seed": [5, 5], **good})
-    assert same_picture(result[0], expected[0])
-    assert same_picture(result[2], expected[1])
+    assert same_image(result[0], expected[0])
+    assert same_image(result[2], expected[1])
 
 
 def test_what_was_left_out_stays_out(pipe, tmp_path):
@@ -223,7 +223,7 @@ def test_an_image_that_a_model_cannot_be_shown_is_left_out_too(pipe):
     assert caught.value.subject == "image 2 of 2: noise"
     result = inpaint(pipe, image=[IMAGE, wide], mask=masks, noise=noise, on_error="skip")
     assert list(result.errors) == [1]
-    assert same_picture(result.image, inpaint(pipe, noise=noise[:1]).image)
+    assert same_image(result.image, inpaint(pipe, noise=noise[:1]).image)
 
 
 # warnings

@@ -53,7 +53,7 @@ def test_a_result_is_a_sequence_of_its_images_and_says_in_a_line_what_it_is(pipe
     width, height = one.image.size
     assert repr(one) == f"Result(1 image, {width}x{height}, seed {one.seeds[0]})"
     assert repr(two).startswith("Result(2 images, ")
-    many = pipe.inpaint(one.repainted[0].item.picture, one.repainted[0].item.mask, "a", seed=[*range(9)], steps=1)
+    many = pipe.inpaint(one.repainted[0].item.image, one.repainted[0].item.mask, "a", seed=[*range(9)], steps=1)
     assert repr(many).endswith("seeds 0, 1, 2, 3, ...)")
 
 
@@ -115,7 +115,7 @@ def test_a_sheet_has_a_row_for_each_image(pipe, one, two):
     first, both = one.sheet(), two.sheet()
     assert first.width == both.width
     assert both.height > 1.8 * first.height - 100
-    assert inpaint(pipe, crop=4).sheet().width > first.width  # the crop is one more picture
+    assert inpaint(pipe, crop=4).sheet().width > first.width  # the crop is one more image
     assert Image.open(io.BytesIO(one._repr_png_())).size == first.size
 
 

@@ -1,4 +1,4 @@
-"""Runs over a part of a picture, and over its parts one by one; fills; and what joins them to the rest."""
+"""Runs over a part of an image, and over its parts one by one; fills; and what joins them to the rest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sdinpaint.errors import SettingError
 from sdinpaint.images.boxes import Box
 from sdinpaint.images.crops import crop_box, working_size
 from sdinpaint.images.fills import FILLS, fill_hole
-from sdinpaint.images.picture import to_tensor
+from sdinpaint.images.input_image import to_tensor
 from sdinpaint.pipeline import repaint
 from sdinpaint.pipeline.patch_sampling import PatchSampling
 
@@ -201,13 +201,13 @@ def test_known_pixels_stay_bit_for_bit(either, blend, match_color, alpha):
 
 
 def test_ten_edits_leave_what_no_mask_covered(pipe):
-    picture, touched = IMAGE, np.zeros(SIZE, bool)
+    image, touched = IMAGE, np.zeros(SIZE, bool)
     for edit in range(10):
         mask = Mask.ellipse(SIZE, (5 * edit, 3 * edit, 5 * edit + 40, 3 * edit + 30))
-        result = inpaint(pipe, mask, picture, seed=edit, crop="auto" if edit % 2 else None, blend="feather")
-        picture, touched = pixels(result), touched | mask.hole
-    assert (picture[~touched] == IMAGE[~touched]).all()
-    assert (picture[touched] != IMAGE[touched]).any(axis=1).mean() > 0.9
+        result = inpaint(pipe, mask, image, seed=edit, crop="auto" if edit % 2 else None, blend="feather")
+        image, touched = pixels(result), touched | mask.hole
+    assert (image[~touched] == IMAGE[~touched]).all()
+    assert (image[touched] != IMAGE[touched]).any(axis=1).mean() > 0.9
 
 
 # Warnings
@@ -240,7 +240,7 @@ def test_outpainting(either):
     result = either.outpaint(IMAGE, "a fox", left=24, bottom=13, steps=2, seed=1, progress=False)
     assert result.image.size == (168 + 24, 120 + 13)
     assert (pixels(result)[: 120 - 16, 24 + 16 :] == IMAGE[:-16, 16:]).all()
-    assert result.repainted[0].item.picture.old == Box(24, 0, 192, 120)
+    assert result.repainted[0].item.image.old == Box(24, 0, 192, 120)
     sized = either.outpaint(IMAGE, "a fox", size=(133, 192), anchor="top-right", steps=2, seed=1, progress=False)
     assert (pixels(sized) == pixels(result)).all()
     strong = either.outpaint(IMAGE, "a fox", left=24, overlap=0, strength=0.5, steps=2, seed=1, progress=False)

@@ -33,8 +33,8 @@ COVER = "nearest"
 NINE = ("sd2", "sd2-v", "sdxl")
 
 
-def picture(height=64, width=72):
-    """A smooth picture with some grain, no square, and a hole that keeps to no cell of 8 pixels."""
+def image_and_mask(height=64, width=72):
+    """A smooth image with some grain, no square, and a hole that keeps to no cell of 8 pixels."""
     rows, columns = np.mgrid[:height, :width] / 64
     grain = np.random.default_rng(1).normal(0, 0.05, (height, width, 3))
     waves = [0.5 + 0.4 * np.sin(5 * rows + 3 * columns * shift + shift) for shift in range(3)]
@@ -72,7 +72,7 @@ def noise():
 
 
 def run_theirs(theirs, *, seed, sampler="ddim", spacing="leading", negative_prompt=NEGATIVE, **options):
-    image, mask = picture()
+    image, mask = image_and_mask()
     theirs.scheduler = SCHEDULERS[sampler].from_config(theirs.scheduler.config, timestep_spacing=spacing)
     return theirs(
         PROMPT,
@@ -90,7 +90,7 @@ def run_theirs(theirs, *, seed, sampler="ddim", spacing="leading", negative_prom
 
 @pytest.fixture(scope="module")
 def floats_of_theirs(pairs, noise):
-    """floats_of_theirs(name, **options) -> diffusers' picture before it is rounded; computed once."""
+    """floats_of_theirs(name, **options) -> diffusers' image before it is rounded; computed once."""
     made = {}
 
     def run(name, **options):
@@ -107,7 +107,7 @@ def floats_of_theirs(pairs, noise):
 @torch.inference_mode()
 def floats_of_ours(mine, noise, sampler="ddim", spacing="leading", negative_prompt=NEGATIVE):
     """The run step by step; with the start noise given, the masked image's posterior is what the seed draws first."""
-    image, mask = picture()
+    image, mask = image_and_mask()
     known = mine.encode_image(image, mask, draws=Draws([7], mine.device), latents=False, cover=COVER)
     cond, uncond = mine.encode_prompts([PROMPT, negative_prompt], (image.height, image.width))
     sigmas = schedule(sampler, spacing, mine.family.schedule, STEPS)
@@ -227,15 +227,15 @@ def test_a_broken_run_is_seen(pairs, noise, floats_of_theirs, name, what, broken
     assert difference.abs().max() > 2 * TOLERANCE
 
 
-# Pictures from a seed alone: the order of the draws is diffusers'
+# Images from a seed alone: the order of the draws is diffusers'
 
 
 def levels(one, other):
-    """The largest difference of two pictures, in levels of 255."""
+    """The largest difference of two images, in levels of 255."""
     return int(np.abs(np.asarray(one).astype(int) - np.asarray(other)).max())
 
 
-PICTURES = [
+SEEDED = [
     *((name, {"strength": strength}) for name in NINE for strength in (1.0, 0.7)),
     *((f"{name} of 4", {"strength": strength}) for name in NINE for strength in (1.0, 0.7)),
     ("sdxl", {"negative_prompt": None, "sampler": "euler"}),
@@ -243,12 +243,12 @@ PICTURES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "options"), PICTURES, ids=str)
+@pytest.mark.parametrize(("name", "options"), SEEDED, ids=str)
 def test_images(pairs, name, options):
     theirs, mine = pairs(name)
     expected = run_theirs(theirs, seed=9, **options)[0]
     options = {"negative_prompt": NEGATIVE, "steps": STEPS, "paste_back": False, "cover": COVER, **options}
-    found = mine.inpaint(*picture(), PROMPT, seed=9, progress=False, **options)
+    found = mine.inpaint(*image_and_mask(), PROMPT, seed=9, progress=False, **options)
     assert levels(found.image, expected) <= ONE_LEVEL
     assert found.settings["negative_prompt"] == options["negative_prompt"]
 

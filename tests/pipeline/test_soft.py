@@ -7,9 +7,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from closeness import same_picture
+from closeness import same_image
 
-from sdinpaint.images.picture import to_tensor
+from sdinpaint.images.input_image import to_tensor
 from sdinpaint.masks import Mask, masked_image, to_latent
 from sdinpaint.pipeline import patch_sampling
 from sdinpaint.sampling import Known, blend_soft, restore_known, samplers, schedules, soft_masks, start_soft
@@ -56,7 +56,7 @@ def test_masks_are_binary_and_only_grow():
 
 
 def differential(denoise, x, masks, latents, noise, sigmas):
-    """Levin and Fried's loop written out, by Euler steps: the picture is put back where it is not its turn.
+    """Levin and Fried's loop written out, by Euler steps: the image is put back where it is not its turn.
 
     What they leave to the model in a step, it changed in the step before; so their masks are those of the step before.
     """
@@ -93,7 +93,7 @@ def test_a_mask_of_one_grey_is_a_strength(four_channels, name, amount):
     options = {"sampler": name, "steps": STEPS, "seed": 5, "progress": False}
     even = inpaint(four_channels, np.full(SIZE, amount, np.float32), soft=True, **options)
     varied = four_channels.vary(IMAGE, "a red fox", amount, **options)
-    # the draw of the masked picture, which `vary` needs none of, comes after the noise and changes nothing
+    # the draw of the masked image, which `vary` needs none of, comes after the noise and changes nothing
     assert np.abs(pixels(even) - pixels(varied)).max() <= 1
     other = four_channels.vary(IMAGE, "a red fox", amount + 0.25, **options)
     assert np.abs(pixels(even) - pixels(other)).max() > 20
@@ -125,7 +125,7 @@ def test_conditioning_is_precomputed_once(pipe, replays, spy, substitute):
     assert len(calls) == 1
 
 
-# Pictures
+# Images
 
 
 def test_black_stays_bit_for_bit_and_more_changes_where_it_is_whiter(either):
@@ -147,9 +147,9 @@ def test_what_no_step_changes_is_not_passed_through_the_autoencoder(either):
 def test_a_white_mask_is_a_hard_one(pipe):
     white = np.ones(SIZE, np.float32)
     hard = inpaint(pipe, white)
-    assert same_picture(inpaint(pipe, white, soft=True).image, hard.image)
+    assert same_image(inpaint(pipe, white, soft=True).image, hard.image)
     grey = np.full(SIZE, 0.9, np.float32)
-    assert not same_picture(inpaint(pipe, grey, soft=True).image, hard.image)
+    assert not same_image(inpaint(pipe, grey, soft=True).image, hard.image)
 
 
 def test_a_soft_mask_does_something_else_than_a_hard_one(either):

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from closeness import same_picture
+from closeness import same_image
 from PIL import Image
 
 from sdinpaint import Pipeline, cli
@@ -22,12 +22,12 @@ SIZES = (64, 72), (83, 101)
 PROMPTS = ["a red fox", "a blue cube on the a"]
 
 
-def picture(height=64, width=72, channels=3, seed=0):
+def random_image(height=64, width=72, channels=3, seed=0):
     return np.random.default_rng([seed, height, width]).integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
 def vary(pipe, image=None, prompt="a red fox", *strength, **options):
-    image = picture() if image is None else image
+    image = random_image() if image is None else image
     return pipe.vary(image, prompt, *strength, **{"steps": 3, "seed": 5, "progress": False} | options)
 
 
@@ -37,7 +37,7 @@ def levels(one, other):
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral"])
 def test_an_item_of_a_list_is_its_single_run(either, sampler):
-    images = [picture(*size) for size in SIZES]
+    images = [random_image(*size) for size in SIZES]
     together = vary(either, images, PROMPTS, seed=[4, 0], sampler=sampler)
     assert together.seeds == [4, 0]
     for i, (found, (height, width)) in enumerate(zip(together.images, SIZES, strict=True)):
@@ -47,17 +47,17 @@ def test_an_item_of_a_list_is_its_single_run(either, sampler):
 
 
 def test_one_at_a_time_an_item_is_its_single_run(either):
-    images = [picture(), picture(seed=1), picture(*SIZES[1])]
+    images = [random_image(), random_image(seed=1), random_image(*SIZES[1])]
     together = vary(either, images, seed=[4, 0, 9], sampler="euler_ancestral", batch_size=1)
     for image, seed, found in zip(images, together.seeds, together.images, strict=True):
-        assert same_picture(found, vary(either, image, seed=seed, sampler="euler_ancestral").image)
+        assert same_image(found, vary(either, image, seed=seed, sampler="euler_ancestral").image)
     assert levels(together.images[0], together.images[1]) > 20
 
 
 @pytest.mark.parametrize("options", [{}, {"strength": 1, "sampler": "euler", "spacing": "linspace"}, {"eta": 0.5}])
 def test_settings_replay_the_run(either, options):
     first = vary(either, prompt=None, negative_prompt="a fox", seed=None, **options)
-    again = either.vary(picture(), **first.settings, progress=False)
+    again = either.vary(random_image(), **first.settings, progress=False)
     assert np.array_equal(first.image, again.image)
     assert again.settings == first.settings
     assert not set(names_of(MaskSettings, ControlSettings)) & set(first.settings)
@@ -72,15 +72,15 @@ def test_strength_runs_as_many_steps_as_it_says(either, steps, strength):
 
 def test_strength_0_returns_the_image(either):
     for channels in (3, 4):
-        image = picture(channels=channels)
+        image = random_image(channels=channels)
         with pytest.warns(SdInpaintWarning, match="strength is 0, so it comes back unchanged") as caught:
             assert np.array_equal(vary(either, Image.fromarray(image), strength=0).image, image)
         assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_little_strength_stays_nearer_to_the_image(either):
-    """Two pictures under the same noise: the more steps run, the less of what told them apart is left."""
-    one, other = picture(), np.full_like(picture(), 40)
+    """Two images under the same noise: the more steps run, the less of what told them apart is left."""
+    one, other = random_image(), np.full_like(random_image(), 40)
     apart = [
         np.abs(
             np.subtract(*(np.asarray(vary(either, image, strength=strength).image, float) for image in (one, other)))
@@ -93,20 +93,20 @@ def test_little_strength_stays_nearer_to_the_image(either):
 def test_an_inpainting_model_varies_as_it_repaints_everything(pipe):
     everything = np.ones((64, 72), bool)
     options = {"strength": 0.7, "steps": 3, "seed": 5, "sampler": "euler_ancestral", "progress": False}
-    expected = pipe.inpaint(picture(), everything, "a red fox", **options).image
-    assert same_picture(vary(pipe, **options).image, expected)
-    assert not same_picture(vary(pipe, **options | {"seed": 6}).image, expected)
+    expected = pipe.inpaint(random_image(), everything, "a red fox", **options).image
+    assert same_image(vary(pipe, **options).image, expected)
+    assert not same_image(vary(pipe, **options | {"seed": 6}).image, expected)
 
 
 def test_the_whole_image_is_new_and_opaque(pipe):
-    found = np.asarray(vary(pipe, Image.fromarray(picture(channels=4))).image)
+    found = np.asarray(vary(pipe, Image.fromarray(random_image(channels=4))).image)
     assert found.shape == (64, 72, 4)
     assert (found[..., 3] == 255).all()
-    assert (found[..., :3] != picture(channels=4)[..., :3]).mean() > 0.9
+    assert (found[..., :3] != random_image(channels=4)[..., :3]).mean() > 0.9
 
 
 def test_what_is_given(pipe):
-    tensor_batch = [picture(), picture(seed=1)]
+    tensor_batch = [random_image(), random_image(seed=1)]
     assert len(vary(pipe, tensor_batch, seed=[1, 2]).images) == 2
     with pytest.raises(SettingError, match=r"2 images, .*3 prompts"):
         vary(pipe, tensor_batch, ["a", "b", "c"])
@@ -127,7 +127,7 @@ def test_very_high_guidance_warns_whoever_asked(pipe):
 def test_on_the_command_line(pipe, tmp_path, loads):
     loads(pipe)
     photo, out = tmp_path / "photo.png", tmp_path / "out.png"
-    Image.fromarray(picture()).save(photo)
+    Image.fromarray(random_image()).save(photo)
     given = ["--prompt=a red fox", "--model=any", f"--out={out}", "--steps=3", "--seed=5", "--strength=0.7"]
     done = CliRunner().invoke(cli.main, ["vary", str(photo), *given])
     assert done.exit_code == 0, done.output
@@ -144,5 +144,5 @@ def test_options_of_the_command_line_are_those_of_the_library():
     defaults = inspect.signature(Pipeline.vary).parameters
     assert settings == set(names_of(SamplingSettings))
     assert settings | {"manifest"} <= set(defaults)
-    for name in settings - {"batch_size"}:  # one picture at a time is written as soon as it is done
+    for name in settings - {"batch_size"}:  # one image at a time is written as soon as it is done
         assert options[name] == defaults[name].default

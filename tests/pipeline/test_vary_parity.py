@@ -12,7 +12,7 @@ from painting import unrounded
 from peers import pipeline_twin
 from PIL import Image
 
-from sdinpaint.images.picture import pad_to_multiple
+from sdinpaint.images.input_image import pad_to_multiple
 from sdinpaint.loading import load
 from sdinpaint.pipeline import patch_sampling
 from sdinpaint.sampling import schedules
@@ -24,7 +24,7 @@ PROMPT, NEGATIVE = "a red fox on the a", "a blue cube"
 STEPS, TOLERANCE = 10, 3e-4
 
 
-def picture(height=64, width=72):
+def smooth_image(height=64, width=72):
     rows, columns = np.mgrid[:height, :width] / 64
     waves = [0.5 + 0.4 * np.sin(5 * rows + 3 * columns * shift + shift) for shift in range(3)]
     return Image.fromarray((255 * np.stack(waves, -1)).astype(np.uint8))
@@ -86,7 +86,7 @@ def in_float64(mine):
 
 
 def difference(theirs, mine, image=None, **options):
-    image = picture() if image is None else image
+    image = smooth_image() if image is None else image
     expected = run_theirs(theirs, image, **options)
     assert expected.std() > 0.05
     assert ((expected > 0) & (expected < 1)).float().mean() > 0.9
@@ -113,20 +113,20 @@ def test_a_model_of_text_to_image(twins, run):
 @pytest.mark.parametrize("run", [{}, {"strength": 0.3, "eta": 1.0}, {"sampler": "euler_ancestral"}], ids=str)
 def test_a_model_of_inpainting_is_shown_a_mask_over_everything(twins, run):
     theirs, mine = twins[9]
-    image = picture()
+    image = smooth_image()
     white = Image.new("L", image.size, 255)
     options = {"mask_image": white, "height": image.height, "width": image.width}
     expected = run_theirs(theirs, image, **run, **options)
     assert expected.std() > 0.05
     ours, exact = run_ours(mine, image, **run), run_ours(in_float64(mine), image, **run)
     assert (ours - exact).abs().max() <= TOLERANCE / 30
-    # the masked picture is one grey, of which torch's GroupNorm in diffusers loses digits
+    # the masked image is one grey, of which torch's GroupNorm in diffusers loses digits
     assert (ours - expected).abs().max() <= TOLERANCE + (expected - exact).abs().max() <= 4 * TOLERANCE
 
 
 @pytest.mark.parametrize(("height", "width"), [(65, 66), (70, 83)])
 def test_sizes_that_are_no_multiple_of_8(twins, height, width):
-    image = picture(height, width)
+    image = smooth_image(height, width)
     padded, crop = pad_to_multiple(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])
     padded = Image.fromarray(padded[0].permute(1, 2, 0).numpy())
     expected = (255 * run_theirs(twins[4][0], padded)[0].permute(1, 2, 0)).round().numpy()[crop]

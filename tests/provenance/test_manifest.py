@@ -1,4 +1,4 @@
-"""Manifests: fingerprints of weights, records of what went in, and what is refused when a picture is made again."""
+"""Manifests: fingerprints of weights, records of what went in, and what is refused when an image is made again."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ import sdinpaint
 from sdinpaint import Mask
 from sdinpaint.errors import CheckpointError, MaskError, SdInpaintError, SettingError
 from sdinpaint.images.files import read_settings, save_png
-from sdinpaint.images.picture import Picture
+from sdinpaint.images.input_image import InputImage
 from sdinpaint.masks.text import mask_from_text, mask_to_text
 from sdinpaint.pipeline.requests import stored_names
 from sdinpaint.provenance import fingerprints
@@ -37,13 +37,13 @@ from sdinpaint.provenance.manifest import (
     check_manifest,
     differences,
     environment,
+    image_record,
     manifest_of,
     mask_record,
-    picture_record,
     require_same_weights,
 )
 
-PICTURE = Picture(rgb=np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8))
+IMAGE = InputImage(rgb=np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8))
 MASK = np.zeros((40, 56), dtype=np.float32)
 MASK[8:20, 10:30] = 1
 
@@ -59,10 +59,10 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def stored(pipe):
-    """The settings of a run as they come out of a picture file."""
+    """The settings of a run as they come out of an image file."""
     recorded = environment(pipe) | {
         "kind": "inpaint",
-        "image": picture_record(PICTURE, "photo.png"),
+        "image": image_record(IMAGE, "photo.png"),
         "mask": mask_record(MASK),
         "size": [56, 40],
     }
@@ -161,7 +161,7 @@ def test_fingerprint_does_not_depend_on_threads(pipe, threads, substitute):
 
 
 def test_fingerprint_is_what_images_already_hold():
-    """Written out once more, since pictures that were saved are compared with it in later versions too."""
+    """Written out once more, since images that were saved are compared with it in later versions too."""
     model = Holder(b=torch.ones(2, dtype=torch.bfloat16), a=torch.arange(6, dtype=torch.float32).reshape(2, 3))
     first, second = struct.pack("<6f", *range(6)), b"\x80\x3f" * 2
     rows = [["a", "torch.float32", [2, 3], sha256(first)], ["b", "torch.bfloat16", [2], sha256(second)]]
@@ -271,7 +271,7 @@ def test_nothing_is_kept_alive(own):
 
 
 def test_a_record_is_plain_json(stored, pipe):
-    assert stored["manifest"]["image"] == picture_record(PICTURE, "photo.png")
+    assert stored["manifest"]["image"] == image_record(IMAGE, "photo.png")
     assert stored["manifest"]["image"]["size"] == [40, 56]
     assert stored["manifest"]["mask"] == mask_record(MASK)
     assert stored["manifest"]["mask"]["share"] == round(240 / 2240, 6)
@@ -280,17 +280,17 @@ def test_a_record_is_plain_json(stored, pipe):
 
 
 def test_every_pixel_counts():
-    rgb, alpha = PICTURE.rgb, np.full((40, 56), 255, dtype=np.uint8)
+    rgb, alpha = IMAGE.rgb, np.full((40, 56), 255, dtype=np.uint8)
     other = rgb.copy()
     other[39, 55, 2] ^= 1
-    pictures = [PICTURE, Picture(rgb=other), Picture(rgb=rgb, alpha=alpha), Picture(rgb=rgb, alpha=alpha - 1)]
-    pictures.append(Picture(rgb=rgb.reshape(56, 40, 3)))
-    assert len({picture_record(picture)["sha256"] for picture in pictures}) == 5
-    assert picture_record(Picture(rgb=np.asfortranarray(rgb))) == picture_record(PICTURE)
+    images = [IMAGE, InputImage(rgb=other), InputImage(rgb=rgb, alpha=alpha), InputImage(rgb=rgb, alpha=alpha - 1)]
+    images.append(InputImage(rgb=rgb.reshape(56, 40, 3)))
+    assert len({image_record(image)["sha256"] for image in images}) == 5
+    assert image_record(InputImage(rgb=np.asfortranarray(rgb))) == image_record(IMAGE)
 
 
 def test_the_recorded_inputs_are_taken(stored):
-    check_input(stored["manifest"]["image"], PICTURE, "image")
+    check_input(stored["manifest"]["image"], IMAGE, "image")
     check_input(stored["manifest"]["mask"], MASK, "mask")
     check_input(stored["manifest"]["mask"], mask_from_text(stored["manifest"]["mask"]["png"]), "mask")
 
@@ -298,9 +298,9 @@ def test_the_recorded_inputs_are_taken(stored):
 @pytest.mark.parametrize(
     ("argument", "other", "words"),
     [
-        ("image", Picture(rgb=PICTURE.rgb[:, ::-1]), ["40 rows, 56 columns", "photo.png"]),
-        ("image", Picture(rgb=PICTURE.rgb[:32]), ["32 rows, 56 columns"]),
-        ("image", Picture(rgb=PICTURE.rgb, alpha=PICTURE.rgb[..., 0]), ["photo.png"]),
+        ("image", InputImage(rgb=IMAGE.rgb[:, ::-1]), ["40 rows, 56 columns", "photo.png"]),
+        ("image", InputImage(rgb=IMAGE.rgb[:32]), ["32 rows, 56 columns"]),
+        ("image", InputImage(rgb=IMAGE.rgb, alpha=IMAGE.rgb[..., 0]), ["photo.png"]),
         ("mask", 1 - MASK, ["path is not known"]),
         ("mask", np.where(MASK > 0, np.float32(0.99), 0).astype(np.float32), ["path is not known"]),
     ],
@@ -434,14 +434,14 @@ def test_what_is_no_setting_is_refused(stored, pipe, name):
 
 
 def test_settings_go_through_a_file(stored, tmp_path):
-    save_png(Image.fromarray(PICTURE.rgb), tmp_path / "a.png", stored)
+    save_png(Image.fromarray(IMAGE.rgb), tmp_path / "a.png", stored)
     read = read_settings(tmp_path / "a.png")
     assert read == stored
     assert manifest_of(read) == stored["manifest"]
 
 
 def test_shortened_settings_are_refused(stored, tmp_path):
-    save_png(Image.fromarray(PICTURE.rgb), tmp_path / "a.png", stored | {"prompt": "fox " * 20_000})
+    save_png(Image.fromarray(IMAGE.rgb), tmp_path / "a.png", stored | {"prompt": "fox " * 20_000})
     with pytest.raises(SettingError) as caught:
         manifest_of(read_settings(tmp_path / "a.png"))
     assert caught.value.code == "MANIFEST_SHORTENED"
@@ -525,13 +525,13 @@ def test_any_json_anywhere_is_refused_or_taken(stored, pipe, data):
     with suppress(SdInpaintError):
         require_same_weights(recorded, pipe)
     with suppress(SdInpaintError):
-        check_input(records.get("image"), PICTURE, "image")
+        check_input(records.get("image"), IMAGE, "image")
     with suppress(SdInpaintError):
         check_input(records.get("mask"), MASK, "mask")
 
 
-def test_the_size_of_a_image_is_its_own(pipe):
-    """A record of one picture is not that of its transpose, whose bytes may be the same."""
-    flat = Picture(rgb=np.zeros((16, 24, 3), dtype=np.uint8))
+def test_the_size_of_an_image_is_its_own(pipe):
+    """A record of one image is not that of its transpose, whose bytes may be the same."""
+    flat = InputImage(rgb=np.zeros((16, 24, 3), dtype=np.uint8))
     with pytest.raises(SettingError):
-        check_input(picture_record(flat), replace(flat, rgb=flat.rgb.transpose(1, 0, 2)), "image")
+        check_input(image_record(flat), replace(flat, rgb=flat.rgb.transpose(1, 0, 2)), "image")

@@ -252,7 +252,7 @@ def test_conditions_that_do_not_fit_are_refused(code, build):
 # --- a 4-channel model keeps the known area --------------------------------------------------------------------------
 
 
-def picture(mask=None, dtype=torch.float64):
+def known_latents(mask=None, dtype=torch.float64):
     latents = draw(8, B, 4, H, W, dtype=dtype)
     return Known((box_mask() if mask is None else mask).to(dtype), torch.zeros_like(latents), latents)
 
@@ -286,7 +286,7 @@ def blended_after_every_step(name, known, strength, noise, late=0):
 @pytest.mark.parametrize("name", ["ddim", "euler", "euler_ancestral"])
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 def test_blending_equals_blending_after_every_step(name, strength):
-    known, noise = picture(), draw(0, B, 4, H, W, dtype=torch.float64)
+    known, noise = known_latents(), draw(0, B, 4, H, W, dtype=torch.float64)
     ours = blended_run(name, known, strength, noise)
     assert torch.allclose(ours, blended_after_every_step(name, known, strength, noise), rtol=0, atol=1e-12)
     late = blended_after_every_step(name, known, strength, noise, late=1)
@@ -296,11 +296,11 @@ def test_blending_equals_blending_after_every_step(name, strength):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_what_is_kept_is_kept_exactly(name):
     noise = draw(0, B, 4, H, W, dtype=torch.float64)
-    known = picture()
+    known = known_latents()
     kept = blended_run(name, known, 1.0, noise)
     assert torch.equal(torch.where(known.mask == 0, kept, 0), torch.where(known.mask == 0, known.latents, 0))
     assert not torch.allclose(kept * known.mask, known.latents * known.mask, rtol=0, atol=1e-2)
-    everything = picture(mask=torch.zeros(B, 1, H, W))
+    everything = known_latents(mask=torch.zeros(B, 1, H, W))
     assert torch.equal(blended_run(name, everything, 1.0, noise), everything.latents)
 
 
@@ -308,7 +308,7 @@ def test_a_full_mask_blends_nothing():
     sigmas = schedule("euler", None, CONFIG, 5)
     x = schedules.start(draw(0, B, 4, H, W, dtype=torch.float64), sigmas)
     denoise = Denoiser(StubUNet(), TRAINED, "eps", text(2), dtype=torch.float64)
-    blended = blend_known(denoise, picture(mask=torch.ones(B, 1, H, W)), x, sigmas)
+    blended = blend_known(denoise, known_latents(mask=torch.ones(B, 1, H, W)), x, sigmas)
     assert torch.equal(samplers.euler(blended, x, sigmas), samplers.euler(denoise, x, sigmas))
 
 

@@ -129,7 +129,7 @@ def unet(tiny):
 
 
 def denoisers(unet, found):
-    """Two that differ in all that a recording takes in: text, picture and guidance."""
+    """Two that differ in all that a recording takes in: text, image and guidance."""
     return [
         Denoiser(
             unet,

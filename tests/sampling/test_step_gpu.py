@@ -64,7 +64,7 @@ def unet(request, unets):
 
 
 class Case:
-    """One step: the pictures, the texts, the ControlNet."""
+    """One step: the images, the texts, the ControlNet."""
 
     def __init__(self, unet, seed=10, batch=1, size=(16, 16), tokens=77, controlled=False):
         self.x = SIGMA * draw(seed, batch, 4, *size)

@@ -19,20 +19,20 @@ def close(found, expected, bound=FLOAT32):
     return float((found.double() - expected.double()).norm()) <= bound * float(expected.double().norm())
 
 
-def same_picture(one, other):
+def same_image(one, other):
     """Tell whether no value differs by more than a level, and less than 1 % of them at all."""
-    one, other = (np.asarray(picture).astype(int) for picture in (one, other))
+    one, other = (np.asarray(image).astype(int) for image in (one, other))
     if one.shape != other.shape:
         return False
     difference = np.abs(one - other)
     return bool(difference.max() <= LEVEL and (difference > 0).mean() < SHARE)
 
 
-def same_pictures(ones, others):
-    """Tell whether each is the `same_picture` as its counterpart."""
-    return all(same_picture(*pair) for pair in zip(ones, others, strict=True))
+def same_images(ones, others):
+    """Tell whether each is the `same_image` as its counterpart."""
+    return all(same_image(*pair) for pair in zip(ones, others, strict=True))
 
 
 def apart(one, other):
-    """The mean difference of two pictures, in levels of 255."""
+    """The mean difference of two images, in levels of 255."""
     return float(np.abs(np.asarray(one).astype(int) - np.asarray(other)).mean())

@@ -1,4 +1,4 @@
-"""Pictures, holes and runs that tests of `Pipeline.inpaint` share."""
+"""Images, holes and runs that tests of `Pipeline.inpaint` share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from sdinpaint.images.picture import to_uint8
+from sdinpaint.images.input_image import to_uint8
 from sdinpaint.pipeline import patch_sampling
 
 SIZES = (64, 72), (83, 101), (70, 64)
@@ -27,7 +27,7 @@ RUNS = {
 every_run = pytest.mark.parametrize("options", RUNS.values(), ids=list(RUNS))
 
 
-def picture(height, width, channels=3, seed=0):
+def random_image(height, width, channels=3, seed=0):
     return np.random.default_rng([seed, height, width]).integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
@@ -38,7 +38,7 @@ def hole(height, width):
     return mask
 
 
-IMAGE, MASK = picture(*SIZES[0]), hole(*SIZES[0])
+IMAGE, MASK = random_image(*SIZES[0]), hole(*SIZES[0])
 
 
 @contextmanager
@@ -63,5 +63,5 @@ def pixels(image):
 
 
 def levels(one, other):
-    """The largest difference of two pictures, in levels of 255."""
+    """The largest difference of two images, in levels of 255."""
     return int(np.abs(pixels(one) - pixels(other)).max())

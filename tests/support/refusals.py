@@ -1,4 +1,4 @@
-"""What the tests of bad inputs share: a good picture, a quick run, and what every refusal must have."""
+"""What the tests of bad inputs share: a good image, a quick run, and what every refusal must have."""
 
 from __future__ import annotations
 

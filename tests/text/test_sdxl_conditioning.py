@@ -86,7 +86,7 @@ def test_the_size_and_the_missing_prompt_reach_the_denoiser(xl, spy):
     _, _, _, cond, uncond = made[0]
     assert not uncond.context.any()
     assert cond.context.any()
-    # 68 rows are padded to 72, which is the picture that the model sees
+    # 68 rows are padded to 72, which is the image that the model sees
     expected = timestep_embedding(torch.tensor((72, 80, 0, 0, 72, 80)), SINES)[None]
     assert torch.equal(sizes_in(cond.vector), expected)
     assert torch.equal(sizes_in(uncond.vector), expected)

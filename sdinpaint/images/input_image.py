@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 else:
     torch = OnDemand("torch")
 
-__all__ = ["Picture", "pad_to_multiple", "paste", "read_picture", "to_tensor", "to_uint8"]
+__all__ = ["InputImage", "pad_to_multiple", "paste", "read_image", "to_tensor", "to_uint8"]
 
 MIN_SIDE, SMALL_SIDE = 8, 64
 
@@ -31,7 +31,7 @@ Crop = tuple[slice, slice]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Picture:
+class InputImage:
     """An upright 8-bit image: rgb (H, W, 3), alpha (H, W) or None, and its RGB colour profile."""
 
     rgb: Bytes
@@ -55,10 +55,10 @@ class Picture:
         return ((self.rgb * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
-Source: TypeAlias = "Path | str | Image.Image | Bytes | Tensor | Picture"
+Source: TypeAlias = "Path | str | Image.Image | Bytes | Tensor | InputImage"
 
 
-def read_picture(source: Source, argument: str = "image") -> Picture:
+def read_image(source: Source, argument: str = "image") -> InputImage:
     """Read an image as 8-bit RGB, upright, with its transparency kept apart.
 
     Palette, grey, 16-bit and CMYK images are converted. An image below 64 pixels a side gives a warning, because a
@@ -74,22 +74,22 @@ def read_picture(source: Source, argument: str = "image") -> Picture:
     Raises:
         ImageError: the image cannot be read, has another type or range, or is too large or too small.
     """
-    if isinstance(source, Picture):
+    if isinstance(source, InputImage):
         return source
     if isinstance(source, str | Path):
-        picture = replace(_from_pil(open_image(source, argument), f"{argument} {str(source)!r}"), path=str(source))
+        image = replace(_from_pil(open_image(source, argument), f"{argument} {str(source)!r}"), path=str(source))
     elif isinstance(source, Image.Image):
-        picture = _from_pil(decode(source, argument), argument)
+        image = _from_pil(decode(source, argument), argument)
     elif isinstance(source, np.ndarray):
-        picture = Picture(rgb=_from_array(source, argument))
+        image = InputImage(rgb=_from_array(source, argument))
     elif is_tensor(source):
-        picture = Picture(rgb=_from_tensor(source, argument))
+        image = InputImage(rgb=_from_tensor(source, argument))
     else:
         expected = "a path, a PIL image, a uint8 array (H, W, 3) or a float tensor (3, H, W) in [-1, 1]"
         raise ImageError(
             "IMAGE_TYPE", argument, f"a {type(source).__name__}", expected=expected, hint="convert it first"
         )
-    height, width = picture.size
+    height, width = image.size
     found = f"{height} rows, {width} columns"
     if height * width > MAX_PIXELS:
         hint = "scale it down, or crop it"
@@ -99,7 +99,7 @@ def read_picture(source: Source, argument: str = "image") -> Picture:
     if min(height, width) < SMALL_SIDE:
         message = f"{argument}: {found} is very small for a model; scale the image up first"
         warn(message)
-    return picture
+    return image
 
 
 def to_tensor(rgb: Bytes) -> Tensor:
@@ -169,7 +169,7 @@ def mirrored(size: int, length: int) -> NDArray[np.int64]:
     return np.minimum(i, period - i) if size > 1 else i
 
 
-def paste(original: Picture, generated: Bytes, mask: NDArray[np.bool_]) -> Image.Image:
+def paste(original: InputImage, generated: Bytes, mask: NDArray[np.bool_]) -> Image.Image:
     """Put generated pixels into an image where a mask is True; all others stay bit for bit, with their alpha.
 
     Args:
@@ -197,17 +197,17 @@ def paste(original: Picture, generated: Bytes, mask: NDArray[np.bool_]) -> Image
     return image
 
 
-def _from_pil(image: Image.Image, subject: str) -> Picture:
+def _from_pil(image: Image.Image, subject: str) -> InputImage:
     profile: bytes | None = image.info.get("icc_profile")
     if image.mode in DEEP_MODES:
         grey = _deep_grey(image, subject)
-        return Picture(rgb=np.repeat(grey[..., None], 3, axis=2))
+        return InputImage(rgb=np.repeat(grey[..., None], 3, axis=2))
     if profile is not None and profile[16:20] != b"RGB ":
         image, profile = _to_srgb(image, profile, subject), None
     if image.has_transparency_data:
         pixels = np.array(image.convert("RGBA"))
-        return Picture(rgb=pixels[..., :3], alpha=pixels[..., 3], icc_profile=profile)
-    return Picture(rgb=np.array(image.convert("RGB")), icc_profile=profile)
+        return InputImage(rgb=pixels[..., :3], alpha=pixels[..., 3], icc_profile=profile)
+    return InputImage(rgb=np.array(image.convert("RGB")), icc_profile=profile)
 
 
 def _deep_grey(image: Image.Image, subject: str) -> Bytes:

@@ -1,4 +1,4 @@
-"""Pictures in every form people give them, the ones that are refused, and the pixels that models see."""
+"""Images in every form people give them, the ones that are refused, and the pixels that models see."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
 from sdinpaint.errors import ImageError, NumericError, SdInpaintError, SdInpaintWarning
-from sdinpaint.images.picture import Picture, pad_to_multiple, paste, read_picture, to_tensor, to_uint8
+from sdinpaint.images.input_image import InputImage, pad_to_multiple, paste, read_image, to_tensor, to_uint8
 
 SIZE = (72, 96)
 
@@ -40,7 +40,7 @@ def saved(image: Image.Image, path: Path, **options) -> Path:
 def refused(source, code: str, argument: str = "image") -> SdInpaintError:
     """The error that reading raises: of this code, naming the argument and a way to go on."""
     with pytest.raises(ImageError) as caught:
-        read_picture(source, argument)
+        read_image(source, argument)
     assert caught.value.code == code
     assert argument in caught.value.subject
     assert caught.value.found
@@ -55,55 +55,55 @@ def refused(source, code: str, argument: str = "image") -> SdInpaintError:
 
 def test_every_form_of_one_image_is_the_same(rgb, tmp_path):
     image = Image.fromarray(rgb)
-    path = saved(image, tmp_path / "picture.png")
+    path = saved(image, tmp_path / "image.png")
     tensor = to_tensor(rgb)
-    for source in (path, str(path), image, rgb, tensor, tensor[0], tensor.double(), Picture(rgb=rgb)):
-        picture = read_picture(source)
-        assert np.array_equal(picture.rgb, rgb)
-        assert picture.alpha is None
-        assert picture.icc_profile is None
-        assert picture.size == SIZE
+    for source in (path, str(path), image, rgb, tensor, tensor[0], tensor.double(), InputImage(rgb=rgb)):
+        read = read_image(source)
+        assert np.array_equal(read.rgb, rgb)
+        assert read.alpha is None
+        assert read.icc_profile is None
+        assert read.size == SIZE
 
 
 def test_array_is_copied(rgb):
-    picture = read_picture(rgb)
+    image = read_image(rgb)
     rgb[:] = 0
-    assert picture.rgb.any()
+    assert image.rgb.any()
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "tiff", "bmp", "gif", "jpg"])
 def test_formats(tmp_path, suffix):
     colour = np.full((*SIZE, 3), (200, 40, 90), np.uint8)
     options = {"lossless": True} if suffix == "webp" else {"quality": 95} if suffix == "jpg" else {}
-    picture = read_picture(saved(Image.fromarray(colour), tmp_path / f"picture.{suffix}", **options))
-    assert np.abs(picture.rgb.astype(int) - colour).max() <= (2 if suffix == "jpg" else 0)
+    image = read_image(saved(Image.fromarray(colour), tmp_path / f"image.{suffix}", **options))
+    assert np.abs(image.rgb.astype(int) - colour).max() <= (2 if suffix == "jpg" else 0)
 
 
 @pytest.mark.parametrize("mode", ["L", "1"])
 def test_grey_modes(grey, mode):
     image = Image.fromarray(grey).convert(mode)
-    picture = read_picture(image)
+    read = read_image(image)
     expected = np.asarray(image.convert("L"))
-    assert (picture.rgb == expected[..., None]).all()
+    assert (read.rgb == expected[..., None]).all()
 
 
 def test_palette(rgb):
     image = Image.fromarray(rgb).quantize(16)
-    assert np.array_equal(read_picture(image).rgb, np.asarray(image.convert("RGB")))
+    assert np.array_equal(read_image(image).rgb, np.asarray(image.convert("RGB")))
 
 
 def test_palette_with_transparency(rgb, tmp_path):
     image = Image.fromarray(rgb).quantize(16)
     path = saved(image, tmp_path / "palette.png", transparency=3)
-    picture = read_picture(path)
-    assert np.array_equal(picture.alpha == 0, np.asarray(image) == 3)
+    read = read_image(path)
+    assert np.array_equal(read.alpha == 0, np.asarray(image) == 3)
 
 
 def test_grey_with_alpha(grey):
     alpha = grey[::-1].copy()
-    picture = read_picture(Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)]))
-    assert (picture.rgb == grey[..., None]).all()
-    assert np.array_equal(picture.alpha, alpha)
+    image = read_image(Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)]))
+    assert (image.rgb == grey[..., None]).all()
+    assert np.array_equal(image.alpha, alpha)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
@@ -111,16 +111,16 @@ def test_transparent_colour(tmp_path, mode):
     image = Image.new(mode, (72, 72), 0)
     image.paste(255 if mode == "L" else (255, 255, 255), (0, 0, 10, 72))
     path = saved(image, tmp_path / "colour.png", transparency=0 if mode == "L" else (0, 0, 0))
-    assert (read_picture(path).alpha == 0).mean() == pytest.approx(62 / 72)
+    assert (read_image(path).alpha == 0).mean() == pytest.approx(62 / 72)
 
 
 def test_alpha_is_kept_and_shown_over_white(rgb):
     alpha = np.zeros(SIZE, np.uint8)
     alpha[:, 10:20], alpha[:, 20:] = 128, 255
-    picture = read_picture(Image.fromarray(np.dstack([rgb, alpha])))
-    assert np.array_equal(picture.rgb, rgb)
-    assert np.array_equal(picture.alpha, alpha)
-    seen = picture.opaque()
+    image = read_image(Image.fromarray(np.dstack([rgb, alpha])))
+    assert np.array_equal(image.rgb, rgb)
+    assert np.array_equal(image.alpha, alpha)
+    seen = image.opaque()
     assert seen.dtype == np.uint8
     assert (seen[:, :10] == 255).all()
     assert np.array_equal(seen[:, 20:], rgb[:, 20:])
@@ -129,28 +129,28 @@ def test_alpha_is_kept_and_shown_over_white(rgb):
 
 
 def test_opaque_image_is_itself(rgb):
-    assert Picture(rgb=rgb).opaque() is rgb
+    assert InputImage(rgb=rgb).opaque() is rgb
 
 
 @pytest.mark.parametrize("dtype", ["uint16", ">u2", "int32"])
 def test_sixteen_bits_are_scaled_not_clipped(grey, dtype):
-    picture = read_picture(Image.fromarray((grey.astype(np.int64) * 257).astype(dtype)))
-    assert (picture.rgb == grey[..., None]).all()
+    image = read_image(Image.fromarray((grey.astype(np.int64) * 257).astype(dtype)))
+    assert (image.rgb == grey[..., None]).all()
 
 
 def test_sixteen_bit_file(grey, tmp_path):
     path = saved(Image.fromarray(grey.astype(np.uint16) * 257), tmp_path / "deep.png")
-    assert (read_picture(path).rgb == grey[..., None]).all()
+    assert (read_image(path).rgb == grey[..., None]).all()
 
 
 def test_eight_bit_values_in_mode_i_are_pointed_out(grey):
     with pytest.warns(SdInpaintWarning, match="16-bit"):
-        read_picture(Image.fromarray(grey.astype(np.int32)))
+        read_image(Image.fromarray(grey.astype(np.int32)))
 
 
 def test_float_mode(grey):
-    picture = read_picture(Image.fromarray(grey.astype(np.float32) / 255))
-    assert (picture.rgb == grey[..., None]).all()
+    image = read_image(Image.fromarray(grey.astype(np.float32) / 255))
+    assert (image.rgb == grey[..., None]).all()
 
 
 @pytest.mark.parametrize(
@@ -168,14 +168,14 @@ def test_deep_values_out_of_range(array, limits):
 
 def test_cmyk():
     cmyk = Image.new("CMYK", (72, 72), (0, 255, 255, 0))
-    picture = read_picture(cmyk)
-    assert picture.rgb.shape == (72, 72, 3)
-    assert (picture.rgb[0, 0] == (255, 0, 0)).all()
+    image = read_image(cmyk)
+    assert image.rgb.shape == (72, 72, 3)
+    assert (image.rgb[0, 0] == (255, 0, 0)).all()
 
 
 def test_cmyk_jpeg_reads_as_it_was_drawn(tmp_path):
     path = saved(Image.new("CMYK", (72, 72), (0, 255, 255, 0)), tmp_path / "print.jpg", quality=95)
-    assert np.abs(read_picture(path).rgb[30, 30].astype(int) - (255, 0, 0)).max() < 6
+    assert np.abs(read_image(path).rgb[30, 30].astype(int) - (255, 0, 0)).max() < 6
 
 
 def test_lab_is_refused():
@@ -183,7 +183,7 @@ def test_lab_is_refused():
 
 
 def turned(image: Image.Image, orientation: int) -> Image.Image:
-    """The stored picture whose Exif tag makes it show as `image`."""
+    """The stored image whose Exif tag makes it show as `image`."""
     back = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]
     return image if back is None else image.transpose(Image.Transpose(back))
 
@@ -195,7 +195,7 @@ def test_exif_orientation_is_always_obeyed(rgb, tmp_path, orientation, form):
     exif[0x0112] = orientation
     path = saved(turned(Image.fromarray(rgb), orientation), tmp_path / "turned.png", exif=exif)
     with Image.open(path) as image:
-        assert np.array_equal(read_picture(path if form == "path" else image).rgb, rgb)
+        assert np.array_equal(read_image(path if form == "path" else image).rgb, rgb)
 
 
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
@@ -203,10 +203,10 @@ def test_animation_gives_its_first_frame(tmp_path, suffix):
     first, second = Image.new("RGB", (72, 72), "red"), Image.new("RGB", (72, 72), "blue")
     path = saved(first, tmp_path / f"moving.{suffix}", save_all=True, append_images=[second])
     with pytest.warns(SdInpaintWarning, match="first frame") as caught:
-        picture = read_picture(path)
+        image = read_image(path)
     assert caught[0].filename == __file__
-    assert picture.rgb[0, 0, 0] > 250
-    assert picture.rgb[0, 0, 2] < 5
+    assert image.rgb[0, 0, 0] > 250
+    assert image.rgb[0, 0, 2] < 5
 
 
 def rgb_profile() -> bytes:
@@ -215,10 +215,10 @@ def rgb_profile() -> bytes:
 
 def test_rgb_profile_is_carried_to_the_output(rgb, tmp_path):
     profile = rgb_profile()
-    picture = read_picture(saved(Image.fromarray(rgb), tmp_path / "wide.png", icc_profile=profile))
-    assert picture.icc_profile == profile
-    assert np.array_equal(picture.rgb, rgb)
-    pasted = paste(picture, rgb, np.zeros(SIZE, bool))
+    image = read_image(saved(Image.fromarray(rgb), tmp_path / "wide.png", icc_profile=profile))
+    assert image.icc_profile == profile
+    assert np.array_equal(image.rgb, rgb)
+    pasted = paste(image, rgb, np.zeros(SIZE, bool))
     assert pasted.info["icc_profile"] == profile
 
 
@@ -227,13 +227,13 @@ def test_profile_that_does_not_fit_is_dropped(grey, tmp_path):
     grey_profile[16:20] = b"GRAY"
     path = saved(Image.fromarray(grey), tmp_path / "grey.png", icc_profile=bytes(grey_profile))
     with pytest.warns(SdInpaintWarning, match="profile"):
-        picture = read_picture(path)
-    assert picture.icc_profile is None
-    assert (picture.rgb == grey[..., None]).all()
+        image = read_image(path)
+    assert image.icc_profile is None
+    assert (image.rgb == grey[..., None]).all()
 
 
 def test_grey_profile_is_applied(grey, monkeypatch):
-    """The colour engine is asked with the picture's own profile, and its answer is used."""
+    """The colour engine is asked with the image's own profile, and its answer is used."""
     asked = []
 
     def convert(image, given, to, **options):
@@ -245,7 +245,7 @@ def test_grey_profile_is_applied(grey, monkeypatch):
     for mode, space in (("L", b"GRAY"), ("CMYK", b"CMYK")):
         image = Image.fromarray(grey).convert("RGB").convert(mode)
         image.info["icc_profile"] = b"." * 16 + space + b"." * 100
-        assert (read_picture(image).rgb == (1, 2, 3)).all()
+        assert (read_image(image).rgb == (1, 2, 3)).all()
     assert [mode for mode, _, _ in asked] == ["L", "CMYK"]
     assert asked[1][1][16:20] == b"CMYK"
 
@@ -279,8 +279,8 @@ def test_path_with_a_null_byte():
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n", "PS-Adobe"),
     ],
 )
-def test_what_is_not_a_image(tmp_path, content, word):
-    path = tmp_path / "picture.png"
+def test_what_is_not_an_image(tmp_path, content, word):
+    path = tmp_path / "image.png"
     path.write_bytes(content)
     error = refused(path, "IMAGE_UNREADABLE")
     assert word in error.found
@@ -294,7 +294,7 @@ def test_heic_names_the_way_to_go_on(tmp_path):
 
 
 def test_rare_formats_are_not_decoded(rgb, tmp_path):
-    path = saved(Image.fromarray(rgb), tmp_path / "picture.ppm")
+    path = saved(Image.fromarray(rgb), tmp_path / "image.ppm")
     refused(path, "IMAGE_UNREADABLE")
 
 
@@ -357,11 +357,11 @@ def test_too_small(width, height):
 
 def test_small_is_warned_about():
     with pytest.warns(SdInpaintWarning, match="very small") as caught:
-        read_picture(Image.new("RGB", (8, 63)))
+        read_image(Image.new("RGB", (8, 63)))
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        read_picture(Image.new("RGB", (64, 64)))
+        read_image(Image.new("RGB", (64, 64)))
 
 
 # arrays and tensors that are refused
@@ -405,7 +405,7 @@ def test_tensor_values(bad):
 
 def test_tensor_that_looks_like_zero_to_one_is_pointed_out():
     with pytest.warns(SdInpaintWarning, match="below 0") as caught:
-        read_picture(torch.rand(3, *SIZE))
+        read_image(torch.rand(3, *SIZE))
     assert caught[0].filename == __file__
 
 
@@ -433,7 +433,7 @@ def test_uint8_rounds_and_clamps():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_nothing_non_finite_becomes_a_image(bad):
+def test_nothing_non_finite_becomes_an_image(bad):
     tensor = torch.zeros(2, 3, 8, 8)
     tensor[1, 2, 3, 4] = bad
     with pytest.raises(NumericError, match="1 of 384 values"):
@@ -481,7 +481,7 @@ def test_reflection_of_a_single_pixel():
 @settings(max_examples=25, deadline=None)
 def test_paste_changes_the_mask_alone(seed, transparent):
     generator = np.random.default_rng(seed)
-    original = Picture(
+    original = InputImage(
         rgb=generator.integers(0, 256, (20, 30, 3), dtype=np.uint8),
         alpha=generator.integers(0, 256, (20, 30), dtype=np.uint8) if transparent else None,
     )
@@ -500,19 +500,19 @@ def test_paste_changes_the_mask_alone(seed, transparent):
 @pytest.mark.parametrize(("generated", "mask"), [((8, 8, 3), SIZE), ((*SIZE, 3), (8, 8)), ((*SIZE, 4), SIZE)])
 def test_paste_refuses_other_sizes(rgb, generated, mask):
     with pytest.raises(ImageError) as caught:
-        paste(Picture(rgb=rgb), np.zeros(generated, np.uint8), np.zeros(mask, bool))
+        paste(InputImage(rgb=rgb), np.zeros(generated, np.uint8), np.zeros(mask, bool))
     assert caught.value.code == "IMAGE_BAD_SHAPE"
 
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("damaged") / "picture.png"
+    return tmp_path_factory.mktemp("damaged") / "image.png"
 
 
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=150, deadline=None)
 def test_damaged_files_are_read_or_refused(damaged, seed):
-    """Whatever is in the bytes, the answer is a picture or an ImageError."""
+    """Whatever is in the bytes, the answer is an image or an ImageError."""
     generator = np.random.default_rng(seed)
     stream = io.BytesIO()
     image = Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8))
@@ -523,7 +523,7 @@ def test_damaged_files_are_read_or_refused(damaged, seed):
     damaged.write_bytes(data[: generator.integers(1, len(data) + 1)])
     with warnings.catch_warnings(), contextlib.suppress(ImageError):
         warnings.simplefilter("ignore")
-        assert read_picture(damaged).rgb.dtype == np.uint8
+        assert read_image(damaged).rgb.dtype == np.uint8
 
 
 def test_upright_file_needs_no_turning(rgb, tmp_path):
