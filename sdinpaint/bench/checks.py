@@ -127,13 +127,13 @@ def _difference(found: Tensor, ours: Tensor) -> float:
     return float((found.double() - ours.double()).norm() / ours.double().norm())
 
 
-def check_picture(case: Case, name: str, picture: Bytes, ours: Bytes) -> str:
+def check_picture(case: Case, name: str, image: Bytes, ours: Bytes) -> str:
     """Check that an image has the right shape and is close to ours.
 
     Args:
         case: the case.
         name: the system.
-        picture: its image (S, S, 3).
+        image: its image (S, S, 3).
         ours: that of sdinpaint.
 
     Returns:
@@ -142,11 +142,11 @@ def check_picture(case: Case, name: str, picture: Bytes, ours: Bytes) -> str:
     Raises:
         NumericError: it is empty, or in float32 its PSNR is below LEAST_PSNR.
     """
-    if picture.shape != (case.size, case.size, 3) or picture.min() == picture.max():
-        raise _wrong("picture", case, name, f"shape {picture.shape}, {picture.min()} to {picture.max()}", "an image")
+    if image.shape != (case.size, case.size, 3) or image.min() == image.max():
+        raise _wrong("picture", case, name, f"shape {image.shape}, {image.min()} to {image.max()}", "an image")
     if name == OURS:
         return "finite"  # the pipeline raises an error for anything else
-    likeness = psnr(picture, ours)
+    likeness = psnr(image, ours)
     if case.dtype != "float32":
         return f"PSNR {likeness:.1f} dB"
     if likeness < LEAST_PSNR:

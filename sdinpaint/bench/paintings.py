@@ -36,10 +36,8 @@ DIGITS = 12
 CELL, CELLS = "cell", 4
 """Name and number a side of the parts of an image whose mean levels tell it from another one."""
 
-Picture = Image.Image
 
-
-def inpaint(pipe: Pipeline, size: int, image: Picture, mask: Picture, **options: Any) -> Result:
+def inpaint(pipe: Pipeline, size: int, image: Image.Image, mask: Image.Image, **options: Any) -> Result:
     """Inpaint an image of that size, without a crop.
 
     Args:
@@ -55,7 +53,7 @@ def inpaint(pipe: Pipeline, size: int, image: Picture, mask: Picture, **options:
     return pipe.inpaint(image, mask, PROMPT, **options)
 
 
-def outpaint(pipe: Pipeline, size: int, image: Picture, mask: Picture, **options: Any) -> Result:
+def outpaint(pipe: Pipeline, size: int, image: Image.Image, mask: Image.Image, **options: Any) -> Result:
     """Outpaint an image onto a canvas of that size; the model sees it at the size that it was trained at.
 
     Args:
@@ -89,12 +87,12 @@ def paint(name: str, case: Case) -> dict[str, float]:
     """
     work, mode = name.split(": ")
     make, share = PAINTINGS[work]
-    pictures, found = picture_and_mask(round(share * case.size)), {}
+    inputs, found = picture_and_mask(round(share * case.size)), {}
 
     def run() -> None:
         pipe = load(case.checkpoint, device=case.device, dtype=case.dtype, progress=False, **MODES[mode])
         options = {"steps": case.steps, "guidance_scale": GUIDANCE, "seed": SEED, "progress": False}
-        made = make(pipe, case.size, *pictures, **options)
+        made = make(pipe, case.size, *inputs, **options)
         pixels = np.asarray(made.image)
         found["digest"] = float(int(hashlib.sha256(pixels.tobytes()).hexdigest()[:DIGITS], 16))
         rows = (part for half in np.array_split(pixels, CELLS) for part in np.array_split(half, CELLS, axis=1))

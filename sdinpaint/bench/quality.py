@@ -61,7 +61,7 @@ def measure_quality(pipe: Pipeline, options: QualityOptions, *, progress: bool =
     with progress_bar(len(ways), "quality", show=progress) as bar:
         for steps, sampler in rounds_of(ways):
             started, worked = time.perf_counter(), time.process_time()
-            pictures = _repaint(pipe, cases, options, sampler, steps)
+            images = _repaint(pipe, cases, options, sampler, steps)
             seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
             rows.append(
                 {
@@ -72,7 +72,7 @@ def measure_quality(pipe: Pipeline, options: QualityOptions, *, progress: bool =
                     "guidance_scale": options.guidance_scale,
                     "seconds": seconds / len(cases),
                     "cpu_seconds": cpu_seconds / len(cases),
-                    **_scores(pictures, cases),
+                    **_scores(images, cases),
                     "background": background,
                 }
             )
@@ -96,20 +96,20 @@ def _repaint(pipe: Pipeline, cases: Sequence[Case], options: QualityOptions, sam
     return [np.asarray(image) for image in result.images]
 
 
-def _scores(pictures: Sequence[Bytes], cases: Sequence[Case]) -> dict[str, float]:
-    pairs = list(zip(pictures, cases, strict=True))
-    verdicts = [(judge(picture, case.hole, case.background), case) for picture, case in pairs]
+def _scores(images: Sequence[Bytes], cases: Sequence[Case]) -> dict[str, float]:
+    pairs = list(zip(images, cases, strict=True))
+    verdicts = [(judge(image, case.hole, case.background), case) for image, case in pairs]
     return {
         "right_color": statistics.fmean(verdict.color == case.color for verdict, case in verdicts),
         "right_shape": statistics.fmean(verdict.shape == case.shape for verdict, case in verdicts),
-        "seam": _mean(seam, pictures, cases),
-        "ring_delta_e": _mean(ring_delta_e, pictures, cases),
+        "seam": _mean(seam, images, cases),
+        "ring_delta_e": _mean(ring_delta_e, images, cases),
     }
 
 
 def _mean(
-    metric: Callable[[Bytes, NDArray[np.bool_]], float | None], pictures: Sequence[Bytes], cases: Sequence[Case]
+    metric: Callable[[Bytes, NDArray[np.bool_]], float | None], images: Sequence[Bytes], cases: Sequence[Case]
 ) -> float:
     """Return the mean over the images whose hole has an edge."""
-    values = [metric(picture, case.hole) for picture, case in zip(pictures, cases, strict=True)]
+    values = [metric(image, case.hole) for image, case in zip(images, cases, strict=True)]
     return statistics.fmean(value for value in values if value is not None)

@@ -53,10 +53,10 @@ def measure_seams(case: Measured, commands: Sequence[Command]) -> Iterator[Row]:
     pipe = load(case.checkpoint, device=case.device, dtype=case.dtype, progress=False)
     cases = held_out(scenes)
     for cover in rounds_of(COVERS):
-        pictures = _repainted(pipe, cases, cover, steps)
+        images = _repainted(pipe, cases, cover, steps)
         for blend, match in product(BLENDS, (False, True)):
             what = f"blend {blend}, cover {cover}" + ", match_color" * match
-            found = seams_of(cases, pictures, blend, match)
+            found = seams_of(cases, images, blend, match)
             if found["known_error"]:
                 changed = f"known pixels are changed by up to {found['known_error']}"
                 raise NumericError("BENCH_WRONG", f"seams, {what}", changed, hint="no row of it is recorded")
@@ -73,12 +73,12 @@ def measure_seams(case: Measured, commands: Sequence[Command]) -> Iterator[Row]:
             )
 
 
-def seams_of(cases: Sequence[Case], pictures: Sequence[Bytes], blend: Blend, match: bool) -> dict[str, float]:
+def seams_of(cases: Sequence[Case], images: Sequence[Bytes], blend: Blend, match: bool) -> dict[str, float]:
     """Join repainted scenes to their images in one way, and score them.
 
     Args:
         cases: the scenes.
-        pictures: what the model made of them (S, S, 3), known pixels too.
+        images: what the model made of them (S, S, 3), known pixels too.
         blend: one of BLENDS.
         match: whether colours are matched.
 
@@ -87,8 +87,8 @@ def seams_of(cases: Sequence[Case], pictures: Sequence[Bytes], blend: Blend, mat
         the largest change of a known pixel.
     """
     joined = [
-        compose(case.image, picture, case.hole, blend=blend, match=match)
-        for case, picture in zip(cases, pictures, strict=True)
+        compose(case.image, image, case.hole, blend=blend, match=match)
+        for case, image in zip(cases, images, strict=True)
     ]
     scores = [metrics.scores(case.image, after, case.hole) for case, after in zip(cases, joined, strict=True)]
     verdicts = [(judge(after, case.hole, case.background), case) for case, after in zip(cases, joined, strict=True)]

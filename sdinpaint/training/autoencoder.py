@@ -26,7 +26,7 @@ WINDOWED = 0.8
 """Fraction of the steps, from the first, that train on a quarter of each scene, which takes a quarter of the time."""
 
 
-def pictures(rng: np.random.Generator, count: int, side: int = SIZE) -> Tensor:
+def drawn_images(rng: np.random.Generator, count: int, side: int = SIZE) -> Tensor:
     """Render random scenes, some without their object and some with a mid-grey hole, each cropped at random.
 
     Args:
@@ -143,7 +143,7 @@ def train(folder: Path, *, steps: int, batch: int = 8, device: str = "cpu", prog
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         torch.manual_seed(step)
         side = SIZE if step >= WINDOWED * steps else SIZE // 2
-        image = pictures(np.random.default_rng((1, step)), batch, side).to(device)
+        image = drawn_images(np.random.default_rng((1, step)), batch, side).to(device)
         mean, std = (part / CONFIG.scaling_factor for part in vae.posterior(image))
         output = vae.decode((mean + std * torch.randn_like(std)) * CONFIG.scaling_factor).float()
         reconstruction = reconstruction_loss(output, image)
@@ -156,7 +156,7 @@ def train(folder: Path, *, steps: int, batch: int = 8, device: str = "cpu", prog
     trainer = Trainer(vae, folder, steps=steps, peak_lr=2e-3, ema_decay=0.998)
     trainer.fit(loss, progress=progress)
     trainer.use_ema()
-    normalise(vae, pictures(np.random.default_rng(2), 256).to(device))
+    normalise(vae, drawn_images(np.random.default_rng(2), 256).to(device))
     return vae
 
 

@@ -84,7 +84,7 @@ def score(
     Returns:
         The score, and the images.
     """
-    pictures: list[Image.Image] = []
+    images: list[Image.Image] = []
     for start in range(0, len(cases), batch):
         part = cases[start : start + batch]
         result = pipe.inpaint(
@@ -96,12 +96,10 @@ def score(
             seed=[start + index for index in range(len(part))],
             progress=False,
         )
-        pictures += result.images
-    verdicts = [
-        judge(np.asarray(picture), case.hole, case.background) for picture, case in zip(pictures, cases, strict=True)
-    ]
+        images += result.images
+    verdicts = [judge(np.asarray(image), case.hole, case.background) for image, case in zip(images, cases, strict=True)]
     pairs = list(zip(verdicts, cases, strict=True))
     return Score(
         color=sum(verdict.color == case.color for verdict, case in pairs) / len(pairs),
         shape=sum(verdict.shape == case.shape for verdict, case in pairs) / len(pairs),
-    ), pictures
+    ), images

@@ -38,7 +38,7 @@ __all__ = [
 
 Array = NDArray[np.floating[Any]]
 Mask = NDArray[np.bool_]
-Picture = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
 RGB = tuple[float, float, float]
 
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -216,7 +216,7 @@ def _draw(canvas: Array, thing: Thing, light: float) -> None:
     canvas[rows, columns] += cover * (paint - canvas[rows, columns])
 
 
-def render(scene: Scene, size: int = 128) -> Picture:
+def render(scene: Scene, size: int = 128) -> Pixels:
     """Render a scene; objects lower in the image are nearer and cover the others.
 
     Args:

@@ -75,7 +75,7 @@ def peer(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_new_processes(monkeypatch):
-    """For pictures and imports, which would take most of the time of these tests; not for `in_child`."""
+    """For images and imports, which would take most of the time of these tests; not for `in_child`."""
     monkeypatch.setattr(parts, "first_picture", lambda name, case: 3.0)
     monkeypatch.setattr(parts, "import_seconds", lambda statement: 1.0)
 
@@ -176,7 +176,7 @@ def test_what_fails_in_a_process_of_its_own_is_refused_and_the_rest_goes_on(tmp_
     assert {row["part"] for row in outcome.rows} == {"load", "step"}
 
 
-def test_another_picture_and_other_weights_are_refused(tmp_path, peer, monkeypatch):
+def test_another_image_and_other_weights_are_refused(tmp_path, peer, monkeypatch):
     monkeypatch.setattr(Another, "picture", lambda self: SdInpaint.picture(self).rotate(180))
     assert "PSNR" in measure(options(tmp_path, "picture", peers=(peer,))).refused[0]
 

@@ -36,7 +36,7 @@ def quality(pipe):
 
 
 def of_float32(rows):
-    """Rows of the suite, as far as a picture shows them."""
+    """Rows of the suite, as far as a plot shows them."""
     return [{**row, "dtype": "float32"} for row in rows]
 
 
@@ -49,7 +49,7 @@ def grown(pipe):
 
 
 def shown(path):
-    """A picture as an array (H, W, 3)."""
+    """A plot as an array (H, W, 3)."""
     with Image.open(path) as image:
         assert image.format == "PNG"
         return np.asarray(image.convert("RGB")).astype(int)
@@ -218,9 +218,9 @@ def test_on_a_busy_machine_processor_time_is_shown(worked, clock):
 
 
 @pytest.mark.parametrize(("rows", "draw"), [("quality", draw_quality), ("grown", draw_growth)])
-def test_the_picture_is_drawn_with_a_colour_for_each_line(rows, draw, request, tmp_path):
+def test_the_plot_is_drawn_with_a_colour_for_each_line(rows, draw, request, tmp_path):
     target = tmp_path / "curve.png"
-    target.write_bytes(b"an older picture")
+    target.write_bytes(b"an older plot")
     found = of_float32(request.getfixturevalue(rows))
     if draw is draw_growth:
         found += [{**row, "dtype": "bfloat16", "seconds": [2 * taken for taken in row["seconds"]]} for row in found]
@@ -235,9 +235,9 @@ def test_the_picture_is_drawn_with_a_colour_for_each_line(rows, draw, request, t
     assert [path.name for path in tmp_path.iterdir()] == ["curve.png"]
 
 
-def test_a_picture_that_cannot_be_drawn_leaves_the_old_one(quality, tmp_path, monkeypatch):
+def test_a_plot_that_cannot_be_drawn_leaves_the_old_one(quality, tmp_path, monkeypatch):
     target = tmp_path / "curve.png"
-    target.write_bytes(b"an older picture")
+    target.write_bytes(b"an older plot")
 
     def fails(self, path, **options):
         if isinstance(path, Path):
@@ -249,11 +249,11 @@ def test_a_picture_that_cannot_be_drawn_leaves_the_old_one(quality, tmp_path, mo
     monkeypatch.setattr(Image.Image, "save", fails)
     with pytest.raises(OSError, match="no space"):
         draw_quality(of_float32(quality), target)
-    assert target.read_bytes() == b"an older picture"
+    assert target.read_bytes() == b"an older plot"
     assert [path.name for path in tmp_path.iterdir()] == ["curve.png"]
 
 
-def test_what_the_system_does_not_tell_is_left_out_of_the_picture(grown, tmp_path):
+def test_what_the_system_does_not_tell_is_left_out_of_the_plot(grown, tmp_path):
     draw_growth([{**row, "bytes": [None] * len(row["bytes"])} for row in of_float32(grown)], tmp_path / "g")
     pixels = shown(tmp_path / "g")
     coloured = (pixels.max(-1) - pixels.min(-1)) > 60

@@ -171,7 +171,7 @@ class Worse(Another):
 
 
 class Failing(Another):
-    """One that cannot encode a picture, in the way of torch and OpenVINO."""
+    """One that cannot encode an image, in the way of torch and OpenVINO."""
 
     def encode(self):
         raise RuntimeError("out of memory")

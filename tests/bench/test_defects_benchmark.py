@@ -116,8 +116,8 @@ def test_what_cannot_be_meant_is_refused(rows):
     nothing_repainted, ours = rows["mask by a red brush on black"]
     assert nothing_repainted == [0, 0]
     assert ours.startswith("MaskError: mask: 25.0% of it is coloured")
-    picture, ours = rows["NaN in a corner of the picture"]
-    assert "picture" in picture
+    theirs, ours = rows["NaN in a corner of the picture"]
+    assert "picture" in theirs
     assert ours.endswith("values are nan or inf")
 
 

@@ -18,7 +18,7 @@ PLAIN = Background(wall=(200, 205, 210), floor=(160, 155, 150), horizon=0.5, lig
 
 
 def drawn(count, seed):
-    """(scene, thing asked for, hole, picture, picture without the thing), `count` times."""
+    """(scene, thing asked for, hole, image, image without the thing), `count` times."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
         scene = scenes.random_scene(rng)
@@ -27,12 +27,12 @@ def drawn(count, seed):
         yield scene, thing, hole, scenes.render(scene), scenes.render(scenes.without(scene, thing))
 
 
-def degraded(picture, rng, factor=4, noise=6.0):
-    """Blurred by reducing and enlarging, with noise: what a small autoencoder does to a picture."""
-    side = len(picture)
-    small = Image.fromarray(picture).resize((side // factor, side // factor), Image.Resampling.BOX)
+def degraded(image, rng, factor=4, noise=6.0):
+    """Blurred by reducing and enlarging, with noise: what a small autoencoder does to an image."""
+    side = len(image)
+    small = Image.fromarray(image).resize((side // factor, side // factor), Image.Resampling.BOX)
     blurred = np.asarray(small.resize((side, side), Image.Resampling.BILINEAR), dtype=np.float64)
-    return np.clip(blurred + rng.normal(0, noise, picture.shape), 0, 255).astype(np.uint8)
+    return np.clip(blurred + rng.normal(0, noise, image.shape), 0, 255).astype(np.uint8)
 
 
 def right_share(cases):
@@ -57,11 +57,11 @@ def test_the_same_seed_gives_the_same_scene_image_and_hole():
 @pytest.mark.parametrize("size", [64, 128, 192])
 def test_images_scale(size):
     scene = scenes.random_scene(np.random.default_rng(0))
-    picture = scenes.render(scene, size)
-    assert picture.shape == (size, size, 3)
-    assert picture.dtype == np.uint8
+    image = scenes.render(scene, size)
+    assert image.shape == (size, size, 3)
+    assert image.dtype == np.uint8
     reduced = Image.fromarray(scenes.render(scene, 2 * size)).resize((size, size), Image.Resampling.BOX)
-    assert np.abs(np.asarray(reduced, dtype=np.float64) - picture).mean() < 1.0
+    assert np.abs(np.asarray(reduced, dtype=np.float64) - image).mean() < 1.0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -100,9 +100,9 @@ def test_light_and_shadow_change_sides():
 
 
 def test_nothing_else_changes_where_a_thing_is_taken_away():
-    for scene, thing, hole, picture, empty in drawn(60, seed=5):
+    for scene, thing, hole, image, empty in drawn(60, seed=5):
         assert thing not in scenes.without(scene, thing).things
-        change = np.abs(picture.astype(int) - empty).max(-1)
+        change = np.abs(image.astype(int) - empty).max(-1)
         assert change[~hole].mean() < 0.5
         assert change[hole].mean() > 10
 
@@ -188,7 +188,7 @@ def test_training_draws_the_holes_it_always_drew():
 
 
 def test_the_judge_is_right_about_renders():
-    cases = ((judge(picture, hole, empty), thing) for _, thing, hole, picture, empty in drawn(200, seed=12))
+    cases = ((judge(image, hole, empty), thing) for _, thing, hole, image, empty in drawn(200, seed=12))
     color, shape = right_share(cases)
     assert color >= 0.97
     assert shape >= 0.97
@@ -197,7 +197,7 @@ def test_the_judge_is_right_about_renders():
 def test_the_judge_is_right_about_blurred_and_noisy_renders():
     rng = np.random.default_rng(13)
     color, shape = right_share(
-        (judge(degraded(picture, rng), hole, empty), thing) for _, thing, hole, picture, empty in drawn(80, seed=13)
+        (judge(degraded(image, rng), hole, empty), thing) for _, thing, hole, image, empty in drawn(80, seed=13)
     )
     assert color >= 0.93
     assert shape >= 0.93
@@ -206,8 +206,8 @@ def test_the_judge_is_right_about_blurred_and_noisy_renders():
 def test_the_judge_bears_a_repaint_in_another_tone():
     rng = np.random.default_rng(14)
     color, shape = right_share(
-        (judge(np.clip(picture + rng.uniform(-12, 12, 3), 0, 255).astype(np.uint8), hole, empty), thing)
-        for _, thing, hole, picture, empty in drawn(60, seed=14)
+        (judge(np.clip(image + rng.uniform(-12, 12, 3), 0, 255).astype(np.uint8), hole, empty), thing)
+        for _, thing, hole, image, empty in drawn(60, seed=14)
     )
     assert color >= 0.95
     assert shape >= 0.95
@@ -225,19 +225,19 @@ def test_the_judge_falls_to_chance_where_another_thing_was_painted():
     cases = []
     for scene, thing, hole, _, empty in drawn(120, seed=16):
         swapped = replace(thing, color=str(rng.choice(list(COLORS))), shape=str(rng.choice(SHAPES)))
-        picture = scenes.render(replace(scene, things=(swapped, *scene.things[1:])))
-        cases.append((judge(picture, hole, empty), thing))
+        image = scenes.render(replace(scene, things=(swapped, *scene.things[1:])))
+        cases.append((judge(image, hole, empty), thing))
     color, shape = right_share(cases)
     assert color < 1 / len(COLORS) + 0.1
     assert shape < 1 / len(SHAPES) + 0.12
 
 
 def test_the_judge_reports_the_colour_that_is_there():
-    """A picture whose channels are rotated keeps its shapes and loses its colours."""
+    """An image whose channels are rotated keeps its shapes and loses its colours."""
     cases = []
-    for _, thing, hole, picture, empty in drawn(100, seed=17):
+    for _, thing, hole, image, empty in drawn(100, seed=17):
         if thing.color in {"red", "green", "blue"}:
-            cases.append((judge(np.roll(picture, 1, axis=-1), hole, np.roll(empty, 1, axis=-1)), thing))
+            cases.append((judge(np.roll(image, 1, axis=-1), hole, np.roll(empty, 1, axis=-1)), thing))
     color, shape = right_share(cases)
     assert color < 0.05
     assert shape > 0.9

@@ -81,7 +81,7 @@ def test_learning_rate_rises_stays_and_falls_to_zero():
 
 
 def test_the_autoencoder_starts_as_an_average():
-    images = autoencoder.pictures(np.random.default_rng(0), 4)
+    images = autoencoder.drawn_images(np.random.default_rng(0), 4)
     averages = nn.functional.avg_pool2d(images, 8)
     vae = small_autoencoder()
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_the_autoencoder_starts_as_an_average():
 def test_normalised_latents_have_unit_variance_and_the_same_reconstruction():
     vae = small_autoencoder()
     autoencoder.start_as_average(vae)
-    images = autoencoder.pictures(np.random.default_rng(1), 32)
+    images = autoencoder.drawn_images(np.random.default_rng(1), 32)
     before = vae.decode(vae.encode(images[:4]))
     _, std_before = vae.posterior(images[:4])
     latents_before = vae.encode(images)

@@ -61,8 +61,8 @@ class Command:
         with TemporaryDirectory(prefix="sdinpaint-bench-") as name:
             folder = Path(name)
             files = {kind: str(folder / f"{kind}.png") for kind in ("image", "mask", "out")}
-            for kind, picture in zip(("image", "mask"), picture_and_mask(case.size), strict=True):
-                picture.save(files[kind])
+            for kind, image in zip(("image", "mask"), picture_and_mask(case.size), strict=True):
+                image.save(files[kind])
             numbers = {"size": case.size, "steps": case.steps, "seed": SEED, "guidance": GUIDANCE}
             yield {
                 "checkpoint": case.checkpoint,
