@@ -24,7 +24,9 @@ class OnDemand:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        return getattr(importlib.import_module(self._name), attribute)
+        value = getattr(importlib.import_module(self._name), attribute)
+        setattr(self, attribute, value)  # the next use does not come here
+        return value
 
 
 def is_tensor(value: object) -> TypeGuard[Tensor]:

@@ -207,8 +207,10 @@ def pooled(values: NDArray[Any], size: Size) -> Soft:
     """
     largest = values.astype(np.float32)
     for axis, (old, new) in enumerate(zip(values.shape[:2], size, strict=True)):
-        spans = ((old * i // new, -(-old * (i + 1) // new)) for i in range(new))
-        largest = np.stack([np.take(largest, range(*span), axis).max(axis) for span in spans], axis)
+        edges = old * np.arange(new + 1)
+        spans = np.stack([edges[:-1] // new, -(-edges[1:] // new)], axis=1)
+        one_more = np.pad(largest, [(0, int(axis == at)) for at in range(2)])  # the end of a span must be an index
+        largest = np.maximum.reduceat(one_more, spans.ravel(), axis).take(range(0, 2 * new, 2), axis)
     return largest
 
 
