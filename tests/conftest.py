@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import gzip
 import json
@@ -25,6 +26,9 @@ from sdinpaint.text.tokenizer import train_tokenizer
 pytest_plugins = ["costs", "patching"]
 
 gc.disable()  # until all tests are collected
+if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    for option in (-3, -1):  # glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
+        libc.mallopt(option, 1 << 30)  # keep large memory for the next test: the kernel takes long to map it anew
 
 
 def pytest_collection_finish(session):
@@ -32,6 +36,14 @@ def pytest_collection_finish(session):
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """Keep it from visiting what tests imported, too, from the next test file on."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure():

@@ -31,7 +31,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def quality(pipe):
-    options = QualityOptions(scenes=8, batch=8, samplers=("ddim", "euler"), steps=(1, 6))
+    options = QualityOptions(scenes=4, batch=4, samplers=("ddim", "euler"), steps=(1, 6))
     return measure_quality(pipe, options, progress=False)
 
 

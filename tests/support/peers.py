@@ -101,11 +101,16 @@ def fill(model: nn.Module, seed: int, residual: float = 1.0) -> nn.Module:
     `residual` scales what residual branches add to a feature map, and all biases.
     """
     generator = torch.Generator().manual_seed(seed)
+    drawn = torch.empty(2**20 + 7).uniform_(-1, 1, generator=generator)
     for name, weight in model.named_parameters():
         scale = residual if weight.ndim == 1 or RESIDUAL_END.search(name) else 1.0
         bound = scale * (0.1 if weight.ndim == 1 else math.sqrt(3 / weight[0].numel()))
         middle, bound = (1.0, 0.3) if "norm" in name and name.endswith("weight") else (0.0, bound)
-        weight.uniform_(middle - bound, middle + bound, generator=generator)
+        if weight.numel() < len(drawn):
+            weight.uniform_(middle - bound, middle + bound, generator=generator)
+        else:  # the same numbers again and again, which takes a fifth of the time
+            for part in weight.view(-1).split(len(drawn)):
+                torch.mul(drawn[: len(part)], bound, out=part)
     return model
 
 
