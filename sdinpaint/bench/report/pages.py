@@ -47,8 +47,8 @@ makes this page of them."""
 HEADLINES = {
     ("step", "guided step"): "guided step",
     ("step", "VAE decode"): "VAE decode",
-    ("picture", "picture"): "whole picture",
-    ("picture", "first picture, new process"): "first picture of a new process",
+    ("picture", "picture"): "whole image",
+    ("picture", "first picture, new process"): "first image of a new process",
     ("load", "load, with the weights in memory"): "load, weights in memory",
     ("memory", "step, peak memory"): "peak memory of a step",
 }
