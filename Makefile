@@ -73,4 +73,5 @@ $(LOWEST)/stamp: pyproject.toml tools/lowest.py
 	@$(LOWEST)/bin/python tools/lowest.py >$(LOWEST)/constraints.txt
 	@$(LOWEST)/bin/python -m pip --disable-pip-version-check --quiet install -c $(LOWEST)/constraints.txt \
 	    -e '.[mask,train]' pytest pytest-xdist hypothesis build hatchling
+	@$(LOWEST)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps open_clip_torch==3.3.0
 	@touch $@

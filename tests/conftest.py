@@ -26,9 +26,24 @@ from sdinpaint.text.tokenizer import train_tokenizer
 pytest_plugins = ["costs", "patching"]
 
 gc.disable()  # until all tests are collected
-if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-    for option in (-3, -1):  # glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
-        libc.mallopt(option, 1 << 30)  # keep large memory for the next test: the kernel takes long to map it anew
+
+
+def keep_memory(size):
+    """Let glibc keep freed memory up to a size for the next test: the kernel takes long to map large memory anew."""
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for option in (-3, -1):  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
+            libc.mallopt(option, size)
+
+
+keep_memory(1 << 30)
+
+
+@pytest.fixture
+def freed_memory():
+    """Give memory back to the system when it is freed."""
+    keep_memory(1 << 17)
+    yield
+    keep_memory(1 << 30)
 
 
 def pytest_collection_finish(session):

@@ -97,7 +97,7 @@ def test_nothing_is_fitted_to_what_is_not_there(costs):
     assert exponent(range(1, len(costs) + 1), costs) is None
 
 
-def test_the_peak_is_what_a_run_holds_at_once():
+def test_the_peak_is_what_a_run_holds_at_once(freed_memory):
     def block():
         return torch.ones(48 * MIB // 4)  # so large that its pages go back to the system when it is freed
 

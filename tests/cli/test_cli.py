@@ -410,7 +410,7 @@ def test_doctor_tells_what_is_there(model, environment, substitute):
     found = json.loads(run("doctor", "--json").stdout)
     assert done.exit_code == 0
     assert [line[:16].strip() for line in done.stdout.splitlines()] == list(found)
-    assert found["torch"] == torch.__version__
+    assert torch.__version__.startswith(found["torch"])  # a build adds "+cpu" to the version of the package
     assert found["demo checkpoint"].startswith("included")
     assert "nowhere" in found["CLIP vocabulary"]
 

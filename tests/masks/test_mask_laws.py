@@ -90,8 +90,8 @@ def test_equal_means_equal_in_every_way(masks):
 
 
 def test_without_the_steps_of_the_values_the_algebra_would_not_hold():
-    tiny = np.float32(1e-9)
-    assert 1 - (1 - tiny) != tiny
+    tiny, one = np.float32(1e-9), np.float32(1)
+    assert one - (one - tiny) != tiny
     assert ~~Mask(np.full((2, 2), tiny)) == Mask(np.full((2, 2), tiny))
 
 
