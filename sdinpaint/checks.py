@@ -229,4 +229,7 @@ def _subject(name: str, of: str) -> str:
 def _bounds(kind: str, low: float, high: float) -> str:
     if math.isinf(low):
         return f"finite {kind}"
-    return f"{kind} of at least {low:g}" if math.isinf(high) else f"{kind} from {low:.16g} to {high:.16g}"
+    if math.isinf(high):
+        return f"{kind} of at least {low:g}"
+    shown = (str(bound) if isinstance(bound, int) else f"{bound:.16g}" for bound in (low, high))
+    return f"{kind} from {' to '.join(shown)}"

@@ -70,6 +70,8 @@ class LoadOptions:
             if not isinstance(value, str | Path) and (value is not None or name == "source"):
                 found = f"a {type(value).__name__}"
                 raise SettingError(f"SETTING_{name.upper()}", name, found, expected="the path of a file or a folder")
+            if value == "":  # which would be the current folder
+                raise SettingError(f"SETTING_{name.upper()}", name, "''", expected="the path of a file or a folder")
         for name in ("variant", "revision"):
             value = getattr(self, name)
             if not isinstance(value, str | NoneType):

@@ -115,8 +115,8 @@ def inspect(
     Raises:
         CheckpointError: the source is not a readable weights file or folder.
     """
+    options = LoadOptions(source=source, variant=variant, revision=revision, local_files_only=local_files_only)
     try:
-        options = LoadOptions(source=source, variant=variant, revision=revision, local_files_only=local_files_only)
         checkpoint = open_checkpoint(options)
     except SdInpaintError as error:
         return _report_foreign(Path(source), variant, error, hash)

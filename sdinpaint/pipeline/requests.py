@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -18,7 +19,16 @@ from sdinpaint.families import Family
 from sdinpaint.images.canvas import canvas_for
 from sdinpaint.images.input_image import InputImage, read_image
 from sdinpaint.masks import Mask, read_mask
-from sdinpaint.pipeline.settings import CanvasSettings, Settings, check_seed, common_length, names_of
+from sdinpaint.pipeline.settings import (
+    CanvasSettings,
+    ControlSettings,
+    MaskSettings,
+    SamplingSettings,
+    Settings,
+    check_seed,
+    common_length,
+    names_of,
+)
 from sdinpaint.provenance.manifest import Manifest, as_given
 from sdinpaint.sampling import Conditioning
 
@@ -127,6 +137,7 @@ class Request:
         self.canvas = CanvasSettings(**extended) if kind == "outpaint" else None
         if kind == "vary":
             settings = {"strength": VARY_STRENGTH, **settings}
+        _require_known(settings, kind)
         self.settings = Settings(**settings)
         self._require_mask(mask)
         self.errors: dict[int, SdInpaintError] = {}
@@ -223,6 +234,10 @@ class Request:
         if mask is not None and self.kind != "inpaint":
             hint = "call inpaint, or leave the mask out"
             raise SettingError("SETTING_MASK", "mask", f"given for {self.kind}, which takes none", hint=hint)
+        unused = [name for name in names_of(MaskSettings, ControlSettings) if name in self.settings.given]
+        if unused and self.kind == "vary":
+            found, hint = "given for vary, which takes no mask and no ControlNet", "call inpaint, or leave it out"
+            raise SettingError("SETTING_VARY", unused[0], found, hint=hint)
 
     def refuse(self, index: int, error: SdInpaintError) -> None:
         """Take an image as unusable: raise the error, or for `on_error="skip"` keep it and leave the image out.
@@ -312,6 +327,16 @@ def stored_names(kind: Kind) -> tuple[str, ...]:
         The names of texts, numbers and words, and "manifest".
     """
     return "prompt", "negative_prompt", "seed", "manifest", *names_of(Settings), *_canvas_names(kind)
+
+
+def _require_known(settings: Mapping[str, Any], kind: Kind) -> None:
+    """Refuse names of no setting, as a call does that gets an unexpected keyword."""
+    known = [*names_of(SamplingSettings, MaskSettings, ControlSettings), *_canvas_names(kind)]
+    for name in settings:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; settings are {', '.join(known)}"
+            raise TypeError(f"{kind}: unknown setting {name!r}{hint}")
 
 
 def _canvas_names(kind: str) -> tuple[str, ...]:

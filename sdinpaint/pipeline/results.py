@@ -249,19 +249,31 @@ class Result:
         cost = _cost(score)
         if isinstance(self._run, _NoPipeline):
             self._run()
-        tries = [self]
-        for more in range(1, n):
-            tries.append(
-                self.again(seed=[seed if seed is None else (seed + more) % (MAX_SEED + 1) for seed in self.seeds])
-            )
+        given = self.request.options()["seed"]  # for an image that could not be made, what was given stays
+
+        def with_seeds(made: Sequence[Repainted | None], more: int = 0) -> Request:
+            pairs = zip(made, given, strict=True)
+            seeds = [seed if one is None else (one.item.seed + more) % (MAX_SEED + 1) for one, seed in pairs]
+            return self.request.replace(seed=seeds)
+
+        tries = [self, *(self._run(with_seeds(self.repainted, more)) for more in range(1, n))]
         rivals = zip(*(one.repainted for one in tries), strict=True)
         best = [min((one for one in each if one is not None), key=cost, default=None) for each in rivals]
-        chosen = self.request.replace(seed=[None if one is None else one.item.seed for one in best])
+        chosen = with_seeds(best)
         return Result(chosen, best, self._made_with, self._run, self.warnings)
 
     def sheet(self) -> Image.Image:
-        """Draw a row for each image: the original, the hole, the result, what differs, and what a crop showed."""
+        """Draw a row for each image: the original, the hole, the result, what differs, and what a crop showed.
+
+        Returns:
+            The sheet.
+
+        Raises:
+            SdInpaintError: no image could be made; the error of the first.
+        """
         made = [one for one in self.repainted if one is not None]
+        if not made:
+            raise next(iter(self.errors.values()))
         prompts = [one.item.prompt if isinstance(one.item.prompt, str) else "" for one in made]
         several = len(set(prompts)) > 1
         return contact_sheet(
@@ -318,7 +330,9 @@ class Result:
         shared = {name: value for name, value in used.items() if name not in unused} | canvas
         return {name: value for name, value in shared.items() if value is not None}
 
-    def _repr_png_(self) -> bytes:
+    def _repr_png_(self) -> bytes | None:
+        if len(self.errors) == len(self):
+            return None  # a notebook shows the text then
         buffer = io.BytesIO()
         self.sheet().save(buffer, "PNG")
         return buffer.getvalue()
@@ -339,9 +353,19 @@ class _NoPipeline:
 
 
 def _cost(score: str | Judge) -> Callable[[Repainted], float]:
-    """Return what is to be as low as possible."""
+    """Return what is to be as low as possible; NaN is the worst."""
     if callable(score):
-        return lambda one: -score(one.image)
+
+        def judged(one: Repainted) -> float:
+            value: Any = score(one.image)
+            try:
+                value = -float(value)
+            except (TypeError, ValueError) as error:
+                found, expected = f"a function that returned {value!r}", "a function of an image that returns a number"
+                raise SettingError("SETTING_SCORE", "score", found, expected=expected) from error
+            return math.inf if math.isnan(value) else value
+
+        return judged
     check_choice("score", score, get_args(ScoreName))
 
     def cost(one: Repainted) -> float:

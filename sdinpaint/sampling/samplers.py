@@ -206,11 +206,15 @@ def _stepped(changed: object, x: Tensor) -> Tensor:
     """Return the latents that `on_step` gave back, or x where it gave none."""
     if not isinstance(changed, torch.Tensor | np.ndarray):
         return x
-    if not isinstance(changed, torch.Tensor) or changed.shape != x.shape:
-        found = f"a {type(changed).__name__} of shape {tuple(changed.shape)}"
-        expected = f"None, or a tensor of the latents' shape {tuple(x.shape)}"
+    fits = isinstance(changed, torch.Tensor) and changed.is_floating_point() and not changed.is_meta
+    if not isinstance(changed, torch.Tensor) or not fits or changed.shape != x.shape:
+        expected = f"None, or a floating-point tensor of the latents' shape {tuple(x.shape)}"
+        found = f"a {type(changed).__name__} of shape {tuple(changed.shape)} and dtype {changed.dtype}"
         raise SettingError("SETTING_ON_STEP", "on_step", found, expected=expected)
-    return changed.to(x)
+    changed = changed.to(x)
+    if not bool(changed.isfinite().all()):
+        raise SettingError("SETTING_ON_STEP", "on_step", "latents that are NaN or infinite", expected="finite latents")
+    return changed
 
 
 def _towards(x0: Tensor, x: Tensor, sigma: float, sigma_to: float) -> Tensor:

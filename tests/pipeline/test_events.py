@@ -78,9 +78,20 @@ def test_on_step_may_return_other_latents(pipe):
     assert np.array_equal(pixels(inpaint(pipe, on_step=lambda *_: True).image), pixels(inpaint(pipe).image))
 
 
-@pytest.mark.parametrize("changed", [torch.zeros(1, 4, 2, 2), np.zeros((1, 4, 8, 9))], ids=["shape", "numpy"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        torch.zeros(1, 4, 2, 2),
+        np.zeros((1, 4, 8, 9)),
+        torch.zeros(1, 4, 8, 9, dtype=torch.int64),
+        torch.zeros(1, 4, 8, 9, device="meta"),
+        torch.full((1, 4, 8, 9), torch.nan),
+        torch.full((1, 4, 8, 9), 1e300, dtype=torch.float64),
+    ],
+    ids=["shape", "numpy", "whole numbers", "meta", "NaN", "too large"],
+)
 def test_other_things_than_latents_are_refused(pipe, changed):
-    with pytest.raises(SettingError, match="of shape") as caught:
+    with pytest.raises(SettingError, match="latents") as caught:
         inpaint(pipe, on_step=lambda *_: changed)
     assert (caught.value.code, caught.value.subject) == ("SETTING_ON_STEP", "on_step")
 

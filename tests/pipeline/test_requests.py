@@ -29,6 +29,20 @@ def run(pipe, *given, **options):
 
 
 @pytest.mark.parametrize(
+    ("name", "kind", "said"),
+    [
+        ("stepss", "inpaint", "inpaint: unknown setting 'stepss'; did you mean 'steps'?"),
+        ("left", "inpaint", "inpaint: unknown setting 'left'; "),
+        ("tpo", "outpaint", "outpaint: unknown setting 'tpo'; did you mean 'top'?"),
+    ],
+)
+def test_an_unknown_name_is_told_with_the_closest_one(name, kind, said):
+    with pytest.raises(TypeError) as caught:
+        Request(IMAGE, None, "a fox", kind=kind, **{name: 1})
+    assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize(
     ("code", "options"),
     [
         ("SETTING_STEPS", {"steps": 0}),
@@ -45,6 +59,9 @@ def run(pipe, *given, **options):
         ("SETTING_KIND", {"kind": "paint"}),
         ("SETTING_ON_ERROR", {"on_error": "ignore"}),
         ("SETTING_MASK", {"kind": "vary"}),
+        ("SETTING_VARY", {"kind": "vary", "mask": None, "fill": "blur"}),
+        ("SETTING_VARY", {"kind": "vary", "mask": None, "crop": "auto"}),
+        ("SETTING_VARY", {"kind": "vary", "mask": None, "control_scale": 0.5}),
         ("IMAGE_TYPE", {"image": None}),
         ("MASK_SIZE", {"mask": MASK[:8]}),
         ("IMAGE_CONTROL_SIZE", {"control_image": IMAGE[:32, :32]}),
@@ -266,3 +283,18 @@ def test_seeds_may_be_an_array(pipe):
     assert inpaint(pipe, seed=np.array([3, 4])).seeds == [3, 4]
     assert inpaint(pipe, seed=torch.tensor([3, 4])).seeds == [3, 4]
     assert inpaint(pipe, seed=np.int64(3)).seeds == [3]
+
+
+def test_an_image_that_could_not_be_made_stays_so(pipe):
+    """Its seed was the fault: no other one is drawn for it."""
+    result = inpaint(pipe, image=[IMAGE, IMAGE], seed=[5, "five"], on_error="skip")
+    best = result.best_of(2)
+    assert best.images[1] is None
+    assert best.errors.keys() == result.errors.keys() == {1}
+
+
+def test_where_no_image_was_made_the_sheet_says_why(pipe):
+    result = inpaint(pipe, image=[SMALL, SMALL], on_error="skip")
+    assert result._repr_png_() is None
+    with pytest.raises(ImageError):
+        result.sheet()

@@ -103,6 +103,18 @@ def test_best_of_by_a_function_is_the_highest(two):
     assert best.best_of(1).seeds == best.seeds
 
 
+def test_a_judge_that_returns_nan_does_not_choose_that_image(one):
+    judged = iter([np.nan, 5.0, 9.0])
+    assert one.best_of(3, lambda image: next(judged)).seeds == [one.seeds[0] + 2]
+
+
+@pytest.mark.parametrize("value", [None, "good"])
+def test_a_judge_that_returns_no_number_is_refused(one, value):
+    with pytest.raises(SettingError) as caught:
+        one.best_of(2, lambda image: value)
+    assert caught.value.code == "SETTING_SCORE"
+
+
 @pytest.mark.parametrize(("n", "score"), [(0, "seam"), (65, "seam"), (2.0, "seam"), (True, "seam"), (2, "beauty")])
 def test_best_of_bad_arguments(one, n, score):
     with pytest.raises(SettingError) as caught:
