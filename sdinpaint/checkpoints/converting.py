@@ -260,7 +260,7 @@ def check_request(
             raise SettingError("SETTING_TARGET", "target", found, hint="choose another name")
     if target.exists() and (not overwrite or target.is_dir() != (named == "diffusers")):
         found = f"a {'folder' if target.is_dir() else 'file'} of that name exists already"
-        hint = "choose another name, or replace one of the same layout: overwrite=True, --overwrite"
+        hint = "choose another name, or replace one of the same layout: overwrite=True"
         raise CheckpointError("CKPT_EXISTS", target, found, hint=hint)
     return named, wanted
 

@@ -138,7 +138,9 @@ def _in_options(error: SdInpaintError, command: click.Command) -> SdInpaintError
         if option is None:
             return match[0]
         if option.is_flag:
-            return (option.opts if value == "True" or not option.secondary_opts else option.secondary_opts)[-1]
+            if value == "True":
+                return option.opts[-1]
+            return option.secondary_opts[-1] if option.secondary_opts else f"leave out {option.opts[-1]}"
         return f"{option.opts[0]} {value}".rstrip()
 
     def named(match: re.Match[str]) -> str:

@@ -51,7 +51,7 @@ class Reporter:
 
     Args:
         listeners: called with every event, in their order.
-        units: steps of the run, counted for each image.
+        units: steps of the run and a decoding, which takes about as long as a step, counted for each image.
     """
 
     def __init__(self, listeners: Sequence[Listener], units: int) -> None:
@@ -71,7 +71,7 @@ class Reporter:
             region: number of the region.
             x0: predicted clean latents (B, 4, H, W), after a step.
         """
-        if x0 is not None:
+        if x0 is not None or (stage == "decode" and done == total):
             self._done += len(index)
         share = self._done / max(self._units, 1)
         left = None if self._done == 0 else (time.monotonic() - self._began) * (1 / share - 1)

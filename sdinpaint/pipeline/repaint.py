@@ -86,8 +86,8 @@ class Repaint:
                     self.canvases[index] = self._canvas(item)
                 except SdInpaintError as error:
                     request.refuse(index, error)
-        steps = schedules.steps_run(settings.steps, settings.strength)
-        self._report = Reporter(listeners, steps * sum(len(canvas.todo) for canvas in self.canvases.values()))
+        units = schedules.steps_run(settings.steps, settings.strength) + 1
+        self._report = Reporter(listeners, units * sum(len(canvas.todo) for canvas in self.canvases.values()))
 
     def __call__(self) -> dict[int, Canvas]:
         """Repaint all regions of all images, in batches of patches of one size.

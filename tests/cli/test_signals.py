@@ -85,6 +85,7 @@ def test_a_signal_during_a_run(scene, number, code, sigint):
             ["--no-paste-back", "--blend=feather"],
             ["error: --blend: given with --no-paste-back", "hint: leave --paste-back"],
         ),
+        (["--ema"], ["no averaged (EMA) weights", "hint: load the plain weights: leave out --ema"]),
         (["--control-start", "0.7", "--control-end", "0.3"], ["less than --control-end"]),
     ],
 )

@@ -27,7 +27,7 @@ def test_it_prints_what_the_text_says(ran):
     assert lines[1] == "euler_ancestral 1.0"
     assert lines[2].startswith("Result(1 image, 128x128, seed ")
     assert lines[2].endswith(", 1 failed) IMAGE_TOO_SMALL")
-    assert lines[-3:] == ["50%, 128 pixels", "CANCELLED", "{'source': 'demo', 'dtype': 'bfloat16'}"]
+    assert lines[-3:] == ["40%, 128 pixels", "CANCELLED", "{'source': 'demo', 'dtype': 'bfloat16'}"]
 
 
 def test_the_batch_holds_what_could_be_made(ran):

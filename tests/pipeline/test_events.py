@@ -33,6 +33,7 @@ def test_a_run_is_told_from_its_first_stage_to_its_last(pipe):
     shares = [event.share for event in events]
     assert shares == sorted(shares)
     assert (shares[0], shares[-1]) == (0, 1)
+    assert [event.seconds_left == 0 for event in events] == [event is events[-1] for event in events]
     assert all(event.index == (0,) and event.region == 0 for event in events)
 
 
@@ -47,7 +48,7 @@ def test_steps_carry_the_predicted_image(pipe):
 def test_batches_and_regions_say_which_images_they_are(pipe):
     events = listened(pipe, seed=[1, 2, 3], batch_size=2)
     assert list(dict.fromkeys(event.index for event in events)) == [(0, 1), (2,)]
-    assert [round(event.share * 9) for event in events if event.x0 is not None] == [2, 4, 6, 7, 8, 9]
+    assert [round(event.share * 12) for event in events if event.x0 is not None] == [2, 4, 6, 9, 10, 11]
     events = listened(pipe, mask=TWO_HOLES, regions="each")
     assert list(dict.fromkeys(event.region for event in events)) == [0, 1]
     assert events[-1].share == 1
