@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sdinpaint.checks import as_list, check_choice, check_prompt
+from sdinpaint.checks import as_list, check_choice, check_number, check_prompt
 from sdinpaint.errors import ImageError, Remark, SdInpaintError, SettingError, keeping_warnings
 from sdinpaint.families import Family
 from sdinpaint.images.canvas import canvas_for
@@ -29,7 +29,7 @@ from sdinpaint.pipeline.settings import (
     common_length,
     names_of,
 )
-from sdinpaint.provenance.manifest import Manifest, as_given
+from sdinpaint.provenance.manifest import Manifest, as_given, as_manifests
 from sdinpaint.sampling import Conditioning
 
 __all__ = ["GivenMask", "Item", "Kind", "OnError", "Request", "stored_names", "unbatched"]
@@ -132,7 +132,7 @@ class Request:
     ) -> None:
         self.kind = check_choice("kind", kind, get_args(Kind))
         self.on_error = check_choice("on_error", on_error, get_args(OnError))
-        self.manifest = manifest
+        self.manifest = None if manifest is None else as_manifests(manifest)
         extended = {name: settings.pop(name) for name in _canvas_names(kind) if name in settings}
         self.canvas = CanvasSettings(**extended) if kind == "outpaint" else None
         if kind == "vary":
@@ -149,8 +149,8 @@ class Request:
         given = {
             "images": unbatched(image),
             "masks": unbatched(mask),
-            "prompts": _prompts(prompt),
-            "negative prompts": _prompts(negative_prompt),
+            "prompts": _prompts("prompt", prompt),
+            "negative prompts": _prompts("negative_prompt", negative_prompt),
             "seeds": seed.tolist() if isinstance(seed, np.ndarray | Tensor) and seed.ndim == 1 else as_list(seed),
             "control images": unbatched(control_image),
         }
@@ -287,10 +287,8 @@ class _Reading:
         control_image: Any,
         noise: Tensor | None,
     ) -> Item:
-        text = prompt if isinstance(prompt, Conditioning) else check_prompt("prompt", prompt)
-        negative: Any = negative_prompt
-        if negative is not None and not isinstance(negative, Conditioning):
-            negative = check_prompt("negative_prompt", negative)
+        text = _prompt("prompt", prompt)
+        negative = None if negative_prompt is None else _prompt("negative_prompt", negative_prompt)
         seed = check_seed(seed)
         input_image = read_image(image)
         if self.canvas is not None:
@@ -343,11 +341,49 @@ def _canvas_names(kind: str) -> tuple[str, ...]:
     return names_of(CanvasSettings) if kind == "outpaint" else ()
 
 
-def _prompts(prompt: Any) -> list[Any]:
+def _prompts(name: str, prompt: Any) -> list[Any]:
     """Return one prompt per image, or one for all; a conditioning of several images is one for each."""
     if isinstance(prompt, Conditioning):
+        _require_sound(name, prompt)
         return [prompt[index : index + 1] for index in range(len(prompt))]
     return as_list(prompt)
+
+
+def _prompt(name: str, prompt: Any) -> str | Conditioning:
+    """Check the prompt of one image. Raises: SettingError."""
+    if not isinstance(prompt, Conditioning):
+        return check_prompt(name, prompt)
+    _require_sound(name, prompt)
+    if len(prompt) != 1:
+        found, hint = f"a conditioning of {len(prompt)} images", "give it alone, or slice it: conditioning[:1]"
+        raise SettingError("SETTING_CONDITIONS", name, found, expected="one for each image", hint=hint)
+    return prompt
+
+
+def _require_sound(name: str, given: Conditioning) -> None:
+    """Refuse a conditioning that no model can have encoded. Raises: SettingError."""
+
+    def check(what: str, value: Any, axes: str) -> None:
+        expected = f"a tensor {axes} of finite floating-point numbers"
+        if not isinstance(value, Tensor):
+            raise SettingError("SETTING_CONDITIONS", name, f"{what}: a {type(value).__name__}", expected=expected)
+        fits = value.ndim == axes.count(",") + 1 and value.numel() > 0 and len(value) == len(given.context)
+        if not fits or not value.is_floating_point() or value.is_meta:
+            found = f"{what}: shape {tuple(value.shape)} and dtype {value.dtype} on {value.device}"
+            raise SettingError("SETTING_CONDITIONS", name, found, expected=expected)
+        if not bool(value.isfinite().all()):
+            found = f"{what}: values that are NaN or infinite"
+            raise SettingError("SETTING_CONDITIONS", name, found, expected=expected)
+
+    check("context", given.context, "(B, L, D)")
+    if given.vector is not None:
+        check("vector", given.vector, "(B, V)")
+    if not isinstance(given.others, tuple) or not all(isinstance(one, tuple) and len(one) == 2 for one in given.others):
+        expected = "a tuple of pairs of a tensor (B, L, D) and its weight"
+        raise SettingError("SETTING_CONDITIONS", name, f"others: {given.others!r:.60}", expected=expected)
+    for source, weight in given.others:
+        check("others", source, "(B, L, D)")
+        check_number("weight of a source", weight, code="SETTING_CONDITIONS", of=name)
 
 
 def _check_conditioning(given: Conditioning, family: Family) -> None:
@@ -385,10 +421,12 @@ def _noises(noise: Tensor | None, count: int) -> list[Tensor | None]:
     expected = f"a tensor ({count}, 4, rows / 8, columns / 8) of finite values with unit variance"
     if not isinstance(noise, Tensor):
         raise SettingError("SETTING_NOISE", "noise", f"a {type(noise).__name__}", expected=expected)
-    if noise.ndim != 4 or len(noise) != count:
-        raise SettingError("SETTING_NOISE", "noise", f"shape {tuple(noise.shape)}", expected=expected)
+    if noise.ndim != 4 or len(noise) != count or not noise.is_floating_point() or noise.is_meta:
+        found = f"shape {tuple(noise.shape)} and dtype {noise.dtype} on {noise.device}"
+        raise SettingError("SETTING_NOISE", "noise", found, expected=expected)
+    noise = noise.detach().to("cpu", torch.float32)
     if not bool(noise.isfinite().all()):
-        found = f"{int((~noise.isfinite()).sum())} of {noise.numel()} values are NaN or infinite"
+        found = f"{int((~noise.isfinite()).sum())} of {noise.numel()} values are NaN or infinite in float32"
         raise SettingError("SETTING_NOISE", "noise", found, expected=expected)
     # a copy, which does not change with what was given, and of which none holds the others' memory
-    return [one.clone() for one in noise.detach().to("cpu", torch.float32).split(1)]
+    return [one.clone() for one in noise.split(1)]

@@ -134,27 +134,23 @@ def record(
 
 
 def check_again(
-    manifest: Manifest | Sequence[Manifest] | None,
+    manifests: Sequence[Manifest | None] | None,
     pipe: LatentDiffusion,
     inputs: Sequence[Mapping[str, InputImage | Mask] | None],
 ) -> None:
     """Refuse to repeat a run with other weights, images or masks.
 
     Args:
-        manifest: manifest of the run, a list with one for each image, or None, which checks nothing.
+        manifests: manifests of the run, one for each image, from `as_manifests`; None checks nothing.
         pipe: the pipeline that is to repeat it.
         inputs: for each image its inputs by name, or None where the image is left out.
 
     Raises:
         CheckpointError: the weights are other ones.
-        SettingError: a manifest is broken or missing, or an image or mask is another one.
+        SettingError: a manifest is missing, or an image or mask is another one.
     """
-    if manifest is None:
+    if manifests is None:
         return
-    manifests = [manifest] if isinstance(manifest, Mapping) else manifest
-    if not isinstance(manifests, list | tuple):
-        expected = "result.settings['manifest']"
-        raise SettingError("MANIFEST_BROKEN", "manifest", f"a {type(manifest).__name__}", expected=expected)
     if len(manifests) != len(inputs):
         found, expected = f"{len(manifests)} manifests", f"one for each of {len(inputs)} images"
         raise SettingError("MANIFEST_COUNT", "manifest", found, expected=expected)
@@ -166,6 +162,22 @@ def check_again(
             if name in given:
                 one = given[name]
                 check_input(made[name], one.array if isinstance(one, Mask) else as_given(one), name)
+
+
+def as_manifests(manifest: Any) -> list[Manifest | None]:
+    """Return manifests as they were given: one, or a list with one for each image.
+
+    Args:
+        manifest: what was given.
+
+    Returns:
+        The manifests, None for an image that could not be made.
+
+    Raises:
+        SettingError: it is something else, or a manifest is not complete.
+    """
+    manifests = list(manifest) if isinstance(manifest, list | tuple) else [manifest]
+    return [None if one is None else check_manifest(one) for one in manifests]
 
 
 def as_given(image: InputImage) -> InputImage:

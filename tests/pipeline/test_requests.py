@@ -28,6 +28,45 @@ def run(pipe, *given, **options):
 # a request without a model
 
 
+GOOD = torch.zeros(1, 7, 28)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        Conditioning(None),
+        Conditioning(GOOD[0]),
+        Conditioning(GOOD.numpy()),
+        Conditioning(GOOD[:, :0]),
+        Conditioning(GOOD.long()),
+        Conditioning(GOOD.to("meta")),
+        Conditioning(GOOD * torch.nan),
+        Conditioning(GOOD, GOOD),
+        Conditioning(GOOD, others=(3,)),
+        Conditioning(GOOD, others=((GOOD, "x"),)),
+        Conditioning(GOOD, others=((GOOD, float("nan")),)),
+        Conditioning(GOOD, others=((GOOD.expand(3, -1, -1), 1.0),)),
+    ],
+    ids=range(12),
+)
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
+def test_a_conditioning_that_no_model_can_have_encoded_is_refused(given, name):
+    for several in (given, ["a fox", given]):
+        with pytest.raises(SettingError) as caught:
+            Request(**{"image": IMAGE, "mask": MASK, "prompt": "a fox", name: several})
+        assert caught.value.code == "SETTING_CONDITIONS"
+        assert name in caught.value.subject
+        assert ("image 2 of 2" in caught.value.subject) == (several is not given)
+        assert caught.value.expected
+    skipped = Request(**{"image": IMAGE, "mask": MASK, "prompt": "a fox", name: ["", given]}, on_error="skip")
+    assert list(skipped.errors) == [1]
+
+
+def test_a_conditioning_of_several_images_is_not_one_of_a_list():
+    with pytest.raises(SettingError, match="a conditioning of 2 images"):
+        Request(IMAGE, MASK, ["a fox", Conditioning(GOOD.expand(2, -1, -1))])
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "said"),
     [
@@ -56,6 +95,12 @@ def test_an_unknown_name_is_told_with_the_closest_one(name, kind, said):
         ("SETTING_PROMPT", {"prompt": 5}),
         ("SETTING_COUNTS", {"prompt": ["a", "b"], "seed": [1, 2, 3]}),
         ("SETTING_NOISE", {"noise": "white"}),
+        ("SETTING_NOISE", {"noise": torch.zeros(1, 4, 8, 9, dtype=torch.int64)}),
+        ("SETTING_NOISE", {"noise": torch.zeros(1, 4, 8, 9, dtype=torch.complex64)}),
+        ("SETTING_NOISE", {"noise": torch.zeros(1, 4, 8, 9, device="meta")}),
+        ("SETTING_NOISE", {"noise": torch.full((1, 4, 8, 9), 1e300, dtype=torch.float64)}),
+        ("MANIFEST_BROKEN", {"manifest": 3}),
+        ("MANIFEST_BROKEN", {"manifest": [{}]}),
         ("SETTING_KIND", {"kind": "paint"}),
         ("SETTING_ON_ERROR", {"on_error": "ignore"}),
         ("SETTING_MASK", {"kind": "vary"}),
