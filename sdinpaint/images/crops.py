@@ -6,6 +6,7 @@ A hole is bool (H, W), True = repainted: where a mask reaches its threshold.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -18,7 +19,7 @@ from sdinpaint.checks import require_extra
 from sdinpaint.errors import ImageError, MaskError, SettingError
 from sdinpaint.images.boxes import Box
 
-__all__ = ["AUTO", "Crop", "crop_box", "pooled", "regions", "working_size"]
+__all__ = ["AUTO", "Crop", "check_context", "crop_box", "pooled", "regions", "working_size"]
 
 Bytes = NDArray[np.uint8]
 Hole = NDArray[np.bool_]
@@ -223,10 +224,18 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _context(context: Any, extent: int, shape: tuple[int, ...], size: int) -> int:
-    """Return the pixels of context for a hole whose longer side is `extent`."""
-    if context == AUTO:
-        return max(extent // 2, round(size * SMALLEST_CONTEXT))
+def check_context(context: Any, shape: Sequence[int]) -> None:
+    """Check the pixels of context around a hole.
+
+    Args:
+        context: "auto", None, or a number of pixels.
+        shape: (height, width) of the image in pixels.
+
+    Raises:
+        SettingError: it is something else, or more than the image's longer side.
+    """
+    if context is None or context == AUTO:
+        return
     if not _is_whole(context):
         expected = f"{AUTO!r}, None, or a whole number of pixels"
         raise SettingError("SETTING_CROP", "crop", f"{context!r}", expected=expected)
@@ -234,7 +243,12 @@ def _context(context: Any, extent: int, shape: tuple[int, ...], size: int) -> in
         found = f"{context} pixels around the hole, in an image of {shape[0]} rows, {shape[1]} columns"
         expected = f"0 to {max(shape)} pixels, the image's longer side"
         raise SettingError("SETTING_CROP", "crop", found, expected=expected, hint=f"crop={AUTO!r} chooses a number")
-    return int(context)
+
+
+def _context(context: Any, extent: int, shape: Sequence[int], size: int) -> int:
+    """Return the pixels of context for a hole whose longer side is `extent`."""
+    check_context(context, shape)
+    return max(extent // 2, round(size * SMALLEST_CONTEXT)) if context == AUTO else int(context)
 
 
 def _span(hole: Hole, axis: int) -> tuple[int, int]:

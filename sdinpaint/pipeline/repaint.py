@@ -20,7 +20,7 @@ from sdinpaint.latent_diffusion import LatentDiffusion
 from sdinpaint.pipeline.events import Listener, Reporter, Stage
 from sdinpaint.pipeline.patch_sampling import PatchSampling
 from sdinpaint.pipeline.patches import Patch, cut_patch, of_one_size, whole
-from sdinpaint.pipeline.requests import Item, Request
+from sdinpaint.pipeline.requests import Item, Request, require_noise
 from sdinpaint.pipeline.settings import Settings
 from sdinpaint.sampling import schedules
 from sdinpaint.sampling.noise import Draws
@@ -138,10 +138,7 @@ class Repaint:
             raise SettingError("SETTING_NOISE", "noise", found, expected="a run of one region", hint=hint)
         crops = [self._crop(region) for region in todo]
         if item.noise is not None:
-            given, needed = tuple(item.noise.shape[-2:]), tuple(-(-side // 8) for side in crops[0].size)
-            if given != needed:
-                found = f"{given} latent rows and columns"
-                raise SettingError("SETTING_NOISE", "noise", found, expected=f"{needed} for this image")
+            require_noise(item.noise, crops[0].size)
         return Canvas(item, item.image.opaque(), todo)
 
     def _patch(self, canvas: Canvas) -> Patch:

@@ -17,6 +17,7 @@ from sdinpaint.checks import as_list, check_choice, check_number, check_prompt
 from sdinpaint.errors import ImageError, Remark, SdInpaintError, SettingError, keeping_warnings
 from sdinpaint.families import Family
 from sdinpaint.images.canvas import canvas_for
+from sdinpaint.images.crops import check_context
 from sdinpaint.images.input_image import InputImage, read_image
 from sdinpaint.masks import Mask, read_mask
 from sdinpaint.pipeline.settings import (
@@ -32,7 +33,8 @@ from sdinpaint.pipeline.settings import (
 from sdinpaint.provenance.manifest import Manifest, as_given, as_manifests
 from sdinpaint.sampling import Conditioning
 
-__all__ = ["GivenMask", "Item", "Kind", "OnError", "Request", "stored_names", "unbatched"]
+__all__ = ["GivenMask", "Item", "Kind", "OnError", "Request", "require_noise"]
+__all__ += ["stored_names", "unbatched"]
 
 Kind = Literal["inpaint", "vary", "outpaint"]
 OnError = Literal["raise", "skip"]
@@ -299,6 +301,9 @@ class _Reading:
         given = mask if isinstance(mask, GivenMask) else GivenMask(mask, path)
         read = Mask(read_mask(given.mask, input_image.size))
         hole = read.array >= self.settings.mask_threshold
+        check_context(self.settings.crop, input_image.size)
+        if noise is not None and self.settings.crop is None:
+            require_noise(noise, input_image.size)
         control = None if control_image is None else _control_image(control_image, input_image.size)
         return Item(input_image, read, hole, text, negative, seed, noise, control, given.path)
 
@@ -313,6 +318,22 @@ def unbatched(value: Any) -> list[Any]:
         One entry per image, or one for all.
     """
     return list(value) if isinstance(value, Tensor) and value.ndim == 4 else as_list(value)
+
+
+def require_noise(noise: Tensor, size: tuple[int, int]) -> None:
+    """Refuse initial noise that has not the size of the latents of an image.
+
+    Args:
+        noise: (1, C, H, W).
+        size: height and width of the image that the model sees, in pixels.
+
+    Raises:
+        SettingError: it has another size.
+    """
+    given, needed = tuple(noise.shape[-2:]), tuple(-(-side // 8) for side in size)
+    if given != needed:
+        found = f"{given} latent rows and columns"
+        raise SettingError("SETTING_NOISE", "noise", found, expected=f"{needed} for this image")
 
 
 def stored_names(kind: Kind) -> tuple[str, ...]:

@@ -90,6 +90,8 @@ def test_an_unknown_name_is_told_with_the_closest_one(name, kind, said):
         ("SETTING_SPACING", {"spacing": "even"}),
         ("SETTING_ETA", {"eta": 1.0, "sampler": "dpmpp_2m"}),
         ("SETTING_CROP", {"crop": -1}),
+        ("SETTING_CROP", {"crop": 1000}),
+        ("SETTING_NOISE", {"noise": torch.zeros(1, 4, 3, 3)}),
         ("SETTING_FILL", {"fill": "white"}),
         ("SETTING_SEED", {"seed": -2}),
         ("SETTING_PROMPT", {"prompt": 5}),
