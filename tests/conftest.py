@@ -1,4 +1,4 @@
-"""What several test files share: a small family, its vocabulary, and the released files' names, shapes and settings."""
+"""Fixtures of several test files: a small family, its vocabulary, the released files' names, shapes and settings."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def test_what_is_written_is_what_was_published(family):
 
 
 def test_families_differ_where_they_should():
-    """As said in words, so that a slip in one of the replacements is seen."""
+    """Compare with the words of the sources, so that a slip in one of the replacements is seen."""
     assert [name for name, family in FAMILIES.items() if family.schedule.prediction == "v"] == ["sd2-v"]
     assert {name: family.size for name, family in FAMILIES.items() if family.size != 512} == {
         "sd2-v": 768,

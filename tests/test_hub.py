@@ -192,7 +192,7 @@ def test_variant(hub, files):
 
 
 def sharded(files):
-    """The same model, with the UNet in two files."""
+    """Return the model with the UNet in two files."""
     tensors = load(files[UNET_FILE])
     halves = [dict(list(tensors.items())[part::2]) for part in (0, 1)]
     table = {name: Path(shard).name for shard, half in zip(SHARDS, halves, strict=True) for name in half}

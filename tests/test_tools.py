@@ -1,4 +1,4 @@
-"""What `tools/` refuses and writes, on small made-up trees of source files; and what it says of the real one."""
+"""Tests of what `tools/` refuses and writes, on small made-up trees of source files, and on the real one."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     python tools/check_docstrings.py
 
-1. No docstring begins with "Of", "As", "Those", "Whose" or "What", on whatever it stands.
+1. No docstring begins with "Of", "As", "Those", "Whose" or "What", on whatever it stands, in tests and tools too.
 2. A function of a public import path that takes arguments has an `Args:` section that names all of them and no other.
    So has every public method of a public class. `forward` is what its class says.
 
@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Iterator
 
-from source_tree import Definition, Function, Module, read_modules, resolve
+from source_tree import ROOT, Definition, Function, Module, read_modules, resolve
 
 FRAGMENT = re.compile(r"(Of|As|Those|Whose|What)\b")
 PUBLIC = (
@@ -138,7 +138,10 @@ def _is_setter(decorator: ast.expr) -> bool:
 def main() -> int:
     """Print what is refused. Return 1 where there is any, else 0."""
     modules = read_modules()
-    found = [line for module in modules.values() for line in fragments(module)] + list(unexplained(modules))
+    paths = [path for folder in ("tests", "tools") for path in sorted((ROOT / folder).rglob("*.py"))]
+    beside = [Module(path.stem, path.relative_to(ROOT), ast.parse(path.read_text("utf-8")), {}) for path in paths]
+    found = [line for module in (*modules.values(), *beside) for line in fragments(module)]
+    found += unexplained(modules)
     print(*found, sep="\n", end="\n" if found else "")
     return 1 if found else 0
 

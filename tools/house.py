@@ -72,7 +72,7 @@ class House:
 
     @property
     def numbers(self) -> dict[str, int | None]:
-        """What can be compared between two revisions; None where the revision has no contract."""
+        """The figures that can be compared between two revisions; None where the revision has no contract."""
         both = {name: others | self.typing[name] for name, others in self.files.items()}
         return {
             "files": len(self.files),

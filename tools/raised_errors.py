@@ -34,7 +34,7 @@ class Scope:
     functions: tuple[Function, ...] = ()
     given: dict[str, Value] = field(default_factory=dict)
     at: ast.AST | None = None
-    """What is evaluated, so that of several assignments to a name those before it count."""
+    """The line that is evaluated: of several assignments to a name those before it count."""
 
     @property
     def parameters(self) -> list[str]:

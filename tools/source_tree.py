@@ -25,7 +25,7 @@ class Module:
     path: Path
     tree: ast.Module
     names: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """What its `from ... import ...` lines bring in: local name -> (module, name there)."""
+    """The names that its `from ... import ...` lines bring in: local name -> (module, name there)."""
 
     @property
     def is_package(self) -> bool:

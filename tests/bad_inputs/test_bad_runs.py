@@ -1,4 +1,4 @@
-"""What goes wrong while it runs: no wrong image, and the next run is as good as ever."""
+"""Tests of what goes wrong during a run: no wrong image, and the next run is as good as ever."""
 
 from __future__ import annotations
 

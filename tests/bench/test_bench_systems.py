@@ -48,7 +48,7 @@ def sd1(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sdxl(tiny, tmp_path_factory):
-    """The same of SDXL, with a transformer in every place that it needs."""
+    """Return the family of SDXL, with a transformer in every place that it needs."""
     folder = tmp_path_factory.mktemp("sdxl")
     family = as_sdxl(tiny)
     unet = replace(family.unet, channel_mult=(1, 2), transformer_depth=(0, 1), num_res_blocks=1, middle_depth=1)

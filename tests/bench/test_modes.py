@@ -91,7 +91,7 @@ def test_an_image_is_painted_and_measured(monkeypatch):
 
 
 def bytes_per_pixel(pipe):
-    """What a pixel more of the canvas takes, while the model works at its own size."""
+    """Return the bytes that a pixel more of the canvas takes, while the model works at its own size."""
 
     def peak(size):
         image = np.random.default_rng(size).integers(0, 256, (3 * size // 4, 3 * size // 4, 3), dtype=np.uint8)

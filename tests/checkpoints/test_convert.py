@@ -112,7 +112,7 @@ def without_constants(tensors):
 
 
 def named(tensors, file):
-    """The same tensors as of a file of this name."""
+    """Return the tensors that a file of this name has."""
     return {(file, name): tensor for (_, name), tensor in tensors.items()}
 
 

@@ -160,7 +160,7 @@ def test_labels_at_another_size():
 
 @pytest.fixture
 def models(substitute):
-    """What `Mask.sam` and `Mask.clipseg` were asked for; both answer with a box."""
+    """Give the list of what `Mask.sam` and `Mask.clipseg` were asked for; both answer with a box."""
     asked = []
 
     def answer(image, **given):

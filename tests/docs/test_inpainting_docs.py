@@ -56,7 +56,7 @@ def folder(ran):
 
 @pytest.fixture(scope="module")
 def names(ran):
-    """What the document's code has defined at its end."""
+    """Return what the document's code has defined at its end."""
     return ran[2]
 
 

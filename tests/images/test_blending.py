@@ -142,7 +142,7 @@ def test_turned_views(join):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("gain", "offset"), [(1, 0), (1, 12), (0.8, 30), (1.2, -25), (0.9, -10)])
 def test_match_recovers_gain_and_offset(gain, offset, seed):
-    """What is left of it, where the ring shows such levels, is the model's noise and the rounding."""
+    """Where the ring shows such levels, the model's noise and the rounding are left of it."""
     truth, noise = smooth_image(seed, (96, 96)), np.random.default_rng(seed).normal(0, 2, (96, 96, 3))
     hole = box(24, 72, 20, 76, (96, 96))
     shown = truth[blending._reach(hole, 4) & ~hole]

@@ -1,4 +1,4 @@
-"""What stands in the hole at the start: known pixels stay, and nothing of what is to be removed shapes the filling."""
+"""Tests of the fills of a hole: known pixels stay, and nothing of what is to be removed shapes the filling."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def recording(module: str) -> Iterator[list[Launch]]:
 
 
 class Source(NamedTuple):
-    """What tells one compiled kernel from another."""
+    """The properties that tell one compiled kernel from another."""
 
     kernel: str
     signature: tuple[tuple[str, str], ...]
@@ -121,7 +121,7 @@ def compile_for(launch: Launch, capability: int) -> Any:
 
 
 def resources(kernel: Any) -> dict[str, int]:
-    """What a compiled kernel takes of a multiprocessor, and counts of the instructions that tell good code from bad."""
+    """Return what a kernel takes of a multiprocessor, and counts of the instructions that tell good code from bad."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

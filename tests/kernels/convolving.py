@@ -1,4 +1,4 @@
-"""What the tests of convolutions share: what they are given, and how exact they have to be."""
+"""Helpers of the tests of convolutions: their inputs, and how exact they have to be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the attention kernel computes under Triton's interpreter: run by test_attention.py in a process of its own.
+"""Run the attention kernel in Triton's interpreter, in a process of its own that test_attention.py starts.
 
 Prints {case: [our relative L2 error to float64, torch's]} as JSON, and the same for kernels broken on purpose.
 """

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 TINY = {"float32": 2**-23, "float16": 2**-11, "bfloat16": 2**-7}
-"""What is allowed beside twice torch's error: one rounding of the result. The interpreter cuts bfloat16 off instead."""
+"""The error allowed beside twice torch's: one rounding of the result. The interpreter cuts bfloat16 off instead."""
 PROGRAM = """
 import importlib, json, sys, interpreter
 modules = {name: importlib.import_module(name) for name in sys.argv[1:]}

@@ -13,12 +13,12 @@ from sdinpaint_kernels.group_norm import launch as launch_group_norm
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, environment):
-    """What is compiled here is not left behind."""
+    """Compile into a folder that is not left behind."""
     environment(TRITON_CACHE_DIR=tmp_path)
 
 
 def representative(operation):
-    """Of the distinct kernels of the released models, those with different tiles, for the fewest and most channels."""
+    """Return the released models' kernels with different tiles, for the fewest and most channels."""
     found = {}
     for told, (launch, _) in aot.distinct(operation, aot.shapes(operation)).items():
         constants = dict(told.constants)

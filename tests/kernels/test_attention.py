@@ -180,7 +180,7 @@ def test_calls_that_the_kernel_cannot_take_run_in_torch(reason, no_obstacle):
 
 
 def shaped(batch, queries, heads, head_dim):
-    """As much of a tensor on a GPU as the choice looks at."""
+    """A stand-in for a tensor on a GPU, with what the choice of a kernel looks at."""
     return SimpleNamespace(shape=(batch, queries, heads, head_dim), is_cuda=True, device="cuda:0")
 
 
@@ -289,14 +289,14 @@ def test_nothing_in_gives_nothing_out(shape):
 
 
 def relative_error(out, q, k, v):
-    """Of the last head of the last sample, against float64."""
+    """Return the errors of the last head of the last sample, against float64."""
     q, k, v = (x[-1, :, -1].double() for x in (q, k, v))
     exact = torch.cat([torch.softmax(part @ k.T / q.shape[1] ** 0.5, dim=1) @ v for part in q.split(2048)])
     return float((out[-1, :, -1].double() - exact).norm() / exact.norm())
 
 
 def distinct_shapes():
-    """Of the released models' shapes with the same configuration, the last."""
+    """Return the last of the released models' shapes for each configuration."""
     found = {}
     for _, (batch, heads, head_dim, queries, keys, _) in aot.shapes("attention"):
         found[tuple(module._constants(head_dim, queries, keys).items())] = (batch, heads, head_dim, queries, keys)

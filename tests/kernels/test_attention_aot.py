@@ -7,7 +7,7 @@ import pytest
 
 KERNELS = aot.distinct("attention", aot.shapes("attention"))
 LEAST_SHARED = 99 * 1024
-"""What the smallest GPUs from Ampere on (8.6, 8.9) have; their code takes as much as 8.0's."""
+"""Shared memory of the smallest GPUs from Ampere on (8.6, 8.9); their code takes as much as 8.0's."""
 
 
 @pytest.mark.parametrize("capability", aot.CAPABILITIES)

@@ -32,7 +32,7 @@ def small(substitute):
 
 @pytest.fixture
 def blocks(monkeypatch):
-    """What came of the calls that ran by blocks."""
+    """Give the list of results of the calls that ran by blocks."""
     if not backend._cpu_supports(torch.bfloat16):
         pytest.skip("runs on CPUs with avx512_bf16 or AMX; on this one torch's own attention runs: see the last test")
     seen = []

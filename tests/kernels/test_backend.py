@@ -20,13 +20,13 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def tensor(device=GPU, *, requires_grad=False):
-    """What `choose` looks at."""
+    """A stand-in for a tensor, with what `choose` looks at."""
     return SimpleNamespace(device=device, requires_grad=requires_grad)
 
 
 @pytest.fixture
 def ampere(monkeypatch, kernel_setting):
-    """As if there were a GPU of compute capability 8.0."""
+    """Pretend that there is a GPU of compute capability 8.0."""
     kernel_setting("auto")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
     return monkeypatch
@@ -186,7 +186,7 @@ def block(x, weight, bias, addend):
 
 
 def interpreted():
-    """What opcheck says of the kernels, and what a compiler makes of them."""
+    """Return what opcheck says of the kernels, and what a compiler makes of them."""
     torch.use_deterministic_algorithms(False)  # NaN in what the fake outputs hold is no difference
     interpreter.fresh_seed()
     checked = {name: opcheck(getattr(torch.ops.sdinpaint, name).default, arguments(name)) for name in OPERATIONS}

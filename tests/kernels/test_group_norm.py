@@ -80,7 +80,7 @@ MISTAKES = {
         "split, quiet",
     ),
 }
-"""What is broken: the right words, the wrong ones, and the case that must show it."""
+"""The mistakes: the right words, the wrong ones, and the case that must show it."""
 
 
 def draw(channels, groups, pixels, *, samples, dtype, silu, addend, eps, mean, std, cut, device="cpu"):

@@ -175,7 +175,7 @@ def test_huge_equal_values_have_no_variance_below_zero():
 
 
 def test_without_the_shift_the_moments_are_lost(sabotage):
-    """The same sums about zero fail."""
+    """Sums about zero instead of about the mean fail."""
     sub = torch.sub
     sabotage(torch, "sub", lambda x, centre, out: sub(x, torch.zeros_like(centre), out=out))
     x = draw("far mean")

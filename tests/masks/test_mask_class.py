@@ -41,7 +41,7 @@ def refused(kind, code, call, *words):
 
 
 def distance_to(points):
-    """Of each pixel's centre (H, W) to a line through points (x, y)."""
+    """Return the distance of each pixel's centre (H, W) to a line through points (x, y)."""
     at = np.stack([COLUMNS, ROWS], axis=-1).astype(float)
     nearest = np.full(SIZE, np.inf)
     for start, end in zip(points, points[1:] or points, strict=False):

@@ -1,4 +1,4 @@
-"""What the verbs of Mask do, each against an independent account; what holds for any mask is in test_mask_laws."""
+"""Tests of the verbs of Mask, each against an independent account; what holds for any mask is in test_mask_laws."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def soft_edge(along, start, end, sigma):
 
 
 SUMMED = 0.242 / 16 / 24 + 6.4e-5
-"""What a sum over pixels errs by for the integral of a Gaussian of sigma 4: max|g'| / 24, and the tail it lacks."""
+"""The error of a sum over pixels for the integral of a Gaussian of sigma 4: max|g'| / 24, and the tail it lacks."""
 
 
 def disc_maximum(values, radius):

@@ -376,7 +376,7 @@ def sams_processor():
 
 
 def processed(rgb, points, labels, box):
-    """What SAM's own processor makes of an image and its prompts."""
+    """Return what SAM's own processor makes of an image and its prompts."""
     prompts = {"input_points": [[list(point) for point in points]], "input_labels": [labels]}
     return sams_processor()(rgb, **prompts, input_boxes=[[list(box)]], return_tensors="pt")
 

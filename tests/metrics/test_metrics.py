@@ -95,7 +95,7 @@ def test_psnr_and_ssim_are_those_of_skimage(pair):
 
 
 def test_ssim_is_that_of_torchmetrics(pair):
-    """Whose mean counts windows over the reflected border too: its map is compared, without the border."""
+    """Their mean counts windows over the reflected border too: the map is compared, without the border."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     batches = (torch.from_numpy(one).permute(2, 0, 1)[None].double() for one in pair)

@@ -184,7 +184,7 @@ def image_and_mask(height=64, width=72):
 
 
 def hint():
-    """As the model card of control_v11p_sd15_inpaint makes it."""
+    """Make the hint as the model card of control_v11p_sd15_inpaint does."""
     image, mask = image_and_mask()
     values = np.asarray(image).astype(np.float32) / 255
     values[np.asarray(mask).astype(np.float32) / 255 > 0.5] = -1

@@ -34,7 +34,7 @@ from sdinpaint.sampling import schedules
 from sdinpaint.sampling.graphs import Graphs
 
 DTYPES = ("float32", "bfloat16")
-"""Those of the files, which stay mapped while they are used, and one to which weights are cast for each use."""
+"""The dtype of the files, which stay mapped while they are used, and one to which weights are cast for each use."""
 PROC = Path("/proc/self")
 EDGES = 4 * mmap.PAGESIZE
 """At most so much of a weight is on pages that hold something else, too, or is too small for one of its own."""
@@ -69,7 +69,7 @@ def controlnet(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=DTYPES)
 def both(request, model):
-    """The same model, there all the time and offloaded."""
+    """One model twice: there all the time, and offloaded."""
     return [
         load(model, device="cpu", dtype=request.param, offload=offload, progress=False) for offload in (False, True)
     ]
@@ -93,7 +93,7 @@ def in_float32(pipe):
 
 @pytest.fixture(scope="module")
 def exact(both):
-    """The same model in float32, there all the time."""
+    """Return the model in float32, there all the time."""
     return in_float32(both[0])
 
 

@@ -65,7 +65,7 @@ def condition(unet, batch, seed):
 
 
 def residuals(unet, batch, size):
-    """What a ControlNet might add, for each input block and the middle."""
+    """Return residuals as a ControlNet adds them, for each input block and the middle."""
     shapes = []
     hooks = [
         stage.register_forward_hook(lambda module, args, out: shapes.append(out.shape[1:]))
@@ -79,7 +79,7 @@ def residuals(unet, batch, size):
 
 
 def double(given):
-    """The same in float64, at any depth."""
+    """Return the value in float64, at any depth."""
     if isinstance(given, torch.Tensor):
         return given.double()
     if isinstance(given, Conditioning):
@@ -113,7 +113,7 @@ class Case:
         return denoise(change(self.x), SIGMA)
 
     def errors(self, step):
-        """Of `step` and of the plain one, against float64."""
+        """Return the errors of `step` and of the plain step, against float64."""
         exact = self.step(copy.deepcopy(self.unet).double().forward, precise=True)
         return [float((out - exact).norm() / exact.norm()) for out in (step, self.step(self.unet.forward))]
 

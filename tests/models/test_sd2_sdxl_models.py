@@ -60,7 +60,7 @@ def text_pair(family, number):
 
 
 def text_difference(theirs, mine, config=None):
-    """Of the states that the family uses, and of the pooled text where there is one."""
+    """Return the difference of the states that the family uses, and of the pooled text where there is one."""
     config = config or mine.config
     ids = prompts(config)
     output = theirs(ids, output_hidden_states=True)

@@ -53,7 +53,7 @@ every_mode = pytest.mark.parametrize(
 )
 SEEDS = [4, 0, 9]
 ONE_LEVEL = 1
-"""Of 255: what another order of sums makes in batches of other lengths; measured, in at most 3 values of an image."""
+"""The levels of 255 that another order of sums makes in batches of other lengths; measured in at most 3 values."""
 
 
 def three():

@@ -47,7 +47,7 @@ def nine(dtype):
 
 @pytest.fixture(scope="module")
 def four(nine):
-    """The same without the channels for mask and masked image: it blends what is known into its latents."""
+    """The pipeline without the channels for mask and masked image: it blends what is known into its latents."""
     family = replace(nine.family, unet=replace(nine.family.unet, in_channels=4))
     unet = copy.deepcopy(nine.unet)
     first = unet.input_blocks[0][0]

@@ -1,4 +1,4 @@
-"""What `Pipeline.inpaint` promises for any weights: kept pixels, batches, seeds, replays, and every step by name."""
+"""Tests of what `Pipeline.inpaint` promises for any weights: kept pixels, batches, seeds, replays, steps by name."""
 
 from __future__ import annotations
 
@@ -304,7 +304,7 @@ def test_the_steps_by_name(pipe, size):
 
 @torch.inference_mode()
 def by_name(pipe, noise, sampler="ddim", spacing=None, eta=None, strength=1.0, guidance_scale=7.5):
-    """What `inpaint` does with given noise, one step after the other."""
+    """Do what `inpaint` does with given noise, one step after the other."""
     draws = Draws([5], pipe.device)
     known = pipe.encode_image(IMAGE, MASK, draws=draws, latents=strength < 1 or not pipe.takes_mask)
     cond, uncond = pipe.encode_prompts(["a red fox", ""])

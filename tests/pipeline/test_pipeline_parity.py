@@ -27,7 +27,7 @@ PROMPT, NEGATIVE = "a red fox on the a", "a blue cube"
 STEPS = 6
 TOLERANCE = 3e-4
 ONE_LEVEL = 1
-"""Of 255, where rounding falls the other way."""
+"""The difference in levels of 255 where rounding falls the other way."""
 
 
 def image_and_mask(height=64, width=72):

@@ -110,7 +110,7 @@ def test_the_first_region_is_as_its_own_run_and_the_second_sees_it(pipe, shown):
 
 
 def test_a_region_that_is_still_to_come_is_hidden_too(pipe, shown):
-    """What is to go must not be seen, or it is painted again."""
+    """The model must not see what is to go, or it is painted again."""
     near = Mask.box(SIZE, (64, 30, 80, 44))
     inpaint(pipe, ONE | near, regions="each", crop=30)
     (first,), (second,) = shown

@@ -1,4 +1,4 @@
-"""What `Pipeline.vary` promises for any weights: strength, batches, replays, and that no mask is missed."""
+"""Tests of what `Pipeline.vary` promises for any weights: strength, batches, replays, and that no mask is missed."""
 
 from __future__ import annotations
 

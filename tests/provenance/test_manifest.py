@@ -123,7 +123,7 @@ def sha256(data):
 
 
 def strided(tensor):
-    """The same values, every other one of a larger memory."""
+    """Return the values as every other one of a larger memory."""
     wide = torch.zeros(*tensor.shape[:-1], 2 * tensor.shape[-1], dtype=tensor.dtype)
     wide[..., ::2] = tensor
     return wide[..., ::2]

@@ -269,7 +269,7 @@ def blended_run(name, known, strength, noise):
 
 
 def blended_after_every_step(name, known, strength, noise, late=0):
-    """The same run one step at a time, each followed by the blend; `late`: noise it for the step before."""
+    """Run one step at a time, each followed by the blend; `late`: noise it for the step before."""
     sigmas = schedules.for_strength(schedule(name, None, CONFIG, 9), strength)
     denoise = Denoiser(StubUNet(), TRAINED, "eps", text(2), text(3), dtype=torch.float64)
     x = schedules.start(noise, sigmas) if strength == 1 else schedules.start_from(known.latents, noise, sigmas)

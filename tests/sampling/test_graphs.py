@@ -1,4 +1,4 @@
-"""What is recorded and when, with a recording that replays by calling; on a GPU see test_step_gpu.py."""
+"""Tests of what is captured and when, with a graph that replays by calling; on a GPU see test_step_gpu.py."""
 
 from __future__ import annotations
 

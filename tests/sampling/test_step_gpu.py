@@ -100,7 +100,7 @@ class Case:
 
 
 def shapes_of(unet, x, t, context, vector):
-    """What every input block and the middle put out."""
+    """Return what every input block and the middle put out."""
     model = unet if isinstance(unet, UNet) else unet.__self__
     emb, parts = model.embed(t, vector), []
     h = torch.cat([x, x[:, :1], x], dim=1)

@@ -48,7 +48,7 @@ def small(family: Family) -> Family:
 
 
 def for_text_to_image(family: Family) -> Family:
-    """The same with 4 input channels: a model that is shown no mask."""
+    """Return the family with 4 input channels: a model that is shown no mask."""
     name = family.name.removesuffix("-inpainting") + ("-v" if family.schedule.prediction == "v" else "")
     return replace(family, name=name, unet=replace(family.unet, in_channels=4))
 
@@ -85,7 +85,7 @@ def as_sdxl(tiny: Family) -> Family:
 
 
 def random_pipeline(family: Family, tokenizer: Tokenizer, seed: int = 0) -> Pipeline:
-    """The same weights for the same family and seed, in every process."""
+    """Return a pipeline with the same weights for the same family and seed, in every process."""
     with torch.device("meta"):
         models = UNet(family.unet), VAE(family.vae), *map(CLIPText, family.texts)
     unet, vae, *texts = (

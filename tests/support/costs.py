@@ -80,7 +80,7 @@ def attention_flops(q: torch.Size, k: torch.Size, *_: object, **options: object)
 
 
 ALSO_PRODUCTS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
-"""What FlopCounterMode does not know."""
+"""Operations that FlopCounterMode does not know."""
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 MAIN = "c0ffee" + "0" * 34
 LARGE = (".safetensors", ".ckpt", ".bin")
-"""What the hub keeps apart from git: named by SHA-256, and served from another address."""
+"""Files that the hub keeps apart from git: named by SHA-256, and served from another address."""
 
 INFO = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/revision/(?P<revision>[^/]+))?")
 TREE = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)")
@@ -46,7 +46,7 @@ class Hub:
     breaks: dict[str, list[int]] = field(default_factory=dict)
     """File name -> after how many bytes the connection is dropped, one for each transfer."""
     on_break: Callable[[], object] = field(default=lambda: None)
-    """What happens just before."""
+    """A function that is called just before."""
 
     def add(self, repo: str, files: dict[str, bytes], **options) -> None:
         self.repositories[repo] = Repository(files, **options)

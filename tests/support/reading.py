@@ -1,4 +1,4 @@
-"""What the tests of the reader share: reading a whole file, its refusal, and the two formats of torch.save."""
+"""Helpers of the tests of the reader: reading a whole file, its refusal, and the two formats of torch.save."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of bad inputs share: a good image, a quick run, and what every refusal must have."""
+"""Helpers of the tests of bad inputs: a good image, a quick run, and what every refusal must have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What SDXL is told of texts and sizes, and what the other families are."""
+"""Tests of the text and size conditioning of SDXL, and of the text conditioning of the other families."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is written is what was held, under the published names, whole or not at all."""
+"""Tests of writing: a file holds what was held, under the published names, whole or not at all."""
 
 from __future__ import annotations
 
@@ -307,7 +307,7 @@ def peers():
 
 
 def saved_by_peers(models, folder):
-    """What the libraries wrote, read under native names."""
+    """Read under native names what the libraries wrote."""
     for component, model in models.items():
         model.save_pretrained(folder / component)
     return read_back(lambda component: open_folder_component(folder / component), models)

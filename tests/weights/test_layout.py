@@ -274,7 +274,7 @@ def test_tables_are_those_of_diffusers_own_converter(kind, component, prefix):
 
 
 def brackets(edit, rows, dimensions):
-    """What diffusers' converter does to a stacked tensor of 3 * `rows` rows, or to a transposed one, as text."""
+    """Say as text what diffusers' converter does to a stacked tensor of 3 * `rows` rows, or to a transposed one."""
     if edit in QKV:
         start = QKV.index(edit) * rows
         return f"[{start}:{start + rows}" + (",:]" if dimensions == 2 else "]")

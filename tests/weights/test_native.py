@@ -22,7 +22,7 @@ def expected(component, model="sd15_inpainting"):
 
 
 def components_of(name):
-    """What a released file holds, told from its name."""
+    """Tell what a released file holds from its name."""
     model, _, kind = name.partition(".")
     if model.startswith("control"):
         return (*COMPONENTS, "controlnet") if "full" in model else ("controlnet",)
