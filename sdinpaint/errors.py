@@ -22,6 +22,7 @@ __all__ = [
     "SdInpaintWarning",
     "SettingError",
     "TokenizerError",
+    "already_warned",
     "keeping_warnings",
     "warn",
 ]
@@ -81,6 +82,7 @@ class Remark:
 
 
 _kept: ContextVar[list[Remark] | None] = ContextVar("kept", default=None)
+_said: ContextVar[bool] = ContextVar("said", default=False)
 
 
 @contextmanager
@@ -98,6 +100,16 @@ def keeping_warnings() -> Iterator[list[Remark]]:
         _kept.reset(token)
 
 
+@contextmanager
+def already_warned() -> Iterator[None]:
+    """Drop the warnings of the library until the end of the block, because the caller has given them before it."""
+    token = _said.set(True)
+    try:
+        yield
+    finally:
+        _said.reset(token)
+
+
 def warn(message: str, index: int | None = None) -> None:
     """Warn whoever called the library: the warning points at that line, and is told at every call.
 
@@ -105,6 +117,8 @@ def warn(message: str, index: int | None = None) -> None:
         message: a sentence.
         index: index of the image in its batch that the sentence is about.
     """
+    if _said.get():
+        return
     frame = sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in PASSED:
         frame = frame.f_back

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sdinpaint.errors import already_warned
 from sdinpaint.images.input_image import to_uint8
 from sdinpaint.latent_diffusion import LatentDiffusion
 from sdinpaint.masks import masked_image, to_latent
@@ -133,7 +134,8 @@ class PatchSampling:
         items = [patch.item for patch in self.patches]
         both: list[list[Any]] = [[item.prompt for item in items], [item.negative_prompt for item in items]]
         texts = [[one for one in given if not isinstance(one, Conditioning)] for given in both]
-        encoded = iter(self.pipe.encode_prompts([text for text in texts if text], (height, width)))
+        with already_warned():  # by the run, which knows the images
+            encoded = iter(self.pipe.encode_prompts([text for text in texts if text], (height, width)))
         of_texts = [next(encoded) if text else None for text in texts]
         cond, uncond = (self._merged(given, of_text) for given, of_text in zip(both, of_texts, strict=True))
         return cond, uncond

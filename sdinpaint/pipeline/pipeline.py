@@ -26,6 +26,7 @@ from sdinpaint.provenance.manifest import Manifest, check_again, environment
 from sdinpaint.sampling import Conditioning, Known
 from sdinpaint.sampling.noise import Draws
 from sdinpaint.sampling.samplers import OnStep
+from sdinpaint.text.tokenizer import Tokenizer
 
 HIGH_GUIDANCE = 30.0
 Prompts = str | Conditioning | Sequence[str | Conditioning]
@@ -261,7 +262,7 @@ class Pipeline(LatentDiffusion):
         made_with = environment(self)  # now: weights may change after the run, and the images are made of these
         with keeping_warnings() as warnings, event_bars(request.kind, show=progress) as bars:
             repaint = Repaint(self, request, settings, [bars, *filter(None, [on_event])], on_step)
-            for index, message in _doubts(request, settings):
+            for index, message in _doubts(request, settings, self.tokenizer):
                 warn(message, index)
             canvases = repaint()
             if on_step is not None and weights_of(self) != made_with["weights"]:
@@ -315,7 +316,7 @@ def _made(canvas: Canvas | None, settings: Settings) -> Repainted | None:
     return Repainted(image, canvas.item, settings.cover, tuple(canvas.boxes))
 
 
-def _doubts(request: Request, settings: Settings) -> Iterator[tuple[int | None, str]]:
+def _doubts(request: Request, settings: Settings, tokenizer: Tokenizer) -> Iterator[tuple[int | None, str]]:
     """Say what the caller may not have meant: of the settings, and of each image by its index."""
     if settings.guidance_scale > HIGH_GUIDANCE:
         yield None, f"guidance_scale {settings.guidance_scale:g} is very high: colours will burn out; 5 to 10 is usual"
@@ -331,6 +332,11 @@ def _doubts(request: Request, settings: Settings) -> Iterator[tuple[int | None, 
         elif not item.hole.any():
             reason = item.mask.report().warnings[0]
             yield index, f"{name}: the mask is empty, so it comes back unchanged: {reason}"
-        elif item.image.old is None and not settings.soft:
-            for warning in item.mask.report(settings.cover).warnings:
-                yield index, f"{name}: mask: {warning}"
+        else:
+            prompts = {"prompt": item.prompt, "negative_prompt": item.negative_prompt}
+            for argument, prompt in prompts.items():
+                if isinstance(prompt, str) and (doubt := tokenizer.doubt(prompt)):
+                    yield index, f"{name}: {argument} {doubt}"
+            if item.image.old is None and not settings.soft:
+                for warning in item.mask.report(settings.cover).warnings:
+                    yield index, f"{name}: mask: {warning}"

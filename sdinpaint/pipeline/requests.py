@@ -13,13 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sdinpaint.checks import as_list, check_choice, check_number, check_prompt
+from sdinpaint.checks import as_list, check_choice
 from sdinpaint.errors import ImageError, Remark, SdInpaintError, SettingError, keeping_warnings
 from sdinpaint.families import Family
 from sdinpaint.images.canvas import canvas_for
 from sdinpaint.images.crops import check_context
 from sdinpaint.images.input_image import InputImage, read_image
 from sdinpaint.masks import Mask, read_mask
+from sdinpaint.pipeline.prompts import checked_prompt, require_model_fits, split_prompts
 from sdinpaint.pipeline.settings import (
     CanvasSettings,
     ControlSettings,
@@ -151,8 +152,8 @@ class Request:
         given = {
             "images": unbatched(image),
             "masks": unbatched(mask),
-            "prompts": _prompts("prompt", prompt),
-            "negative prompts": _prompts("negative_prompt", negative_prompt),
+            "prompts": split_prompts("prompt", prompt),
+            "negative prompts": split_prompts("negative_prompt", negative_prompt),
             "seeds": seed.tolist() if isinstance(seed, np.ndarray | Tensor) and seed.ndim == 1 else as_list(seed),
             "control images": unbatched(control_image),
         }
@@ -223,7 +224,7 @@ class Request:
                 raise SettingError("SETTING_NOISE", "noise", found, expected=expected)
             for given in () if item is None else (item.prompt, item.negative_prompt):
                 if isinstance(given, Conditioning):
-                    _check_conditioning(given, family)
+                    require_model_fits(given, family)
         other = object.__new__(Request)
         vars(other).update(vars(self))
         other.items, other.errors, other._unusable = list(self.items), dict(self.errors), dict(self._unusable)
@@ -289,8 +290,8 @@ class _Reading:
         control_image: Any,
         noise: Tensor | None,
     ) -> Item:
-        text = _prompt("prompt", prompt)
-        negative = None if negative_prompt is None else _prompt("negative_prompt", negative_prompt)
+        text = checked_prompt("prompt", prompt)
+        negative = None if negative_prompt is None else checked_prompt("negative_prompt", negative_prompt)
         seed = check_seed(seed)
         input_image = read_image(image)
         if self.canvas is not None:
@@ -360,62 +361,6 @@ def _require_known(settings: Mapping[str, Any], kind: Kind) -> None:
 
 def _canvas_names(kind: str) -> tuple[str, ...]:
     return names_of(CanvasSettings) if kind == "outpaint" else ()
-
-
-def _prompts(name: str, prompt: Any) -> list[Any]:
-    """Return one prompt per image, or one for all; a conditioning of several images is one for each."""
-    if isinstance(prompt, Conditioning):
-        _require_sound(name, prompt)
-        return [prompt[index : index + 1] for index in range(len(prompt))]
-    return as_list(prompt)
-
-
-def _prompt(name: str, prompt: Any) -> str | Conditioning:
-    """Check the prompt of one image. Raises: SettingError."""
-    if not isinstance(prompt, Conditioning):
-        return check_prompt(name, prompt)
-    _require_sound(name, prompt)
-    if len(prompt) != 1:
-        found, hint = f"a conditioning of {len(prompt)} images", "give it alone, or slice it: conditioning[:1]"
-        raise SettingError("SETTING_CONDITIONS", name, found, expected="one for each image", hint=hint)
-    return prompt
-
-
-def _require_sound(name: str, given: Conditioning) -> None:
-    """Refuse a conditioning that no model can have encoded. Raises: SettingError."""
-
-    def check(what: str, value: Any, axes: str) -> None:
-        expected = f"a tensor {axes} of finite floating-point numbers"
-        if not isinstance(value, Tensor):
-            raise SettingError("SETTING_CONDITIONS", name, f"{what}: a {type(value).__name__}", expected=expected)
-        fits = value.ndim == axes.count(",") + 1 and value.numel() > 0 and len(value) == len(given.context)
-        if not fits or not value.is_floating_point() or value.is_meta:
-            found = f"{what}: shape {tuple(value.shape)} and dtype {value.dtype} on {value.device}"
-            raise SettingError("SETTING_CONDITIONS", name, found, expected=expected)
-        if not bool(value.isfinite().all()):
-            found = f"{what}: values that are NaN or infinite"
-            raise SettingError("SETTING_CONDITIONS", name, found, expected=expected)
-
-    check("context", given.context, "(B, L, D)")
-    if given.vector is not None:
-        check("vector", given.vector, "(B, V)")
-    if not isinstance(given.others, tuple) or not all(isinstance(one, tuple) and len(one) == 2 for one in given.others):
-        expected = "a tuple of pairs of a tensor (B, L, D) and its weight"
-        raise SettingError("SETTING_CONDITIONS", name, f"others: {given.others!r:.60}", expected=expected)
-    for source, weight in given.others:
-        check("others", source, "(B, L, D)")
-        check_number("weight of a source", weight, code="SETTING_CONDITIONS", of=name)
-
-
-def _check_conditioning(given: Conditioning, family: Family) -> None:
-    """Refuse a conditioning that another model has encoded. Raises: SettingError."""
-    width, has_vector = given.context.shape[-1], given.vector is not None
-    if width != family.unet.context_dim or has_vector != (family.unet.vector_dim is not None):
-        found = f"conditioning of width {width} {'with' if has_vector else 'without'} a pooled vector"
-        wanted = "without" if family.unet.vector_dim is None else "with"
-        expected = f"width {family.unet.context_dim} {wanted} one, as {family.name} takes it"
-        hint = "encode prompts with the pipeline that runs them"
-        raise SettingError("SETTING_CONDITIONS", "prompt", found, expected=expected, hint=hint)
 
 
 def _named(error: SdInpaintError, index: int, count: int) -> SdInpaintError:

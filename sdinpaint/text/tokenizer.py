@@ -30,6 +30,8 @@ from sdinpaint.text.vocabulary import (
 __all__ = ["CONTEXT_LENGTH", "Tokenizer", "train_tokenizer"]
 
 CONTEXT_LENGTH = 77
+ROOM = CONTEXT_LENGTH - 2
+"""Tokens between the start and the end."""
 
 # Source: openai/CLIP clip/simple_tokenizer.py SimpleTokenizer.pat; the text is lower case by then
 WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -161,16 +163,26 @@ class Tokenizer:
 
     def _row(self, prompt: str) -> list[int]:
         _require_text(prompt)
-        room = CONTEXT_LENGTH - 2
         encoding = self._encoder.encode(prompt)
-        ids: list[int] = encoding.ids
-        if len(ids) > room:
-            cut = "".join(character for character in prompt[encoding.offsets[room][0] :] if character.isprintable())
-            shown = cut if len(cut) <= 60 else cut[:57] + "..."
-            message = f"prompt has {len(ids)} tokens, {room} used; cut: {shown!r}"
-            warn(message)
-        row = [self.start_id, *ids[:room], self.end_id]
+        if doubt := _doubt(prompt, encoding):
+            warn(f"prompt {doubt}")
+        row = [self.start_id, *encoding.ids[:ROOM], self.end_id]
         return row + [self.pad_id] * (CONTEXT_LENGTH - len(row))
+
+    def doubt(self, prompt: str) -> str | None:
+        """Say what of a prompt a model does not see.
+
+        Args:
+            prompt: the prompt.
+
+        Returns:
+            The end of a sentence that begins with the name of the prompt; None where the prompt fits.
+
+        Raises:
+            SettingError: the prompt is not valid text.
+        """
+        _require_text(prompt)
+        return _doubt(prompt, self._encoder.encode(prompt))
 
     def save(self, folder: Path | str) -> None:
         """Write vocab.json, merges.txt and the two small files that transformers' CLIPTokenizer needs.
@@ -231,6 +243,14 @@ def _encoder(model: models.BPE) -> tokenizers.Tokenizer:
     words = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
     encoder.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     return encoder
+
+
+def _doubt(prompt: str, encoding: tokenizers.Encoding) -> str | None:
+    if len(encoding) <= ROOM:
+        return None
+    cut = "".join(character for character in prompt[encoding.offsets[ROOM][0] :] if character.isprintable())
+    shown = cut if len(cut) <= 60 else cut[:57] + "..."
+    return f"has {len(encoding)} tokens, {ROOM} used; cut: {shown!r}"
 
 
 def _require_text(prompt: object) -> None:

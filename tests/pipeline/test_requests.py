@@ -310,6 +310,29 @@ def test_warnings_of_reading_are_there_too(pipe):
     assert [(one.index, "very small" in one.message) for one in result.warnings] == [(1, True)]
 
 
+def test_a_prompt_that_is_too_long_is_told_once_for_each_image(pipe):
+    long, images = "red " * 200, [IMAGE, IMAGE, IMAGE]
+    for options in ({}, {"batch_size": 1}):
+        with pytest.warns(SdInpaintWarning) as caught:
+            result = inpaint(
+                pipe, image=images, prompt=[long, "a dog", long], negative_prompt=["", long, long], **options
+            )
+        found = [(one.index, one.message.partition(" has ")[0]) for one in result.warnings]
+        assert found == [
+            (0, "image 1 of 3: prompt"),
+            (1, "image 2 of 3: negative_prompt"),
+            (2, "image 3 of 3: prompt"),
+            (2, "image 3 of 3: negative_prompt"),
+        ]
+        assert [str(one.message) for one in caught] == [str(one) for one in result.warnings]
+
+
+def test_images_that_are_not_repainted_have_no_prompt_to_warn_of(pipe):
+    with pytest.warns(SdInpaintWarning):
+        result = inpaint(pipe, mask=[MASK, np.zeros_like(MASK)], prompt=["a dog", "red " * 200])
+    assert not any("tokens" in str(one) for one in result.warnings)
+
+
 def test_a_loop_is_told_of_every_empty_mask(pipe):
     """Python shows a warning of one text and one line once; those of this library are about one image each."""
     with warnings.catch_warnings(record=True) as seen:
