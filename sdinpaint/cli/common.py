@@ -17,6 +17,7 @@ from typing import Any, TextIO
 import click
 from tqdm import tqdm
 
+from sdinpaint.cli.wording import Wording
 from sdinpaint.errors import ImageError, SdInpaintError, SdInpaintWarning
 from sdinpaint.images.files import check_output_path
 
@@ -48,10 +49,6 @@ ENVIRONMENT_CODES = {
 NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory", re.IGNORECASE)
 JSON = "sdinpaint.json"
 CALLED = "sdinpaint.called"
-KEYWORD = re.compile(r"\b(?P<name>[a-z_]+)=(?P<value>'[^']*'|\"[^\"]*\"|[^\s,;()]*)")
-"""Matches a keyword argument in a sentence, such as controlnet=PATH."""
-NAME = re.compile(r"\b[a-z]+(?:_[a-z]+)+\b")
-"""Matches a name of several words, which only a program uses."""
 
 Option = Callable[[Callable[..., None]], Callable[..., None]]
 
@@ -115,44 +112,18 @@ class Commands(Group):
             The return value of the command.
         """
         try:
-            with _notes():
+            with _notes(ctx):
                 return super().invoke(ctx)
         except (SdInpaintError, MemoryError, OSError, RuntimeError) as error:
             explained = _explained(error)
             if explained is None:
                 raise
-            explained = _in_options(explained, ctx.meta[CALLED])
+            explained = Wording(ctx.meta[CALLED]).error(explained)
             if ctx.meta.get(JSON):
                 click.echo(json.dumps({"error": explained.to_json()}, indent=2))
             else:
                 click.echo(f"error: {explained}", err=True)
             ctx.exit(ENVIRONMENT if explained.code in ENVIRONMENT_CODES else BAD_INPUT)
-
-
-def _in_options(error: SdInpaintError, command: click.Command) -> SdInpaintError:
-    """Return the error with options of the command line in place of keywords of Python."""
-    options = {one.name: one for one in command.params if isinstance(one, click.Option) and one.name is not None}
-
-    def typed(match: re.Match[str]) -> str:
-        option, value = options.get(match["name"]), match["value"].strip("'\"")
-        if option is None:
-            return match[0]
-        if option.is_flag:
-            if value == "True":
-                return option.opts[-1]
-            return option.secondary_opts[-1] if option.secondary_opts else f"leave out {option.opts[-1]}"
-        return f"{option.opts[0]} {value}".rstrip()
-
-    def named(match: re.Match[str]) -> str:
-        option = options.get(match[0])
-        return match[0] if option is None else option.opts[0]
-
-    def translated(text: str) -> str:
-        return NAME.sub(named, KEYWORD.sub(typed, text))
-
-    subject = options[error.subject].opts[0] if error.subject in options else translated(error.subject)
-    found, expected, hint = map(translated, (error.found, error.expected, error.hint))
-    return SdInpaintError(error.code, subject, found, expected=expected, hint=hint)
 
 
 @contextmanager
@@ -255,7 +226,7 @@ def _explained(error: Exception) -> SdInpaintError | None:
 
 
 @contextmanager
-def _notes() -> Iterator[None]:
+def _notes(ctx: click.Context) -> Iterator[None]:
     """Show each warning of the library once, as one line on standard error; show others as Python does."""
     with warnings.catch_warnings():
         shown: set[str] = set()
@@ -273,7 +244,7 @@ def _notes() -> Iterator[None]:
                 python_way(message, category, filename, lineno, file, line)
             elif str(message) not in shown:
                 shown.add(str(message))
-                tqdm.write(f"note: {message}", file=sys.stderr)
+                tqdm.write(f"note: {Wording(ctx.meta[CALLED]).sentence(str(message))}", file=sys.stderr)
 
         warnings.simplefilter("always", SdInpaintWarning)
         warnings.showwarning = show

@@ -13,6 +13,7 @@ import click
 from sdinpaint.cli.common import Group, Option, check_output, json_option, together
 from sdinpaint.cli.edits import InOrder, apply_edits, edit_options, open_edits
 from sdinpaint.cli.values import BOX, COLOR, POINT, SIZE, STROKE
+from sdinpaint.cli.wording import as_typed
 from sdinpaint.errors import ImageError
 from sdinpaint.images.files import save_png
 
@@ -375,4 +376,4 @@ def _tell(mask: Mask, cover: Cover, quiet: bool, as_json: bool, path: str) -> No
     if as_json:
         click.echo(json.dumps({"path": path, **told.to_json()}, indent=2))
     elif not quiet:
-        click.echo(f"{path}\n{told}")
+        click.echo(f"{path}\n{as_typed(str(told))}")

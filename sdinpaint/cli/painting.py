@@ -13,6 +13,7 @@ import click
 
 from sdinpaint.cli.common import check_output, hub_options, json_option, quiet_option, together
 from sdinpaint.cli.values import CROP, DTYPE_OR_AUTO, SAMPLER, SIZE
+from sdinpaint.cli.wording import as_typed
 from sdinpaint.images.files import save_png
 from sdinpaint.load_options import LoadOptions
 
@@ -349,7 +350,8 @@ def _paint(
         require_no_control(request.settings, control_image is not None)
     show_progress = not quiet and not as_json
     if show_progress and mask is not None and (item := request.items[0]) is not None:
-        click.echo(f"mask {mask}\n{item.mask.report(request.settings.cover).table()}", err=True)
+        told = item.mask.report(request.settings.cover).table()
+        click.echo(f"mask {mask}\n{as_typed(told)}", err=True)
     pipe = load(loading, progress=show_progress)
     done: list[dict[str, Any]] = []
     for number, first in enumerate(range(0, len(drawn), options["batch_size"])):

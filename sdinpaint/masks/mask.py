@@ -498,7 +498,7 @@ class Mask:
             The soft mask.
 
         Raises:
-            SettingError: `pixels` is not a number from 0 on, or the extra `mask` is not installed.
+            SettingError: `pixels` is below 0, or above 64 and the diagonal, or the extra `mask` is not installed.
         """
         return Mask(verbs.feather(self._array, pixels))
 
@@ -512,7 +512,7 @@ class Mask:
             The smooth mask.
 
         Raises:
-            SettingError: `pixels` is not a number from 0 on, or the extra `mask` is not installed.
+            SettingError: `pixels` is below 0, or above 64 and the diagonal, or the extra `mask` is not installed.
         """
         return Mask(verbs.smooth(self._array, pixels))
 

@@ -56,9 +56,10 @@ def feather(mask: Soft, pixels: float, verb: str = "Mask.feather") -> Soft:
         The blurred mask (H, W).
 
     Raises:
-        SettingError: `pixels` is not a number from 0 on, or the extra `mask` is not installed.
+        SettingError: `pixels` is below 0, or above 64 and the diagonal, or the extra `mask` is not installed.
     """
-    sigma = check_number("pixels", pixels, 0, of=verb) / 2
+    most = max(64, math.ceil(math.hypot(*mask.shape)))  # the time grows with it
+    sigma = check_number("pixels", pixels, 0, most, of=verb) / 2
     ndimage = require_extra("scipy.ndimage", extra="mask", what=verb)
     blurred: Soft = ndimage.gaussian_filter(mask, sigma, mode="nearest")
     return np.clip(blurred, 0, 1)
@@ -75,7 +76,7 @@ def smooth(mask: Soft, pixels: float) -> Hole:
         The hole of the feathered mask, bool (H, W).
 
     Raises:
-        SettingError: `pixels` is not a number from 0 on, or the extra `mask` is not installed.
+        SettingError: `pixels` is below 0, or above 64 and the diagonal, or the extra `mask` is not installed.
     """
     return binarize(feather(mask, pixels, "Mask.smooth"))
 

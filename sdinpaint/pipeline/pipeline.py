@@ -326,17 +326,17 @@ def _doubts(request: Request, settings: Settings, tokenizer: Tokenizer) -> Itera
     for index, item in enumerate(request.items):
         if item is None:
             continue
-        name = f"image {index + 1} of {len(request)}"
+        name = f"image {index + 1} of {len(request)}: " if len(request) > 1 else ""
         if settings.strength == 0:
-            yield index, f"{name}: strength is 0, so it comes back unchanged"
+            yield index, f"{name}strength is 0, so the image comes back unchanged"
         elif not item.hole.any():
             reason = item.mask.report().warnings[0]
-            yield index, f"{name}: the mask is empty, so it comes back unchanged: {reason}"
+            yield index, f"{name}the mask is empty, so the image comes back unchanged: {reason}"
         else:
             prompts = {"prompt": item.prompt, "negative_prompt": item.negative_prompt}
             for argument, prompt in prompts.items():
                 if isinstance(prompt, str) and (doubt := tokenizer.doubt(prompt)):
-                    yield index, f"{name}: {argument} {doubt}"
+                    yield index, f"{name}{argument} {doubt}"
             if item.image.old is None and not settings.soft:
                 for warning in item.mask.report(settings.cover).warnings:
-                    yield index, f"{name}: mask: {warning}"
+                    yield index, f"{name}mask: {warning}"

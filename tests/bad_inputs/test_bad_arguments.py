@@ -212,7 +212,7 @@ def test_a_crop_that_is_larger_than_the_image(pipe):
 @pytest.mark.parametrize("crop", [8, "auto"])
 @pytest.mark.parametrize("options", [{}, {"regions": "each"}, {"soft": True}], ids=str)
 def test_a_crop_around_nothing_leaves_the_image_as_it_is(pipe, crop, options):
-    with pytest.warns(SdInpaintWarning, match="image 1 of 1: the mask is empty"):
+    with pytest.warns(SdInpaintWarning, match="^the mask is empty"):
         result = inpaint(pipe, mask=np.zeros_like(MASK), crop=crop, **options)
     assert np.array_equal(result.image, IMAGE)
 

@@ -6,6 +6,7 @@ import errno
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,11 @@ def workplace(tmp_path, monkeypatch):
 
 def run(*arguments):
     return CliRunner().invoke(main, ["mask", *(str(one) for one in arguments)])
+
+
+def typed(report):
+    """The report as the command line tells it."""
+    return re.sub(r'cover="(\w+)"', r"--cover \1", str(report))
 
 
 def made(*arguments, out="out.png"):
@@ -242,7 +248,7 @@ def test_commands_that_make_a_mask_also_change_it(name):
 @pytest.mark.parametrize("cover", ["nearest", "max"])
 def test_report_is_that_of_the_library(cover):
     told = Mask.open("mask.png").report(cover)
-    assert run("report", "mask.png", "--cover", cover).stdout == f"mask.png\n{told}\n"
+    assert run("report", "mask.png", "--cover", cover).stdout == f"mask.png\n{typed(told)}\n"
     assert json.loads(run("report", "mask.png", "--cover", cover, "--json").stdout) == {
         "path": "mask.png",
         **told.to_json(),
@@ -252,7 +258,7 @@ def test_report_is_that_of_the_library(cover):
 @pytest.mark.parametrize("command", [["box", "photo.png", "--at", "30,20,70,50"], ["edit", "mask.png"]])
 def test_what_was_made_is_reported(command):
     told = Mask.box(SIZE, BOX).report()
-    assert run(*command, "-o", "out.png").stdout == f"out.png\n{told}\n"
+    assert run(*command, "-o", "out.png").stdout == f"out.png\n{typed(told)}\n"
     assert json.loads(run(*command, "-o", "out.png", "--json").stdout) == {"path": "out.png", **told.to_json()}
     assert run(*command, "-o", "out.png", "--quiet").output == ""
 
@@ -261,6 +267,11 @@ def test_a_mistake_is_a_line_with_its_remedy():
     done = run("edit", "mask.png", "--subtract", "mask.png", "-o", "out.png")
     assert done.exit_code == 0
     assert "warning: nothing is repainted" in done.stdout
+
+
+def test_a_remedy_is_a_command():
+    done = run("box", "photo.png", "--at", "30,20,32,50", "-o", "out.png")
+    assert "warning: 100% of the mask is thinner than 8 pixels; widen it: sdinpaint mask edit --grow 4" in done.stdout
 
 
 # looking
@@ -285,8 +296,8 @@ def test_any_mask_can_be_looked_at():
 # what is wrong
 
 REFUSED = {
-    "box photo.png --at 300,20,400,50": "Mask.box",
-    "box photo.png --at 70,20,30,50": "Mask.box",
+    "box photo.png --at 300,20,400,50": "--at",
+    "box photo.png --at 70,20,30,50": "--at",
     "box nowhere.png --at 30,20,70,50": "image 'nowhere.png'",
     "ellipse photo.png --at 30,20,30,50": "Mask.ellipse",
     "polygon photo.png --point 1,1 --point 20,20": "Mask.polygon",
@@ -295,7 +306,7 @@ REFUSED = {
     "strokes photo.png --stroke 1,1 --width nan": "width",
     "alpha photo.png": "from_alpha",
     "color photo.png --color 300,0,0": "color",
-    "color photo.png --color red --tolerance 300": "tolerance",
+    "color photo.png --color red --tolerance 300": "--tolerance",
     "luminance photo.png --low 0.9 --high 0.1": "low",
     "labels classes.png --id 99": "from_labels",
     "labels photo.png --id 1": "from_labels",
@@ -303,18 +314,20 @@ REFUSED = {
     "grabcut photo.png": "grabcut",
     "grabcut photo.png --box 0,0,300,9": "box",
     "grabcut photo.png --repaint nowhere.png": "repaint 'nowhere.png'",
-    "flood photo.png --at 100,5": "point",
-    "flood photo.png --at 50,5 --tolerance 2": "tolerance",
-    "region photo.png --at -1,5": "point",
-    "region photo.png --at 1,5 --scale -1": "scale",
+    "flood photo.png --at 100,5": "--at",
+    "flood photo.png --at 50,5 --tolerance 2": "--tolerance",
+    "region photo.png --at -1,5": "--at",
+    "region photo.png --at 1,5 --scale -1": "--scale",
     "points photo.png --model nowhere": "sam",
-    "points photo.png --at 50,72 --model nowhere": "points",
-    "text photo.png dog --model nowhere --threshold 2": "threshold",
+    "points photo.png --at 50,72 --model nowhere": "--at",
+    "text photo.png dog --model nowhere --threshold 2": "--threshold",
     "edit nowhere.png": "mask 'nowhere.png'",
     "edit photo.png": "mask",
-    "edit mask.png --grow -1": "Mask.grow",
-    "edit mask.png --feather inf": "Mask.feather",
-    "edit mask.png --resize 0x5": "Mask.resize",
+    "edit mask.png --grow -1": "--grow",
+    "edit mask.png --feather inf": "--feather",
+    "edit mask.png --feather 1e9": "--feather",
+    "edit mask.png --smooth 1e9": "--smooth",
+    "edit mask.png --resize 0x5": "--resize",
     "edit mask.png --resize 50x36 --add other.png": "mask",
     "edit mask.png --subtract nowhere.png": "nowhere.png",
 }

@@ -86,6 +86,7 @@ def test_a_signal_during_a_run(scene, number, code, sigint):
             ["error: --blend: given with --no-paste-back", "hint: leave --paste-back"],
         ),
         (["--ema"], ["no averaged (EMA) weights", "hint: load the plain weights: leave out --ema"]),
+        (["--seed", "9" * 30], ["error: --seed: 999"]),
         (["--control-start", "0.7", "--control-end", "0.3"], ["less than --control-end"]),
     ],
 )

@@ -73,7 +73,7 @@ def test_strength_runs_as_many_steps_as_it_says(either, steps, strength):
 def test_strength_0_returns_the_image(either):
     for channels in (3, 4):
         image = random_image(channels=channels)
-        with pytest.warns(SdInpaintWarning, match="strength is 0, so it comes back unchanged") as caught:
+        with pytest.warns(SdInpaintWarning, match="strength is 0, so the image comes back unchanged") as caught:
             assert np.array_equal(vary(either, Image.fromarray(image), strength=0).image, image)
         assert [warning.filename for warning in caught] == [__file__]
 
