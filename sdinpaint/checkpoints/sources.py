@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdinpaint_weights.door import Refusal, read_whole
 from sdinpaint_weights.folder import open_folder_component, weights_files
 from sdinpaint_weights.layout import Layout, identify, require_family
 from sdinpaint_weights.native import NativeState, native_state
@@ -88,15 +89,15 @@ def read_json(path: Path) -> Json:
     Raises:
         CheckpointError: the file is not JSON, not a table, or too large.
     """
-    if not path.is_file():
-        return {}
     hint = "fetch the file again, or remove it to use the family's values"
-    if path.stat().st_size > MAX_JSON:
-        raise CheckpointError(
-            "CKPT_BAD_CONFIG", path, f"{path.stat().st_size} bytes", expected=f"at most {MAX_JSON} bytes", hint=hint
-        )
     try:
-        table = json.loads(path.read_text("utf-8"))
+        text = read_whole(path, MAX_JSON)
+    except Refusal as refusal:
+        if refusal.reason == "missing" and not path.is_symlink():
+            return {}
+        raise CheckpointError("CKPT_BAD_CONFIG", path, refusal.found, expected="a JSON file", hint=hint) from refusal
+    try:
+        table = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError("CKPT_BAD_CONFIG", path, f"not JSON: {error}", expected="a table", hint=hint) from error
     if not isinstance(table, dict):
