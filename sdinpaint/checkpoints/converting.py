@@ -141,7 +141,7 @@ def _own(home: Path | None, name: str) -> Path | None:
 
 def _left_out(checkpoint: Checkpoint) -> Iterator[str]:
     """Yield a sentence for each kind of thing in a checkpoint that is not written, constants aside."""
-    ends = ("position_ids", "logit_scale")
+    ends = ("position_ids", "logit_scale", "v_pred")  # the metadata name the prediction
     unused = [key for state in checkpoint.states.values() for key in state.dropped if not key.endswith(ends)]
     if unused:
         yield f"{len(unused)} tensors that the model does not use are left out: {', '.join(unused[:5])}"

@@ -19,7 +19,8 @@ from sdinpaint.checkpoints.configs import (
     vae_config,
     whole_number,
 )
-from sdinpaint.checkpoints.prediction import MARKERS, Evidence, find_prediction
+from sdinpaint.checkpoints.prediction import Evidence, find_prediction
+from sdinpaint.checkpoints.schedule_buffers import check_buffers
 from sdinpaint.checkpoints.sources import COMPONENTS, Component, Json, open_parts, read_json
 from sdinpaint.errors import CheckpointError
 from sdinpaint.families import FAMILIES, TEXT_ENCODERS, ControlNetConfig, Family, Prediction
@@ -79,7 +80,8 @@ def open_checkpoint(options: LoadOptions, *, progress: bool = True) -> Checkpoin
     find = partial(_existing, variant=variant, local_files_only=options.local_files_only, progress=progress)
     path, configs = find(options.source, revision=options.revision), _config_folder(options.config)
     parts = open_parts(path, config=configs, ema=ema, variant=variant)
-    outside = () if path.is_dir() else _outside(next(iter(parts.values())))
+    first = next(iter(parts.values()))
+    outside = () if path.is_dir() else outside_keys(first.state.weights, first.layout)
     if options.base is not None:
         place = find(options.base, tuple(name for name in COMPONENTS if name not in parts))
         parts = open_parts(place, config=configs, ema=ema and "unet" not in parts, variant=variant) | parts
@@ -104,7 +106,9 @@ def open_checkpoint(options: LoadOptions, *, progress: bool = True) -> Checkpoin
         used |= open_parts(place, (CONTROLNET,), variant=variant)
         part = used[CONTROLNET]
         control = controlnet_config(part.state.shapes(), part.config, family.unet, place)
-    notes = tuple(_notes(used, family, evidence, scheduler, outside))
+    rescaled = check_buffers(weights, family.schedule)
+    to_zero = rescaled or bool(scheduler.get("rescale_betas_zero_snr")) or "ztsnr" in weights
+    notes = tuple(_notes(used, family, evidence, outside, to_zero=to_zero))
     return Checkpoint(path, used, family, evidence, notes, outside, control)
 
 
@@ -147,12 +151,8 @@ def _require(parts: Mapping[str, Component], components: Iterable[str], path: Pa
         raise CheckpointError("CKPT_NO_COMPONENT", path, found, expected="a whole model", hint=hint)
 
 
-def _outside(part: Component) -> tuple[str, ...]:
-    return tuple(key for key in outside_keys(part.state.weights, part.layout) if key not in MARKERS)
-
-
 def _notes(
-    parts: Mapping[str, Component], family: Family, evidence: Evidence, scheduler: Json, outside: Sequence[str]
+    parts: Mapping[str, Component], family: Family, evidence: Evidence, outside: Sequence[str], *, to_zero: bool
 ) -> Iterator[str]:
     """Yield a sentence for each choice that a caller may not have intended."""
     if outside:
@@ -160,7 +160,7 @@ def _notes(
     yield from dict.fromkeys(note for part in parts.values() for note in part.state.notes)
     if evidence.prediction is None and family.kind == "sd2" and family.unet.in_channels == family.unet.out_channels:
         yield f"{evidence.why}; taken as noise. For a model trained at 768 pixels give prediction='v'"
-    if scheduler.get("rescale_betas_zero_snr") or "ztsnr" in parts["unet"].state.weights:
+    if to_zero:
         yield "it was trained down to no signal at all, which is not built: runs start a little above that"
 
 

@@ -2,30 +2,53 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from sdinpaint_weights.door import Refusal, read_whole
+
 from sdinpaint.checkpoints.configs import prediction_in
-from sdinpaint.errors import SettingError
+from sdinpaint.errors import CheckpointError, SettingError, warn
 from sdinpaint.families import Prediction
 
-__all__ = ["MARKERS", "Evidence", "find_prediction"]
+__all__ = ["Evidence", "find_prediction"]
 
-MARKERS = frozenset({"v_pred", "ztsnr"})
-"""Names of empty tensors that mark how an SDXL model was trained."""
+EDM_MARKERS = {
+    "edm_vpred.sigma_max": "CosXL, over the noise levels of EDM",
+    "edm_vpred.sigma_min": "CosXL, over the noise levels of EDM",
+    "edm_mean": "Playground 2.5, with the preconditioning of EDM",
+    "edm_std": "Playground 2.5, with the preconditioning of EDM",
+}
+"""Name of a tensor -> the model that has it, of a kind that is not built."""
 
-PARAMETERIZATION = re.compile(r"^\s*parameterization\s*:\s*[\"']?(\w+)", re.MULTILINE)
-PARAMETERIZATIONS: dict[str, Prediction] = {"eps": "eps", "v": "v"}
+BUILT = "a model that predicts noise (epsilon) or v, over the noise levels of Stable Diffusion"
+PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v"}
 METADATA: dict[str, dict[str, Prediction]] = {
-    "modelspec.prediction_type": {"epsilon": "eps", "v": "v", "v_prediction": "v"},
+    "modelspec.prediction_type": PREDICTIONS,
+    "modelspec.predict_key": PREDICTIONS,
     "modelspec.architecture": {"stable-diffusion-v2-512": "eps", "stable-diffusion-v2-768-v": "v"},
     "ss_v_parameterization": {"False": "eps", "True": "v"},
 }
 """Metadata field of a safetensors file -> {value: prediction}.
 
 Source: Stability-AI/ModelSpec; kohya-ss/sd-scripts library/sai_model_spec.py and train_util.py.
+"""
+NOTHING_ELSE = ("modelspec.prediction_type", "modelspec.predict_key")
+"""Fields that hold nothing but a prediction, so that another value in them is a kind that is not built."""
+
+MAX_YAML = 65_536
+"""Bytes of a .yaml file at most; those of the releases have 2 to 5 kB."""
+IN_YAML: dict[tuple[str, ...], dict[str, Prediction]] = {
+    ("model", "params", "parameterization"): PREDICTIONS,
+    ("model", "params", "denoiser_config", "params", "scaling_config", "target"): {
+        "sgm.modules.diffusionmodules.denoiser_scaling.EpsScaling": "eps",
+        "sgm.modules.diffusionmodules.denoiser_scaling.VScaling": "v",
+    },
+}
+"""Place of a word in the configuration of the original code -> {word: prediction}.
+
+Source: CompVis/latent-diffusion ddpm.py; Stability-AI/generative-models denoiser_scaling.py.
 """
 
 
@@ -43,11 +66,11 @@ def find_prediction(
 ) -> Evidence:
     """Find the strongest evidence of what a UNet predicts.
 
-    The order is: the request; `scheduler_config.json`; a .yaml file beside the weights, as the original code uses; the
-    metadata of a safetensors file; a marker among the tensors.
+    The order is: the request; a marker among the tensors; the metadata of a safetensors file; `scheduler_config.json`;
+    a .yaml file beside the weights, as the original code uses. A source that does not say is passed over.
 
     Args:
-        asked: "eps" or "v" as requested; None without a request.
+        asked: "eps" or "v" as requested, which decides where the others contradict one another; None without a request.
         scheduler: the table of `scheduler_config.json`; it may be empty.
         path: the weights file.
         metadata: its metadata.
@@ -58,30 +81,74 @@ def find_prediction(
 
     Raises:
         SettingError: `asked` is neither "eps" nor "v".
-        CheckpointError: `scheduler_config.json` has another kind of prediction.
+        CheckpointError: the model predicts something else, or two sources contradict one another.
     """
     if asked not in (None, "eps", "v"):
         raise SettingError("SETTING_PREDICTION", "prediction", f"{asked!r}", expected="'eps' or 'v'")
-    nothing = Evidence(None, "no file or metadata beside the tensors says whether it predicts noise or v")
-    return next(_evidence(asked, scheduler, path, metadata, keys), nothing)
+    if marker := next((name for name in EDM_MARKERS if name in keys), None):
+        found = f"it holds a tensor {marker!r}: {EDM_MARKERS[marker]}, which is not built"
+        raise CheckpointError("CKPT_NOT_BUILT", path, found, expected=BUILT, hint="give another checkpoint")
+    if asked is not None:
+        return Evidence(cast(Prediction, asked), f"prediction={asked!r} was requested")
+    said = [*_evidence(scheduler, path, metadata, keys)]
+    if not said:
+        return Evidence(None, "no file or metadata beside the tensors says whether it predicts noise or v")
+    first = said[0]
+    other = next((one for one in said if one.prediction != first.prediction), None)
+    if other is not None:
+        hint = f"say which one is right: prediction={first.prediction!r} or prediction={other.prediction!r}"
+        found = f"two sources contradict one another: {first.why}; {other.why}"
+        raise CheckpointError("CKPT_CONTRADICTION", path, found, expected="one prediction, noise or v", hint=hint)
+    return first
 
 
 def _evidence(
-    asked: str | None, scheduler: Mapping[str, Any], path: Path, metadata: Mapping[str, str], keys: Collection[str]
+    scheduler: Mapping[str, Any], path: Path, metadata: Mapping[str, str], keys: Collection[str]
 ) -> Iterator[Evidence]:
-    if asked is not None:
-        yield Evidence(cast(Prediction, asked), f"prediction={asked!r} was requested")
-    if scheduler:
-        name = scheduler.get("prediction_type", "not given, so epsilon")  # as diffusers reads it
-        yield Evidence(prediction_in(scheduler, path) or "eps", f"scheduler_config.json: prediction_type {name}")
-    yaml = path.with_suffix(".yaml")
-    if path.is_file() and yaml.is_file():
-        match = PARAMETERIZATION.search(yaml.read_text("utf-8", errors="replace"))
-        name = match[1] if match else "eps"  # as ldm reads it
-        if name in PARAMETERIZATIONS:
-            yield Evidence(PARAMETERIZATIONS[name], f"{yaml.name}: parameterization {name}")
-    for key, meanings in METADATA.items():
-        if (value := metadata.get(key, "")) in meanings:
-            yield Evidence(meanings[value], f"metadata: {key} {value}")
+    """Yield all that is said, the strongest first."""
     if "v_pred" in keys:
         yield Evidence("v", "it holds a tensor 'v_pred'")
+    for key, meanings in METADATA.items():
+        value = metadata.get(key, "")
+        if value in meanings:
+            yield Evidence(meanings[value], f"metadata: {key} {value}")
+        elif value and key in NOTHING_ELSE:
+            _refuse(path, f"metadata: {key} {value!r}")
+    if scheduler.get("prediction_type") is not None:
+        name = scheduler["prediction_type"]
+        prediction = cast(Prediction, prediction_in(scheduler, path))
+        yield Evidence(prediction, f"scheduler_config.json: prediction_type {name}")
+    if path.is_file():
+        for suffix in (".yaml", ".yml"):
+            yield from _in_yaml(path.with_suffix(suffix))
+
+
+def _in_yaml(path: Path) -> Iterator[Evidence]:
+    """Yield what the configuration of the original code says; none where there is no such file."""
+    import yaml  # noqa: PLC0415 - few checkpoints have such a file
+
+    try:
+        # nodes, not objects: an object repeats what its aliases stand for, to any size
+        top = yaml.compose(read_whole(path, MAX_YAML), Loader=yaml.SafeLoader)
+    except Refusal as refusal:
+        if refusal.reason != "missing" or path.is_symlink():
+            warn(f"{path}: {refusal.found}; it is not used")
+        return
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        warn(f"{path}: not YAML ({type(error).__name__}); it is not used")
+        return
+    for place, meanings in IN_YAML.items():
+        node = top
+        for name in place:
+            below = node.value if isinstance(node, yaml.MappingNode) else []
+            node = next((value for key, value in below if key.value == name), None)
+        if isinstance(node, yaml.ScalarNode) and node.value not in ("", "null", "~"):
+            word = f"{place[-1]} {node.value}"
+            if node.value not in meanings:
+                _refuse(path, word)
+            yield Evidence(meanings[node.value], f"{path.name}: {word}")
+
+
+def _refuse(path: Path, found: str) -> None:
+    hint = "give another checkpoint; or, where this is wrong, say prediction='eps' or prediction='v'"
+    raise CheckpointError("CKPT_NOT_BUILT", path, f"{found}: this kind is not built", expected=BUILT, hint=hint)

@@ -30,7 +30,9 @@ UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
 TEXT_FILE = "text_encoder/model.safetensors"
 
-SCHEDULE = {name: torch.linspace(0.001, 0.9, 1000) for name in ("betas", "alphas_cumprod", "sqrt_alphas_cumprod")}
+BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+ALPHAS = torch.cumprod(1 - BETAS, 0)
+SCHEDULE = {"betas": BETAS.float(), "alphas_cumprod": ALPHAS.float(), "sqrt_alphas_cumprod": ALPHAS.sqrt().float()}
 """Some of the buffers that the official files hold beside the weights."""
 POSITIONS = torch.arange(77)[None]
 POSITIONS_KEYS = {

@@ -44,8 +44,8 @@ Source: register_schedule in ldm/models/diffusion/ddpm.py.
 """
 DROPPED_BEGINNINGS = ("model_ema.", "loss.", "first_stage_model.loss.", "denoiser.")
 """Prefixes of averaged (EMA) weights, and of tensors that only training needs."""
-DROPPED_ENDS = frozenset({"position_ids", "logit_scale"})
-"""Last words of dropped keys: the constant positions 0..76, and a scale of CLIP's training loss."""
+DROPPED_ENDS = frozenset({"position_ids", "logit_scale", "v_pred", "ztsnr"})
+"""Last words of dropped keys: the constant positions 0..76, a scale of CLIP's training loss, marks of the training."""
 OTHER_HALF = ("vision_model.", "visual_projection.", "visual.")
 """Prefixes of CLIP's image encoder."""
 SD2_LAST_BLOCK = "text_model.encoder.layers.23."
