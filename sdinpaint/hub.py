@@ -180,8 +180,11 @@ def wanted_files(
         wanted = [
             _join(folder, name) for folder in beside for name in beside[folder] if name in folders.get(folder, ())
         ]
-        for component in filter(folders.get, components):
-            wanted += _network(component, folders[component], variant, subject)
+        present = [component for component in components if component in folders]
+        with_variant = [component for component in present if weights_files(folders[component], variant)]
+        for component in present:
+            taken = variant if component in with_variant or not with_variant else None
+            wanted += _network(component, folders[component], taken, subject)
         return wanted
     if "config.json" in root and any(name.startswith(NETWORK) for name in root):
         return _network("", root, variant, subject)

@@ -8,7 +8,7 @@ import torch
 from sdinpaint_weights.export import write_diffusers
 from sdinpaint_weights.native import check_range, load_tensors
 
-from sdinpaint.checkpoints.building import build, find_dtype
+from sdinpaint.checkpoints.building import build, find_dtype, own_tokenizer
 from sdinpaint.checkpoints.diffusers_configs import diffusers_configs
 from sdinpaint.checkpoints.opening import CONTROLNET, open_checkpoint
 from sdinpaint.errors import SettingError, warn
@@ -94,7 +94,8 @@ def load(
         warn(f"{checkpoint.path}: {note}")
     models = build(checkpoint)
     home, rows = checkpoint.parts["text_encoder"].model, checkpoint.family.text.vocab_size
-    tokenizer = find_tokenizer(options.tokenizer, home, rows, offline=options.local_files_only or None)
+    vocabulary = options.tokenizer or own_tokenizer(checkpoint)
+    tokenizer = find_tokenizer(vocabulary, home, rows, offline=options.local_files_only or None)
     states = checkpoint.states
     total = sum(len(state.sources) for state in states.values())
     done = 0

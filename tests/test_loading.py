@@ -292,7 +292,7 @@ def test_variant_is_taken_only_when_asked_for(folder, pipe):
     assert same_weights(load(folder, variant="fp16").unet.state_dict(), halves)
     with pytest.raises(CheckpointError) as caught:
         load(folder, variant="ema")
-    assert caught.value.code == "CKPT_NOT_FOUND"
+    assert caught.value.code == "CKPT_VARIANT"
 
 
 def test_four_channels(family, vocabulary, tmp_path):

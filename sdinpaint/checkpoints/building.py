@@ -11,12 +11,14 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from sdinpaint.checkpoints.configs import check_fit
+from sdinpaint.checkpoints.embedded import embedded_vocabulary
 from sdinpaint.checkpoints.opening import CONTROLNET, Checkpoint
 from sdinpaint.checkpoints.sources import COMPONENTS
 from sdinpaint.checks import dtype_name
 from sdinpaint.models import VAE, CLIPText, ControlNet, UNet
+from sdinpaint.text.tokenizer import Tokenizer
 
-__all__ = ["MODELS", "build", "build_models", "find_dtype"]
+__all__ = ["MODELS", "build", "build_models", "find_dtype", "own_tokenizer"]
 
 MODELS: dict[str, Callable[[Any], nn.Module]] = dict(
     zip((*COMPONENTS, CONTROLNET), (UNet, VAE, CLIPText, CLIPText, ControlNet), strict=True)
@@ -95,3 +97,19 @@ def build_models(configs: Mapping[str, Any], states: Mapping[str, NativeState]) 
     for name, model in models.items():
         check_complete(states[name], {key: tuple(value.shape) for key, value in model.state_dict().items()})
     return models
+
+
+def own_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """Return the tokenizer that a single file holds itself.
+
+    Args:
+        checkpoint: the opened checkpoint.
+
+    Returns:
+        The tokenizer of its text encoder; None where the file holds no vocabulary.
+
+    Raises:
+        CheckpointError: the vocabulary in it is damaged.
+    """
+    vocabulary = embedded_vocabulary(checkpoint.parts["text_encoder"].state.weights)
+    return None if vocabulary is None else Tokenizer(*vocabulary)

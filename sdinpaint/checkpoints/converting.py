@@ -18,16 +18,19 @@ from sdinpaint_weights.files import SourceFile
 from sdinpaint_weights.native import NativeState
 from sdinpaint_weights.stream import Item, not_written, require_space, write_stream
 
-from sdinpaint.checkpoints.building import build, build_models, find_dtype
-from sdinpaint.checkpoints.configs import controlnet_config, unet_config, vae_config
+from sdinpaint.checkpoints.alone import configured
+from sdinpaint.checkpoints.building import build, find_dtype, own_tokenizer
 from sdinpaint.checkpoints.diffusers_configs import controlnet_json, diffusers_configs
+from sdinpaint.checkpoints.embedded import embedded
 from sdinpaint.checkpoints.opening import CONTROLNET, Checkpoint, open_checkpoint
 from sdinpaint.checkpoints.sources import COMPONENTS, Component, open_parts
 from sdinpaint.errors import CheckpointError, SettingError, TokenizerError, warn
-from sdinpaint.families import FAMILIES, SD15, TOKENIZERS, TextConfig
+from sdinpaint.families import SD15, TOKENIZERS, TextConfig
 from sdinpaint.load_options import LoadOptions
 from sdinpaint.progress import progress_bar
 from sdinpaint.text.finding import find_tokenizer
+from sdinpaint.text.tokenizer import Tokenizer
+from sdinpaint.text.vocabulary import CLIP_ROWS
 from sdinpaint.version import __version__
 
 __all__ = ["LAYOUTS", "Model", "check_request", "convert", "native_items", "source_files", "write_model"]
@@ -50,7 +53,7 @@ class Model:
     """Component -> its tensors."""
     tables: Mapping[str, Json]
     """The JSON files of a diffusers folder, by their path in it."""
-    tokenizers: Mapping[str, tuple[Path | None, TextConfig]]
+    tokenizers: Mapping[str, tuple[Path | Tokenizer | None, TextConfig]]
     """Folder name in a diffusers folder -> the model's own tokenizer, if it has one, and its text encoder."""
     sources: tuple[SourceFile, ...]
     """All files that tensors are read from."""
@@ -118,13 +121,16 @@ def model_of(checkpoint: Checkpoint, ema: bool = False, config: str | Path | Non
     for sentence in (*checkpoint.notes, *_left_out(checkpoint)):
         warn(f"{checkpoint.path}: {sentence}")
     family, states = checkpoint.family, checkpoint.states
-    home = checkpoint.parts["text_encoder"].model or (None if config is None else Path(config))
+    text = checkpoint.parts["text_encoder"]
+    home, inside = text.model or (None if config is None else Path(config)), own_tokenizer(checkpoint)
     return Model(
         path=checkpoint.path,
         kind=family.kind,
         components={name: native_items(state) for name, state in states.items()},
         tables=diffusers_configs(family),
-        tokenizers={name: (_own(home, name), text) for name, text in zip(TOKENIZERS, family.texts, strict=False)},
+        tokenizers={
+            name: (_own(home, name) or inside, text) for name, text in zip(TOKENIZERS, family.texts, strict=False)
+        },
         sources=source_files(states.values()),
         metadata={
             "source": checkpoint.path.name,
@@ -170,8 +176,7 @@ def _open_alone(
 
 
 def _vae_table(part: Component, path: Path) -> Json:
-    config = vae_config(part.state.shapes(), part.config, SD15.vae, path)
-    build_models({"vae": config}, {"vae": part.state})
+    config = configured("vae", part, path)
     if part.config.get("scaling_factor") is None:
         found = f"{path}: the scaling factor of its latents is unknown"
         message = f"{found}; {config.scaling_factor} is written, the one of SD1 and SD2 (SDXL has 0.13025)"
@@ -180,13 +185,7 @@ def _vae_table(part: Component, path: Path) -> Json:
 
 
 def _controlnet_table(part: Component, path: Path) -> Json:
-    shapes = part.state.shapes()
-    released = next(family.unet for family in FAMILIES.values() if family.kind == part.layout.family)
-    # The UNet that it is for is not available, but the sizes of its down path are the same.
-    unet = unet_config({**shapes, "out.2.weight": (released.out_channels,)}, part.config, released, path)
-    config = controlnet_config(shapes, part.config, unet, path)
-    build_models({CONTROLNET: config}, {CONTROLNET: part.state})
-    return controlnet_json(config)
+    return controlnet_json(configured(CONTROLNET, part, path))
 
 
 def native_items(state: NativeState) -> list[Item]:
@@ -345,7 +344,10 @@ def _check_replaceable(target: Path, written: set[Path]) -> None:
             )
 
 
-def _write_tokenizer(folder: Path, own: Path | None, text: TextConfig, target: Path) -> None:
+def _write_tokenizer(folder: Path, own: Path | Tokenizer | None, text: TextConfig, target: Path) -> None:
+    if isinstance(own, Tokenizer):
+        own.with_padding(text.pad_id).save(folder)
+        return
     if own is not None:
         folder.mkdir()
         for file in filter(Path.is_file, own.iterdir()):
@@ -373,7 +375,19 @@ def _metadata(model: Model, layout: str, on_bytes: Callable[[int], object]) -> d
         "source_sha256": "\n".join(f"{file.sha256(on_bytes)}  {name(file.path)}" for file in model.sources),
         "layout": layout,
         **model.metadata,
+        **(_embedded(model) if layout == "ldm" else {}),
     }
+
+
+def _embedded(model: Model) -> dict[str, str]:
+    """Return the metadata that hold what a folder has beside the weights; a file that has no room for them needs it."""
+    alone = next(iter(model.components)) if _is_alone(model) else None
+    tables = {name if alone is None else f"{alone}/{name}": table for name, table in model.tables.items()}
+    own, text = next(iter(model.tokenizers.values()), (None, None))
+    foreign = text is not None and text.vocab_size != CLIP_ROWS
+    if isinstance(own, Path):
+        own = Tokenizer.from_folder(own) if foreign else None
+    return embedded(tables, (dict(own.vocab), list(own.merges)) if foreign and own is not None else None)
 
 
 def _file(component: str, model: Model) -> Path:

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from sdinpaint_weights.dtypes import StoredDtype
-from sdinpaint_weights.folder import open_folder_component
-from sdinpaint_weights.layout import Layout, identify
+from sdinpaint_weights.folder import open_folder_component, weights_files
+from sdinpaint_weights.layout import Layout, identify, require_family
 from sdinpaint_weights.native import outside_keys
 from sdinpaint_weights.reader import open_weights
 from sdinpaint_weights.weights import Weights
 
 from sdinpaint.checkpoints.configs import check_fit
+from sdinpaint.checkpoints.embedded import VOCABULARY
 from sdinpaint.checkpoints.known_shapes import has_known_shapes
-from sdinpaint.checkpoints.opening import Checkpoint, open_checkpoint
-from sdinpaint.checkpoints.sources import COMPONENTS
+from sdinpaint.checkpoints.opening import CONTROLNET, Checkpoint, open_checkpoint
+from sdinpaint.checkpoints.sources import COMPONENTS, as_path, open_parts
 from sdinpaint.errors import SdInpaintError
 from sdinpaint.families import KINDS
 from sdinpaint.load_options import LoadOptions
@@ -54,7 +55,14 @@ class Report:
     why: tuple[str, ...]
     """The names and shapes that family and layout were recognised by, as sentences."""
     problem: str
-    """The error that prevents loading; empty where there is none."""
+    """The error that prevents loading it as a model; empty where there is none."""
+    serves_as: str = ""
+    """The argument of `load` by which it can be used nevertheless, in words; empty where there is none."""
+
+    @property
+    def usable(self) -> bool:
+        """Tell whether something can be done with it."""
+        return not self.problem or bool(self.serves_as)
 
     @property
     def dtype(self) -> str:
@@ -84,9 +92,12 @@ class Report:
             lines.append(f"  junk        {len(self.junk)} tensors of no model, e.g. {', '.join(self.junk[:5])}")
         lines += [f"  sha256      {digest}  {file}" for file, digest in self.sha256.items()]
         lines += [f"  because     {sentence}" for sentence in self.why if sentence not in self.problem]
-        lines.append(
-            f"  does not load: {self.problem}" if self.problem else "  loads       every tensor is accounted for"
-        )
+        if self.serves_as:
+            lines.append(f"  loads       {self.serves_as}")
+        elif self.problem:
+            lines.append(f"  does not load: {self.problem}")
+        else:
+            lines.append("  loads       every tensor is accounted for")
         return "\n".join(lines)
 
 
@@ -115,11 +126,14 @@ def inspect(
     Raises:
         CheckpointError: the source is not a readable weights file or folder.
     """
+    path = as_path(source)
+    if path.name == "config.json" and path.is_file():
+        source = path = path.parent
     options = LoadOptions(source=source, variant=variant, revision=revision, local_files_only=local_files_only)
     try:
         checkpoint = open_checkpoint(options)
     except SdInpaintError as error:
-        return _report_foreign(Path(source), variant, error, hash)
+        return _report_foreign(path, variant, error, hash)
     return _report(checkpoint, _problem(checkpoint), hash)
 
 
@@ -154,7 +168,7 @@ def _report(checkpoint: Checkpoint, problem: str, hashed: bool) -> Report:
         prediction=family.schedule.prediction,
         prediction_why=checkpoint.prediction.why,
         has_ema=unet.has_ema,
-        has_tokenizer=(checkpoint.path / "tokenizer").is_dir(),
+        has_tokenizer=(checkpoint.path / "tokenizer").is_dir() or VOCABULARY in states["text_encoder"].weights.metadata,
         **_counts(tensors),
         junk=checkpoint.outside,
         sha256=_sha256(checkpoint.path, [state.weights for state in states.values()]) if hashed else {},
@@ -167,7 +181,7 @@ def _report_foreign(path: Path, variant: str | None, error: SdInpaintError, hash
     """Describe a source that can be read but not loaded; raise `error` where it cannot be read."""
     parts = _readable(path, variant)
     if not parts:
-        raise error
+        return _report_settings(path, error)
     layouts = {name: identify(weights.shapes()) for name, weights in parts.items()}
     main = layouts.get("unet", next(iter(layouts.values())))
     tensors = {
@@ -175,11 +189,13 @@ def _report_foreign(path: Path, variant: str | None, error: SdInpaintError, hash
         for name, weights in parts.items()
         for component, found in _by_component(name, weights, layouts[name]).items()
     }
+    serves_as, problem = _serves_as(path, variant, error)
+    whole = path.is_dir() and "tensors" not in parts
     return Report(
         path=str(path),
-        title="a diffusers folder" if path.is_dir() else main.title,
+        title="a diffusers folder" if whole else main.title,
         family=main.family,
-        layout="diffusers" if path.is_dir() else main.layout,
+        layout="diffusers" if whole else main.layout,
         in_channels=main.in_channels,
         prediction=None,
         prediction_why="",
@@ -194,15 +210,64 @@ def _report_foreign(path: Path, variant: str | None, error: SdInpaintError, hash
         ),
         sha256=_sha256(path, parts.values()) if hashed else {},
         why=tuple(sentence for layout in layouts.values() for sentence in layout.why),
-        problem=str(error),
+        problem=problem,
+        serves_as=serves_as,
+    )
+
+
+def _serves_as(path: Path, variant: str | None, error: SdInpaintError) -> tuple[str, str]:
+    """Return what a part of a model serves as, in words, and what prevents loading it; one of both may be empty."""
+    if error.code != "CKPT_NO_COMPONENT":
+        return "", str(error)
+    from sdinpaint.checkpoints.alone import SERVES_AS, configured  # noqa: PLC0415 - networks need torch
+
+    try:
+        parts = open_parts(path, (*COMPONENTS, CONTROLNET), variant=variant)
+        for name, part in parts.items():
+            require_family(part.layout, path, (*KINDS, "sd"))
+            configured(name, part, path)
+    except SdInpaintError as reason:
+        return "", str(reason)
+    return next(words for name, words in SERVES_AS.items() if name in parts), str(error)
+
+
+def _report_settings(path: Path, error: SdInpaintError) -> Report:
+    """Describe the settings of a scheduler or a tokenizer; raise `error` for anything else."""
+    from sdinpaint.checkpoints.alone import settings_serve_as  # noqa: PLC0415 - networks need torch
+
+    problem = ""
+    try:
+        serves_as = settings_serve_as(path)
+    except SdInpaintError as reason:
+        serves_as, problem = "", str(reason)
+    if serves_as is None:
+        raise error
+    return Report(
+        path=str(path),
+        title="settings without weights",
+        family="unknown",
+        layout="diffusers",
+        in_channels=None,
+        prediction=None,
+        prediction_why="",
+        has_ema=False,
+        has_tokenizer="tokenizer" in serves_as,
+        **_counts({}),
+        junk=(),
+        sha256={},
+        why=(),
+        problem=problem,
+        serves_as=serves_as,
     )
 
 
 def _readable(path: Path, variant: str | None) -> dict[str, Weights]:
     """Open the weights files that exist, by component for a folder."""
     if path.is_dir():
+        if weights_files([entry.name for entry in path.iterdir()], variant):
+            return {"tensors": open_folder_component(path, variant)}
         return {name: open_folder_component(path / name, variant) for name in COMPONENTS if (path / name).is_dir()}
-    return {"tensors": open_weights(path)} if path.exists() else {}
+    return {"tensors": open_weights(path)} if path.exists() and path.suffix != ".json" else {}
 
 
 def _by_component(name: str, weights: Weights, layout: Layout) -> dict[str, Tensors]:

@@ -19,9 +19,10 @@ from sdinpaint.checkpoints.configs import (
     vae_config,
     whole_number,
 )
+from sdinpaint.checkpoints.embedded import embedded_tables
 from sdinpaint.checkpoints.prediction import Evidence, find_prediction
 from sdinpaint.checkpoints.schedule_buffers import check_buffers
-from sdinpaint.checkpoints.sources import COMPONENTS, Component, Json, open_parts, read_json
+from sdinpaint.checkpoints.sources import COMPONENTS, Component, Json, as_path, open_parts, read_json
 from sdinpaint.errors import CheckpointError
 from sdinpaint.families import FAMILIES, TEXT_ENCODERS, ControlNetConfig, Family, Prediction
 from sdinpaint.load_options import LoadOptions
@@ -30,6 +31,7 @@ __all__ = ["CONTROLNET", "DEMO", "Checkpoint", "open_checkpoint"]
 
 DEMO = Path(__file__).parents[1] / "demo"
 CONTROLNET = "controlnet"
+INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -87,14 +89,18 @@ def open_checkpoint(options: LoadOptions, *, progress: bool = True) -> Checkpoin
         parts = open_parts(place, config=configs, ema=ema and "unet" not in parts, variant=variant) | parts
     if options.vae is not None:
         place = find(options.vae, ("vae",))
-        beside = None if place.is_dir() else configs or (path if path.is_dir() else None)
-        parts |= open_parts(place, ("vae",), config=beside, variant=variant)
+        config = None if place.is_dir() else configs
+        parts |= open_parts(place, ("vae",), config=config, beside=path if path.is_dir() else None, variant=variant)
     _require(parts, ["unet"], path)
     unet = parts["unet"]
     settings = configs or unet.model
-    scheduler = {} if settings is None else read_json(settings / "scheduler/scheduler_config.json")
-    index = {} if settings is None else read_json(settings / "model_index.json")
     weights = unet.state.weights
+    inside = embedded_tables(weights)
+
+    def table(name: str) -> Json:
+        return inside.get(name, {}) if settings is None else read_json(settings / name)
+
+    scheduler, index = table("scheduler/scheduler_config.json"), table(INDEX)
     evidence = find_prediction(options.prediction, scheduler, weights.path, weights.metadata, weights)
     trained = _released(unet.layout, evidence.prediction)
     _require(parts, list(trained.components), path)
@@ -107,6 +113,7 @@ def open_checkpoint(options: LoadOptions, *, progress: bool = True) -> Checkpoin
         part = used[CONTROLNET]
         control = controlnet_config(part.state.shapes(), part.config, family.unet, place)
     rescaled = check_buffers(weights, family.schedule)
+    _require_variant(variant, used, path)
     to_zero = rescaled or bool(scheduler.get("rescale_betas_zero_snr")) or "ztsnr" in weights
     notes = tuple(_notes(used, family, evidence, outside, to_zero=to_zero))
     return Checkpoint(path, used, family, evidence, notes, outside, control)
@@ -151,6 +158,15 @@ def _require(parts: Mapping[str, Component], components: Iterable[str], path: Pa
         raise CheckpointError("CKPT_NO_COMPONENT", path, found, expected="a whole model", hint=hint)
 
 
+def _require_variant(variant: str | None, parts: Mapping[str, Component], path: Path) -> None:
+    """Check that some component has the variant; the others' weights are those without one, which their notes say."""
+    if variant is None or any(part.state.weights.variant == variant for part in parts.values()):
+        return
+    found = f"no component has weights of the variant {variant!r}"
+    there = ", ".join(dict.fromkeys(part.state.weights.path.name for part in parts.values()))
+    raise CheckpointError("CKPT_VARIANT", path, found, expected=f"one of: {there}", hint="leave out variant=")
+
+
 def _notes(
     parts: Mapping[str, Component], family: Family, evidence: Evidence, outside: Sequence[str], *, to_zero: bool
 ) -> Iterator[str]:
@@ -167,7 +183,7 @@ def _notes(
 def _config_folder(config: str | Path | None) -> Path | None:
     if config is None:
         return None
-    folder = Path(config)
+    folder = as_path(config)
     if not folder.is_dir():
         expected = "config= names a folder of JSON files"
         raise CheckpointError("CKPT_NOT_FOUND", folder, "no such folder", expected=expected)
@@ -180,7 +196,9 @@ def _config_folder(config: str | Path | None) -> Path | None:
 
 def _existing(source: str | Path, components: tuple[str, ...] = COMPONENTS, **hub: Any) -> Path:
     """Return the file or folder that a source names; a model of the hub is fetched, as far as `components` need it."""
-    path = DEMO if str(source) == "demo" else Path(source)
+    path = DEMO if str(source) == "demo" else as_path(source)
+    if path.name == INDEX and path.is_file():
+        return path.parent
     if path.exists() or path.is_symlink():
         return path
     from sdinpaint.hub import fetch, is_hub_id  # noqa: PLC0415 - what is on this machine need not wait for it

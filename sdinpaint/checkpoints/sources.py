@@ -15,10 +15,11 @@ from sdinpaint_weights.native import NativeState, native_state
 from sdinpaint_weights.reader import open_weights
 from sdinpaint_weights.weights import Weights
 
+from sdinpaint.checkpoints.embedded import embedded_tables
 from sdinpaint.errors import CheckpointError
 from sdinpaint.families import KINDS
 
-__all__ = ["COMPONENTS", "Component", "Json", "open_parts", "read_json"]
+__all__ = ["COMPONENTS", "Component", "Json", "as_path", "open_parts", "read_json"]
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 MAX_JSON = 1_000_000
@@ -39,11 +40,27 @@ class Component:
     """The diffusers folder of the model that it belongs to; None for other files."""
 
 
+def as_path(source: str | Path) -> Path:
+    """Return the path that a person writes, in which ~ is a home folder.
+
+    Args:
+        source: the path, or a name of another kind.
+
+    Returns:
+        The path.
+    """
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:  # a user that does not exist
+        return Path(source)
+
+
 def open_parts(
     path: Path,
     components: Sequence[str] = COMPONENTS,
     *,
     config: Path | None = None,
+    beside: Path | None = None,
     ema: bool = False,
     variant: str | None = None,
 ) -> dict[str, Component]:
@@ -52,7 +69,8 @@ def open_parts(
     Args:
         path: the file or folder.
         components: names of the components to look for.
-        config: a folder whose JSON files are used instead of those beside the weights.
+        config: a folder whose JSON files are used instead of those of the weights.
+        beside: a folder whose JSON files are used for a file that holds none itself.
         ema: take the UNet's averaged weights.
         variant: weights variant of a folder, such as "fp16".
 
@@ -63,7 +81,8 @@ def open_parts(
         CheckpointError: none of the components exists, or a file is damaged or not supported.
     """
     if not path.is_dir():
-        return _parts(open_weights(path), components, ema, config)
+        own = path.parent if weights_files([path.name]) and (path.parent / "config.json").is_file() else None
+        return _parts(open_weights(path), components, ema, config, own=own, beside=beside)
     folders = {name: path / name for name in components if (path / name).is_dir()}
     if not folders and weights_files([entry.name for entry in path.iterdir()], variant):
         model = path.parent if (path.parent / "model_index.json").is_file() else None
@@ -112,18 +131,32 @@ def _parts(
     config: Path | None,
     *,
     own: Path | None = None,
+    beside: Path | None = None,
     model: Path | None = None,
 ) -> dict[str, Component]:
-    """Return the components of a weights file; the configuration is in the folder `config`, or else in `own`."""
+    """Return the components of a weights file, each with its configuration.
+
+    It is in the folder `config` of a model, or else in the component's `own`, in the file itself, or `beside` it.
+    """
     layout = identify(weights.shapes())
     if layout.components != ("vae",):  # a VAE with other latents is refused when it is compared with its UNet
         require_family(layout, weights.path, (*KINDS, "sd"))
+    inside, alone = embedded_tables(weights), len(layout.components) == 1
+
+    def table(name: str) -> Json:
+        if config is not None:
+            return read_json(config / name / "config.json")
+        if own is not None and alone:
+            return read_json(own / "config.json")
+        if f"{name}/config.json" in inside:
+            return inside[f"{name}/config.json"]
+        return {} if beside is None else read_json(beside / name / "config.json")
+
     parts = {}
     for name in components:
         if name in layout.components:
             state = native_state(weights, name, layout, ema=ema and name == "unet")
-            folder = config / name if config is not None else own
-            parts[name] = Component(state, layout, {} if folder is None else read_json(folder / "config.json"), model)
+            parts[name] = Component(state, layout, table(name), model)
     if not parts:
         found = f"{layout.title}: it holds no {' and no '.join(components)}"
         raise CheckpointError("CKPT_NO_COMPONENT", weights.path, found, hint="give a file that does")

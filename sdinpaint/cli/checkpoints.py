@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from sdinpaint.cli.common import hub_options, json_option, quiet_option, together
+from sdinpaint.cli.common import BAD_INPUT, hub_options, json_option, quiet_option, together
 from sdinpaint.cli.settings_page import settings_page
 from sdinpaint.cli.values import DTYPE
 from sdinpaint.images.files import SUFFIXES, read_settings
@@ -40,6 +40,8 @@ def inspect(path: str, as_json: bool, **options: Any) -> None:
 
     report = report_on(path, **options)
     click.echo(json.dumps(report.to_json(), indent=2) if as_json else str(report))
+    if not report.usable:
+        click.get_current_context().exit(BAD_INPUT)
 
 
 writing_options = together(

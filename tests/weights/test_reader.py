@@ -260,7 +260,9 @@ def test_folder_takes_safetensors_before_pickles_and_plain_before_variants(tmp_p
         assert weights["w"].item() == (2.0 if value == 3.0 else value)
         assert weights.notes == ()
     assert open_folder_component(tmp_path, "fp16")["w"].item() == 3.0
-    assert refusal(tmp_path, lambda folder: open_folder_component(folder, "bf16")).code == "CKPT_NOT_FOUND"
+    other = open_folder_component(tmp_path, "bf16")
+    assert (other["w"].item(), other.variant) == (4.0, None)
+    assert "no weights of the variant 'bf16', so the weights without one are used" in other.notes[0]
 
 
 def test_folder_falls_back_to_the_only_variant_and_says_so(tmp_path):
@@ -268,7 +270,7 @@ def test_folder_falls_back_to_the_only_variant_and_says_so(tmp_path):
     save_zip(tmp_path / "pytorch_model.fp16.bin", {"w": torch.ones(1)})
     weights = open_folder_component(tmp_path)
     assert weights.path.name == "model.fp16.safetensors"
-    assert "fp16" in weights.notes[0]
+    assert "no weights without a variant, so the variant 'fp16' is used" in weights.notes[0]
     save_file({"w": torch.ones(1)}, tmp_path / "model.non_ema.safetensors")
     error = refusal(tmp_path, open_folder_component)
     assert error.code == "CKPT_VARIANT"

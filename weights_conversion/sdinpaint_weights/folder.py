@@ -13,6 +13,7 @@ from sdinpaint_weights.errors import CheckpointError
 from sdinpaint_weights.files import FETCH_AGAIN, SourceFile
 from sdinpaint_weights.reader import open_weights
 from sdinpaint_weights.weights import Entry, Weights
+from sdinpaint_weights.wrappers import unwrapped
 
 NAMES = (
     "diffusion_pytorch_model.safetensors",
@@ -36,8 +37,8 @@ def open_folder_component(folder: str | os.PathLike[str], variant: str | None = 
 
     Args:
         folder: the component's folder.
-        variant: "fp16" for `diffusion_pytorch_model.fp16.safetensors`. None chooses the file without a variant, or else
-            the only variant that exists, and says so in `notes`.
+        variant: "fp16" for `diffusion_pytorch_model.fp16.safetensors`. Where there is none of it, or for None, the file
+            without a variant is chosen, or else the only variant that exists; `notes` say so.
 
     Returns:
         The weights; only headers have been read.
@@ -51,12 +52,15 @@ def open_folder_component(folder: str | os.PathLike[str], variant: str | None = 
     except (OSError, ValueError) as error:
         hint = "check the path; each component has its folder: unet, vae, text_encoder"
         raise CheckpointError("CKPT_NOT_FOUND", folder, "no such folder", hint=hint) from error
-    chosen = _choose(present, variant)
+    chosen = _choose(present, variant) or _choose(present, None)
     if chosen is None:
         _refuse_choice(folder, present, variant)
     weights = _open(folder, chosen)
-    if variant is None and (used := _variant(chosen)):
-        weights.notes += (f"{folder.name}: there are no weights without a variant, so the variant {used!r} is used",)
+    weights.variant = _variant(chosen)
+    used = "the weights without one are" if weights.variant is None else f"the variant {weights.variant!r} is"
+    if weights.variant != variant:
+        missing = "weights without a variant" if variant is None else f"weights of the variant {variant!r}"
+        weights.notes += (f"{folder.name}: there are no {missing}, so {used} used",)
     return weights
 
 
@@ -123,7 +127,7 @@ def _refuse_choice(folder: Path, present: set[str], variant: str | None) -> NoRe
 def _open(folder: Path, name: str) -> Weights:
     if not name.endswith(".json"):
         return open_weights(folder / name)
-    index = _read_index(folder / name)
+    index = unwrapped(_read_index(folder / name), folder / name)
     shards = {shard: open_weights(folder / shard) for shard in dict.fromkeys(index.values())}
     entries: dict[str, Entry] = {}
     for key, shard in index.items():

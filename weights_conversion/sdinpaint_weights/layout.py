@@ -31,6 +31,7 @@ class Mark(NamedTuple):
 _UNET = ("input_blocks.", "output_blocks.")
 _VAE = ("encoder.", "decoder.")
 _DIFFUSERS_UNET = ("down_blocks.", "up_blocks.", "mid_block.")
+_DIFFUSERS_VAE = tuple(half + word for half in _VAE for word in _DIFFUSERS_UNET)
 _TEXT = ("text_model.", "embeddings.", "encoder.")
 _OPENCLIP = ("transformer.resblocks.", "token_embedding.")
 _CONTROLNET = ("zero_convs.", "input_hint_block.")
@@ -38,12 +39,18 @@ _DIFFUSERS_CONTROLNET = ("controlnet_down_blocks.", "controlnet_cond_embedding."
 
 MARKS = (
     Mark("unet", "ldm", "model.diffusion_model.", _UNET),
+    # Some single files have the networks of diffusers under the official prefixes.
+    Mark("unet", "diffusers", "model.diffusion_model.", _DIFFUSERS_UNET),
+    Mark("vae", "diffusers", "first_stage_model.", _DIFFUSERS_VAE),
     Mark("vae", "ldm", "first_stage_model.", _VAE),
     Mark("text_encoder", "ldm", "cond_stage_model.transformer.", _TEXT, "sd1"),
     Mark("text_encoder", "openclip", "cond_stage_model.model.", _OPENCLIP, "sd2"),
     Mark("text_encoder", "ldm", "conditioner.embedders.0.transformer.", _TEXT, "sdxl"),
     Mark("text_encoder_2", "openclip", "conditioner.embedders.1.model.", _OPENCLIP, "sdxl"),
     Mark("text_encoder_2", "openclip", "conditioner.embedders.0.model.", _OPENCLIP, "sdxl-refiner"),
+    Mark("text_encoder", "ldm", "cond_stage_model.model.", ("text_model.",), "sd2"),
+    Mark("text_encoder_2", "ldm", "conditioner.embedders.1.model.", ("text_model.",), "sdxl"),
+    Mark("text_encoder_2", "ldm", "conditioner.embedders.1.transformer.", _TEXT, "sdxl"),
     Mark("controlnet", "ldm", "control_model.", (*_CONTROLNET, "input_blocks.")),
     Mark("unet", "ldm", EMA_PREFIX, tuple(f"diffusion_model{word}"[:-1] for word in _UNET)),
     # The components of a diffusers folder in a single file.
@@ -58,7 +65,7 @@ MARKS = (
     Mark("unet", "ldm", "", _UNET),
     Mark("unet", "diffusers", "", _DIFFUSERS_UNET),
     Mark("vae", "ldm", "", ("encoder.down.", "encoder.mid.", "decoder.mid.", "decoder.up.")),
-    Mark("vae", "diffusers", "", tuple(half + word for half in _VAE for word in _DIFFUSERS_UNET)),
+    Mark("vae", "diffusers", "", _DIFFUSERS_VAE),
     Mark(
         "text_encoder", "diffusers", "", ("text_model.", "embeddings.token_embedding.", "encoder.layers.0.self_attn.")
     ),

@@ -12,6 +12,7 @@ from sdinpaint_weights.files import FETCH_AGAIN, SourceFile, size_text
 from sdinpaint_weights.pickle_file import read_legacy, read_zip
 from sdinpaint_weights.safetensors_file import MAX_HEADER, read_safetensors
 from sdinpaint_weights.weights import Weights
+from sdinpaint_weights.wrappers import unwrapped
 
 FOREIGN = (
     (b"GGUF", "CKPT_GGUF", "a GGUF file, quantised for other programs"),
@@ -32,7 +33,7 @@ HEAD = 512
 def open_weights(path: str | os.PathLike[str]) -> Weights:
     """Open a weights file lazily: a safetensors file, or a checkpoint by any version of `torch.save`.
 
-    No name in a pickle is imported or called.
+    No name in a pickle is imported or called. Names are those of the module itself, without what wrapped it.
 
     Args:
         path: the file.
@@ -43,7 +44,12 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
     Raises:
         CheckpointError: the file cannot be read or is not a supported weights file; no other exception is raised.
     """
-    file = SourceFile(path)
+    weights = _read(SourceFile(path))
+    weights.entries = unwrapped(weights.entries, path)
+    return weights
+
+
+def _read(file: SourceFile) -> Weights:
     head = bytes(file.read(0, min(HEAD, file.size)))
     header_size, begins_json = int.from_bytes(head[:8], "little"), head[8:9] == b"{"
     if header_size <= MAX_HEADER and begins_json:
@@ -56,7 +62,7 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
         _refuse_text(file, head)
     for magic, code, found in FOREIGN:
         if head.startswith(magic):
-            raise CheckpointError(code, path, found, expected=KINDS, hint="get the weights as .safetensors")
+            raise CheckpointError(code, file.path, found, expected=KINDS, hint="get the weights as .safetensors")
     if header_size <= MAX_HEADER or begins_json:
         # A damaged safetensors file, for which its reader has a precise error.
         return read_safetensors(file)

@@ -132,6 +132,8 @@ class Weights(Mapping[str, "Tensor"]):
     """Unknown classes named in a pickle; they were neither imported nor called."""
     notes: tuple[str, ...] = ()
     """Sentences about choices that the caller may want to know of."""
+    variant: str | None = None
+    """The variant of a folder's files, such as "fp16"."""
 
     @property
     def files(self) -> set[SourceFile]:
