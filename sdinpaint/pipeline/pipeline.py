@@ -26,6 +26,7 @@ from sdinpaint.provenance.manifest import Manifest, check_again, environment
 from sdinpaint.sampling import Conditioning, Known
 from sdinpaint.sampling.noise import Draws
 from sdinpaint.sampling.samplers import OnStep
+from sdinpaint.text.foreign import foreign_syntax
 from sdinpaint.text.tokenizer import Tokenizer
 
 HIGH_GUIDANCE = 30.0
@@ -335,8 +336,9 @@ def _doubts(request: Request, settings: Settings, tokenizer: Tokenizer) -> Itera
         else:
             prompts = {"prompt": item.prompt, "negative_prompt": item.negative_prompt}
             for argument, prompt in prompts.items():
-                if isinstance(prompt, str) and (doubt := tokenizer.doubt(prompt)):
-                    yield index, f"{name}{argument} {doubt}"
+                if isinstance(prompt, str):
+                    for doubt in (*filter(None, [tokenizer.doubt(prompt)]), *foreign_syntax(prompt)):
+                        yield index, f"{name}{argument} {doubt}"
             if item.image.old is None and not settings.soft:
                 for warning in item.mask.report(settings.cover).warnings:
                     yield index, f"{name}mask: {warning}"
