@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from sdinpaint_weights.errors import CheckpointError, SdInpaintError
+from sdinpaint_weights.errors import CheckpointError, SdInpaintError, shown, shown_lines
 
 __all__ = [
     "Cancelled",
@@ -24,6 +24,8 @@ __all__ = [
     "TokenizerError",
     "already_warned",
     "keeping_warnings",
+    "shown",
+    "shown_lines",
     "warn",
 ]
 
@@ -119,6 +121,7 @@ def warn(message: str, index: int | None = None) -> None:
     """
     if _said.get():
         return
+    message = shown_lines(message)
     frame = sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in PASSED:
         frame = frame.f_back

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import tqdm as bars
+from sdinpaint_weights.errors import shown
 
 __all__ = ["Bar", "bar_class", "is_notebook", "progress_bar"]
 
@@ -81,7 +82,7 @@ def progress_bar(total: int, title: str, unit: str = "it", *, show: bool = True,
     if not (show and _is_seen()):
         yield _Silent()
         return
-    bar = _Bar(total=total, desc=title, unit=unit, **options)
+    bar = _Bar(total=total, desc=shown(title), unit=unit, **options)
     try:
         yield bar
     except BaseException:

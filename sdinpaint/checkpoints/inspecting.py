@@ -21,7 +21,7 @@ from sdinpaint.checkpoints.embedded import VOCABULARY
 from sdinpaint.checkpoints.known_shapes import has_known_shapes
 from sdinpaint.checkpoints.opening import CONTROLNET, Checkpoint, open_checkpoint
 from sdinpaint.checkpoints.sources import COMPONENTS, as_path, open_parts
-from sdinpaint.errors import SdInpaintError
+from sdinpaint.errors import SdInpaintError, shown, shown_lines
 from sdinpaint.families import KINDS
 from sdinpaint.load_options import LoadOptions
 
@@ -78,7 +78,7 @@ class Report:
         total = sum(self.parameters.values())
         why = f" ({self.prediction_why})" if self.prediction_why else ""
         lines = [
-            f"{self.path}: {self.title}",
+            f"{shown(self.path)}: {self.title}",
             f"  family      {self.family}, layout {self.layout}, {self.in_channels or 'no'} input channels",
             f"  prediction  {self.prediction or 'unknown'}{why}",
             f"  averages    {'EMA weights of the UNet' if self.has_ema else 'no EMA weights'}",
@@ -98,7 +98,7 @@ class Report:
             lines.append(f"  does not load: {self.problem}")
         else:
             lines.append("  loads       every tensor is accounted for")
-        return "\n".join(lines)
+        return shown_lines("\n".join(lines))
 
 
 def inspect(

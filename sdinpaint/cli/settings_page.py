@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from sdinpaint_weights.errors import LINE, shown
+
 __all__ = ["settings_page"]
 
 FIRST = ("prompt", "negative_prompt", "seed")
@@ -25,7 +27,8 @@ def settings_page(path: str, settings: Mapping[str, Any]) -> str:
     title = f"{path}: {made.get('kind', 'an image')} by sdinpaint {made.get('sdinpaint', '')}".rstrip()
     rows = list(_rows(settings, made))
     width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
+    lines = [title, *(f"  {name:<{width}}  {value}" for name, value in rows)]
+    return "\n".join(shown(line, LINE) for line in lines)
 
 
 def _rows(settings: Mapping[str, Any], made: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

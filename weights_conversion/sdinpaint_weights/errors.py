@@ -2,6 +2,45 @@
 
 from __future__ import annotations
 
+import re
+
+SUBJECT, LINE = 200, 1200
+"""Characters of a subject, and of a line of the other parts of an error, at most."""
+UNSEEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\ud800-\udfff"  # control characters, lone surrogates
+    "\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\U000e0000-\U000e007f]"  # directions, separators, tags
+)
+"""Matches what moves the cursor, turns the direction of the text, or cannot be encoded."""
+
+
+def shown(text: object, most: int = SUBJECT) -> str:
+    """Make a text from outside safe to print: a name of a file, metadata, an error of another library.
+
+    Args:
+        text: the text.
+        most: characters that are kept at most, of the beginning and of the end.
+
+    Returns:
+        One line, in which characters that would control a terminal are written as escapes.
+    """
+    line = " ".join(str(text).split("\n"))
+    if len(line) > most:
+        half = (most - 3) // 2
+        line = f"{line[:half]}...{line[-half:]}"
+    return UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), line)
+
+
+def shown_lines(text: str) -> str:
+    """Make sentences that hold text from outside safe to print, and keep their lines.
+
+    Args:
+        text: the sentences.
+
+    Returns:
+        The lines, each as `shown` makes it.
+    """
+    return "\n".join(shown(line, LINE) for line in text.split("\n"))
+
 
 class SdInpaintError(Exception):
     """An error that says what was found, what was expected, and how to continue.
@@ -15,12 +54,10 @@ class SdInpaintError(Exception):
     """
 
     def __init__(self, code: str, subject: object, found: str, *, expected: str = "", hint: str = "") -> None:
-        super().__init__(found)
         self.code = code
-        self.subject = str(subject)
-        self.found = found
-        self.expected = expected
-        self.hint = hint
+        self.subject = shown(subject)
+        self.found, self.expected, self.hint = map(shown_lines, (found, expected, hint))
+        super().__init__(self.found)
 
     def __str__(self) -> str:
         lines = [f"{self.subject}: {self.found}"]
