@@ -327,6 +327,14 @@ def test_a_prompt_that_is_too_long_is_told_once_for_each_image(pipe):
         assert [str(one.message) for one in caught] == [str(one) for one in result.warnings]
 
 
+def test_syntax_of_other_programs_is_told_with_its_image(pipe):
+    with pytest.warns(SdInpaintWarning, match="plain text"):
+        result = inpaint(pipe, image=[IMAGE, IMAGE], prompt=["a fox", "a (fox:1.4)"], negative_prompt="<lora:x:1>")
+    assert [one.index for one in result.warnings] == [0, 1, 1]
+    assert "image 2 of 2: prompt has '(fox:1.4)'" in result.warnings[1].message
+    assert "image 2 of 2: negative_prompt has '<lora:x:1>'" in result.warnings[2].message
+
+
 def test_images_that_are_not_repainted_have_no_prompt_to_warn_of(pipe):
     with pytest.warns(SdInpaintWarning):
         result = inpaint(pipe, mask=[MASK, np.zeros_like(MASK)], prompt=["a dog", "red " * 200])
