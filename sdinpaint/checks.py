@@ -5,18 +5,23 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdinpaint.errors import SettingError
+from sdinpaint.errors import SettingError, said
 
-__all__ = ["DTYPES", "as_list", "check_choice", "check_number", "check_prompt", "check_switch", "check_whole"]
-__all__ += ["dtype_name", "quietly", "require_extra"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DTYPES", "as_list", "check_call", "check_choice", "check_number", "check_path", "check_prompt"]
+__all__ += ["check_switch", "check_tensor", "check_whole", "dtype_name", "find_device", "quietly", "require_extra"]
 
 
 def require_extra(module: str, *, extra: str, what: str) -> Any:
@@ -63,6 +68,8 @@ def quietly(*libraries: Any) -> Iterator[None]:
                 log.enable_progress_bar()
 
 
+MAX_PATH, MAX_PART = 4096, 255
+"""Bytes of a path, and of a name in it, at most: those of Linux, which are not less elsewhere but on Windows."""
 DTYPES = {"float32": ("fp32", "single"), "float16": ("fp16", "half"), "bfloat16": ("bf16",)}
 """The dtypes that models compute and are written in, by torch's name, with the other names that they go by."""
 
@@ -79,13 +86,44 @@ def dtype_name(dtype: object) -> str:
     Raises:
         SettingError: it lists the names.
     """
-    said = str(dtype).removeprefix("torch.").lower()
+    word = said(dtype).strip("'").removeprefix("torch.").lower()
     for name, others in DTYPES.items():
-        if said in (name, *others):
+        if word in (name, *others):
             return name
-    close = difflib.get_close_matches(said, [name for row in DTYPES.items() for name in (row[0], *row[1])], n=1)
+    close = difflib.get_close_matches(word, [name for row in DTYPES.items() for name in (row[0], *row[1])], n=1)
     hint = f"did you mean {close[0]!r}?" if close else "fp32, fp16, half and bf16 name them too"
-    raise SettingError("SETTING_DTYPE", "dtype", f"{dtype!r}", expected="float32, float16 or bfloat16", hint=hint)
+    raise SettingError("SETTING_DTYPE", "dtype", said(dtype), expected="float32, float16 or bfloat16", hint=hint)
+
+
+def find_device(device: object = None) -> torch.device:
+    """Find a device that can compute here.
+
+    Args:
+        device: a `torch.device` or its name, such as "cpu" or "cuda:1"; None for the GPU where there is one.
+
+    Returns:
+        The device.
+
+    Raises:
+        SettingError: there is no such device, or nothing can be stored on it.
+    """
+    import torch  # noqa: PLC0415 - takes seconds, and other checks need not wait for it
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    expected = "'cpu', 'cuda' or 'cuda:1'"
+    try:
+        if not isinstance(device, str | torch.device):
+            raise TypeError(f"a {type(device).__name__}")
+        found = torch.device(device)
+        torch.zeros(1, device=found).cpu()  # of some, torch knows the name and has no part of it
+    except Exception as error:  # whatever a device's own library raises
+        name = said(device if isinstance(device, str) else str(device))
+        reason = "this torch is built without CUDA" if "CUDA enabled" in str(error) else (str(error) or "unknown")
+        why = "" if isinstance(error, RuntimeError) and "device string" in str(error) else f": {reason.splitlines()[0]}"
+        hint = "leave it out to take the GPU where there is one, or give device='cpu'"
+        raise SettingError("SETTING_DEVICE", "device", f"{name}{why}", expected=expected, hint=hint) from error
+    return found
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str], *, code: str = "", of: str = "") -> str:
@@ -106,11 +144,11 @@ def check_choice(name: str, value: Any, choices: Iterable[str], *, code: str = "
     """
     known = list(choices)
     if not isinstance(value, str) or value not in known:
-        close = difflib.get_close_matches(str(value), known, n=1)
+        close = difflib.get_close_matches(said(value), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else ""
         expected = "one of " + ", ".join(known)
         code = code or f"SETTING_{name.upper()}"
-        raise SettingError(code, _subject(name, of), f"{value!r}", expected=expected, hint=hint)
+        raise SettingError(code, _subject(name, of), said(value), expected=expected, hint=hint)
     return value
 
 
@@ -133,13 +171,14 @@ def check_number(
     Raises:
         SettingError: it names the argument and the bounds.
     """
+    value = _plain(value)
     try:
         number = float(value) if isinstance(value, Real) and not isinstance(value, bool | np.bool_) else math.nan
     except OverflowError:
         number = math.inf
     if not math.isfinite(number) or not low <= number <= high:
         code, expected = code or f"SETTING_{name.upper()}", f"a {_bounds('number', low, high)}"
-        raise SettingError(code, _subject(name, of), f"{value!r}", expected=expected)
+        raise SettingError(code, _subject(name, of), said(value), expected=expected)
     return number
 
 
@@ -159,11 +198,91 @@ def check_whole(name: str, value: Any, low: int, high: float = math.inf, *, of: 
     Raises:
         SettingError: it names the argument and the bounds.
     """
+    value = _plain(value)
     is_number = isinstance(value, Real) and not isinstance(value, bool | np.bool_)
     if not is_number or not low <= value <= min(high, sys.maxsize) or value != int(value):
         expected = f"a {_bounds('whole number', low, high)}"
-        raise SettingError(f"SETTING_{name.upper()}", _subject(name, of), f"{value!r}", expected=expected)
+        raise SettingError(f"SETTING_{name.upper()}", _subject(name, of), said(value), expected=expected)
     return int(value)
+
+
+def check_call(name: str, value: Any) -> Any:
+    """Check that an argument can be called.
+
+    Args:
+        name: name of the argument.
+        value: what was given; None is no function.
+
+    Returns:
+        The value.
+
+    Raises:
+        SettingError: it names the argument.
+    """
+    if value is not None and not callable(value):
+        raise SettingError(f"SETTING_{name.upper()}", name, f"a {type(value).__name__}", expected="a function, or None")
+    return value
+
+
+def check_tensor(name: str, value: Any, axes: str) -> Any:
+    """Check that an argument is a dense tensor of floating-point numbers.
+
+    Args:
+        name: name of the argument.
+        value: what was given.
+        axes: names of its axes for people, such as "(B, 4, H, W)"; a number in it is the size of that axis.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        SettingError: it names the argument, its type and its shape.
+    """
+    import torch  # noqa: PLC0415 - takes seconds, and other checks need not wait for it
+
+    code, expected = f"SETTING_{name.upper()}", f"a dense tensor {axes} of floating-point numbers"
+    if not isinstance(value, torch.Tensor):
+        raise SettingError(code, name, f"a {type(value).__name__}", expected=expected)
+    sizes = [int(size) if size.isdigit() else None for size in axes.strip("()").split(", ")]
+    fits = value.ndim == len(sizes) and all(
+        size in (None, found) for size, found in zip(sizes, value.shape, strict=True)
+    )
+    dense = value.layout == torch.strided and not value.is_meta and not value.is_quantized
+    if not fits or not dense or not value.is_floating_point() or not value.numel():
+        kind = f"dtype {value.dtype}, layout {value.layout}, on {value.device}"
+        raise SettingError(code, name, f"shape {tuple(value.shape)}, {kind}", expected=expected)
+    return value
+
+
+def check_path(name: str, value: Any) -> str | Path:
+    """Check that an argument can be the path of a file or folder, or a name of the hub.
+
+    Args:
+        name: name of the argument.
+        value: what was given: a string, or any path-like object.
+
+    Returns:
+        The string, or a Path.
+
+    Raises:
+        SettingError: it names the argument.
+    """
+    code, expected = f"SETTING_{name.upper()}", "the path of a file or a folder"
+    try:
+        path = value if isinstance(value, str) else os.fspath(value)
+        encoded = os.fsencode(path) if isinstance(path, str) else b""
+    except UnicodeEncodeError:
+        encoded = b"\0"
+    except Exception as error:  # whatever a class of the caller's does there
+        raise SettingError(code, name, f"a {type(value).__name__}", expected=expected) from error
+    if not encoded:  # "" would be the current folder
+        raise SettingError(code, name, said(path), expected=expected)
+    if len(encoded) > MAX_PATH or any(len(part) > MAX_PART for part in encoded.split(b"/")):
+        found = f"{len(encoded)} bytes, longer than a path can be: {said(path)}"
+        raise SettingError(code, name, found, expected=expected)
+    if b"\0" in encoded:
+        raise SettingError(code, name, f"{said(path)}, a name that no file can have", expected=expected)
+    return path if isinstance(value, str) else Path(path)
 
 
 def check_switch(name: str, value: Any) -> bool:
@@ -179,8 +298,9 @@ def check_switch(name: str, value: Any) -> bool:
     Raises:
         SettingError: it names the argument.
     """
+    value = _plain(value)
     if not isinstance(value, bool | np.bool_):
-        raise SettingError(f"SETTING_{name.upper()}", name, f"{value!r}", expected="True or False")
+        raise SettingError(f"SETTING_{name.upper()}", name, said(value), expected="True or False")
     return bool(value)
 
 
@@ -220,6 +340,16 @@ def as_list(value: Any) -> list[Any]:
         A new list.
     """
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _plain(value: Any) -> Any:
+    """Return the number or bool in an array or tensor without axes, and anything else as it is."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        try:
+            return value.item()
+        except (RuntimeError, ValueError, TypeError):  # a tensor without numbers
+            return value
+    return value
 
 
 def _subject(name: str, of: str) -> str:

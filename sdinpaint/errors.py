@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from sdinpaint_weights.errors import CheckpointError, SdInpaintError, shown, shown_lines
+from sdinpaint_weights.errors import CheckpointError, SdInpaintError, said, shown, shown_lines
 
 __all__ = [
     "Cancelled",
@@ -24,6 +24,7 @@ __all__ = [
     "TokenizerError",
     "already_warned",
     "keeping_warnings",
+    "said",
     "shown",
     "shown_lines",
     "warn",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, NoReturn, get_args
 
-from sdinpaint.errors import SettingError
+from sdinpaint.errors import SettingError, said
 
 Activation = Literal["quick_gelu", "gelu"]
 Prediction = Literal["eps", "v"]
@@ -231,7 +231,7 @@ def _is_whole(value: Any, low: int, high: float = math.inf) -> bool:
 
 def _refuse(config: object, name: str, expected: str) -> NoReturn:
     subject = f"{type(config).__name__}.{name}"
-    raise SettingError("SETTING_CONFIG", subject, f"{getattr(config, name)!r}", expected=expected)
+    raise SettingError("SETTING_CONFIG", subject, said(getattr(config, name)), expected=expected)
 
 
 SD15_INPAINT = Family(

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sdinpaint.checks import as_list
+from sdinpaint.checks import as_list, check_tensor
 from sdinpaint.errors import SettingError
 from sdinpaint.families import Family
 from sdinpaint.load_options import LoadOptions
@@ -128,7 +128,7 @@ class LatentDiffusion:
 
         Args:
             prompts: one entry per conditioning: a prompt for a batch of 1, or a list for a batch of its length.
-                None is "", and for SDXL no prompt at all.
+                None is "", and for SDXL no prompt at all. A prompt alone is a list of one.
             size: height and width in pixels of the image to come, or all of SDXL's size and crop conditioning; the size
                 that the model works at by default.
 
@@ -138,6 +138,11 @@ class LatentDiffusion:
         Raises:
             SettingError: a prompt is no text.
         """
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        if not isinstance(prompts, Iterable) or getattr(prompts, "ndim", 1) == 0:
+            found, expected = f"a {type(prompts).__name__}", "a list with a prompt for each conditioning"
+            raise SettingError("SETTING_PROMPTS", "prompts", found, expected=expected)
         if size is None:
             size = (self.family.size, self.family.size)
         told = size if isinstance(size, PictureSize) else PictureSize(size)
@@ -207,6 +212,7 @@ class LatentDiffusion:
         Raises:
             NumericError: the VAE overflows float32, too.
         """
+        check_tensor("latents", latents, f"(B, {self.family.vae.latent_channels}, H, W)")
         with self.using(self.vae):
             return self._through_vae().decode(latents, tile=self.tile)
 
@@ -220,6 +226,7 @@ class LatentDiffusion:
         Returns:
             Latents, float32 (B, 4, H, W).
         """
+        check_tensor("image", image, f"(B, {self.family.vae.in_channels}, H, W)")
         with self.using(self.vae):
             mean, std = self._through_vae().encode(image, tile=self.tile)
         return mean if draw is None else mean + std * draw(mean)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import NoneType
 from typing import Any, get_args
 
-from sdinpaint.checks import check_choice, check_switch, check_whole, dtype_name
-from sdinpaint.errors import SettingError
+from sdinpaint.checks import check_choice, check_path, check_switch, check_whole, dtype_name
+from sdinpaint.errors import SettingError, said
 from sdinpaint.families import Prediction
 
 __all__ = ["LoadOptions"]
@@ -66,24 +66,20 @@ class LoadOptions:
         if isinstance(self.source, LoadOptions):
             put(self, "source", self.source.source)
         for name in ("source", "config", "vae", "controlnet", "base"):
-            value = getattr(self, name)
-            if not isinstance(value, str | Path) and (value is not None or name == "source"):
-                found = f"a {type(value).__name__}"
-                raise SettingError(f"SETTING_{name.upper()}", name, found, expected="the path of a file or a folder")
-            if value == "":  # which would be the current folder
-                raise SettingError(f"SETTING_{name.upper()}", name, "''", expected="the path of a file or a folder")
+            if getattr(self, name) is not None or name == "source":
+                put(self, name, check_path(name, getattr(self, name)))
         for name in ("variant", "revision"):
-            value = getattr(self, name)
-            if not isinstance(value, str | NoneType):
-                raise SettingError(f"SETTING_{name.upper()}", name, f"a {type(value).__name__}", expected="a string")
+            if getattr(self, name) is not None:
+                put(self, name, _name(name, getattr(self, name)))
         for name in ("offload", "ema", "local_files_only"):
             put(self, name, check_switch(name, getattr(self, name)))
         if self.tile is not None:
             put(self, "tile", check_whole("tile", self.tile, 0, MAX_TILE))
         if self.prediction is not None:
             check_choice("prediction", self.prediction, get_args(Prediction))
-        put(self, "dtype", None if self.dtype in (None, AUTO) else dtype_name(self.dtype))
-        put(self, "device", None if self.device in (None, AUTO) else str(self.device))
+        put(self, "tokenizer", _tokenizer(self.tokenizer))
+        put(self, "device", _device(self.device))
+        put(self, "dtype", None if self.dtype is None or _is_auto(self.dtype) else dtype_name(self.dtype))
 
     @property
     def given(self) -> dict[str, Any]:
@@ -118,3 +114,32 @@ class LoadOptions:
         for name in stored:
             check_choice("load", name, known, code="MANIFEST_BROKEN", of="manifest")
         return cls(**{"source": manifest["model"], "dtype": manifest["dtype"], **stored, **changes})
+
+
+def _is_auto(value: Any) -> bool:
+    return isinstance(value, str) and value == AUTO
+
+
+def _tokenizer(value: Any) -> Any:
+    if value is None or callable(value):
+        return value
+    if isinstance(value, str | os.PathLike):
+        return check_path("tokenizer", value)
+    found, expected = f"a {type(value).__name__}", "a Tokenizer, or the path of a vocabulary"
+    raise SettingError("SETTING_TOKENIZER", "tokenizer", found, expected=expected)
+
+
+def _device(value: Any) -> str | None:
+    if value is None or _is_auto(value):
+        return None
+    if isinstance(value, str) or type(value).__module__ == "torch":
+        return str(value)
+    found, expected = f"a {type(value).__name__}", "a name, such as 'cpu', 'cuda' or 'cuda:1'"
+    raise SettingError("SETTING_DEVICE", "device", found, expected=expected)
+
+
+def _name(name: str, value: Any) -> str:
+    if isinstance(value, str) and value and value.isprintable():
+        return value
+    found = said(value) if isinstance(value, str) else f"a {type(value).__name__}"
+    raise SettingError(f"SETTING_{name.upper()}", name, found, expected="a name")

@@ -11,8 +11,10 @@ from sdinpaint_weights.native import check_range, load_tensors
 from sdinpaint.checkpoints.building import build, find_dtype, own_tokenizer
 from sdinpaint.checkpoints.diffusers_configs import diffusers_configs
 from sdinpaint.checkpoints.opening import CONTROLNET, open_checkpoint
+from sdinpaint.checks import check_call, check_path, check_switch, find_device
 from sdinpaint.errors import SettingError, warn
 from sdinpaint.families import TOKENIZERS, Prediction
+from sdinpaint.latent_diffusion import LatentDiffusion
 from sdinpaint.load_options import LoadOptions
 from sdinpaint.models.offloading import Offloading
 from sdinpaint.models.weights import release
@@ -81,13 +83,14 @@ def load(
     """
     given = locals()  # every argument by its name
     del given["progress"], given["on_event"]
-    options = LoadOptions(**given)
+    options, progress = LoadOptions(**given), check_switch("progress", progress)
+    check_call("on_event", on_event)
     if isinstance(source, LoadOptions):
         if beside := [name for name in options.given if name != "source"]:
             found, hint = "given beside LoadOptions", "put it into them: dataclasses.replace(options, ...)"
             raise SettingError("SETTING_SOURCE", beside[0], found, expected="LoadOptions alone", hint=hint)
         options = source
-    device = _device(options.device)
+    device = find_device(options.device)
     dtype = _dtype(options.dtype, device)
     checkpoint = open_checkpoint(options, progress=progress)
     for note in checkpoint.notes:
@@ -139,37 +142,27 @@ def load(
     )
 
 
-def save_diffusers(folder: str | Path, pipe: Pipeline, dtype: torch.dtype | None = None) -> None:
+def save_diffusers(folder: str | Path, pipe: LatentDiffusion, dtype: str | torch.dtype | None = None) -> None:
     """Write a pipeline as a diffusers folder, which diffusers' own pipelines load too.
 
     Args:
         folder: the folder, which is made.
         pipe: the pipeline.
-        dtype: dtype of the files; each tensor keeps its own by default.
+        dtype: dtype of the files, or its name; each tensor keeps its own by default.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    folder, condition = Path(folder), pipe.condition
+    folder, dtype = Path(check_path("folder", folder)), None if dtype is None else find_dtype(dtype)
+    if not isinstance(pipe, LatentDiffusion):
+        raise SettingError("SETTING_PIPE", "pipe", f"a {type(pipe).__name__}", expected="a Pipeline")
+    condition = pipe.condition
     models = dict(zip(pipe.family.components, (pipe.unet, pipe.vae, *condition.encoders), strict=True))
     with pipe.using(*models.values()):
         states = {name: model.state_dict() for name, model in models.items()}
         write_diffusers(folder, states, diffusers_configs(pipe.family), dtype)
     for name, tokenizer in zip(TOKENIZERS, condition.tokenizers, strict=False):
         tokenizer.save(folder / name)
-
-
-def _device(device: str | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise SettingError("SETTING_DEVICE", "device", f"{device!r}", expected="'cpu', 'cuda' or 'cuda:1'") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        reason = "this torch is built without CUDA" if torch.version.cuda is None else "no driver or no GPU answers"
-        raise SettingError("SETTING_DEVICE", "device", f"{device!r}: {reason}", hint="device='cpu'")
-    return found
 
 
 def _dtype(dtype: str | None, device: torch.device) -> torch.dtype:

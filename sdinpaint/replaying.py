@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from sdinpaint import loading
+from sdinpaint.checks import check_path
 from sdinpaint.errors import SettingError
 from sdinpaint.images.files import read_settings
 from sdinpaint.images.input_image import InputImage, read_image
@@ -74,7 +75,7 @@ def replay(
         SettingError: the settings are broken, or an input is missing or not the recorded one.
         CheckpointError: the weights are not the recorded ones; the error names the components.
     """
-    settings = read_settings(path)
+    settings = read_settings(check_path("path", path))
     manifest = manifest_of(settings)
     kind: Kind = manifest["kind"]
     settings = arguments(settings, stored_names(kind))

@@ -266,6 +266,19 @@ def test_codes_made_of_names_are_found_for_every_name_that_callers_give(tree):
     }
 
 
+def test_a_default_beside_a_code_is_found_where_no_code_is_given(tree):
+    found = errors(tree(errors=ERRORS, one='''
+    from sdinpaint.errors import SettingError
+    def choice(name, value, *, code=""):
+        code = code or f"SETTING_{name.upper()}"
+        raise SettingError(code, name, "odd")
+    def run(value):
+        choice("fill", value)
+        choice("peer", value, code="BENCH_PEER")
+    '''))  # fmt: skip
+    assert {code for code, *_ in found} == {"SETTING_FILL", "BENCH_PEER"}
+
+
 def test_a_code_that_cannot_be_followed_is_refused(tree):
     root = tree(errors=ERRORS, one='''
     from sdinpaint.errors import SettingError

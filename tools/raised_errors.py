@@ -202,13 +202,13 @@ class Reader:
 
     def lookup(self, name: str, scope: Scope) -> list[Value]:
         """Return what a name may stand for, as far as it is written in the source."""
+        local = self._assigned(name, scope)
+        if local:  # also of a parameter, as in code = code or "DEFAULT"
+            return [Value(value, replace(scope, at=value)) for value in local]
         if name in scope.given:
             return [scope.given[name]]
         if name in scope.parameters:
             return []
-        local = self._assigned(name, scope)
-        if local:
-            return [Value(value, replace(scope, at=value)) for value in local]
         if scope.functions:
             return self.lookup(name, replace(scope, functions=scope.functions[:-1], at=None))
         module, seen = scope.module, name
@@ -236,6 +236,9 @@ class Reader:
                 return [text]
             case ast.IfExp(body=body, orelse=orelse):
                 return self.strings(Value(body, scope)) + self.strings(Value(orelse, scope))
+            case ast.BoolOp(op=ast.Or(), values=parts):
+                given = (self.strings(Value(part, scope)) for part in parts)
+                return next(([text for text in texts if text] for texts in given if any(texts)), [])
             case ast.Name(id=name):
                 return [text for one in self.lookup(name, scope) for text in self.strings(one)]
             case ast.Call(func=ast.Attribute(value=inner, attr="upper")):

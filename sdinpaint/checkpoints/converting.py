@@ -23,7 +23,8 @@ from sdinpaint.checkpoints.building import build, find_dtype, own_tokenizer
 from sdinpaint.checkpoints.diffusers_configs import controlnet_json, diffusers_configs
 from sdinpaint.checkpoints.embedded import embedded
 from sdinpaint.checkpoints.opening import CONTROLNET, Checkpoint, open_checkpoint
-from sdinpaint.checkpoints.sources import COMPONENTS, Component, open_parts
+from sdinpaint.checkpoints.sources import COMPONENTS, Component, as_path, open_parts
+from sdinpaint.checks import check_choice, check_path, check_switch
 from sdinpaint.errors import CheckpointError, SettingError, TokenizerError, warn
 from sdinpaint.families import SD15, TOKENIZERS, TextConfig
 from sdinpaint.load_options import LoadOptions
@@ -92,9 +93,10 @@ def convert(
         CheckpointError: the source cannot be read, or the target cannot be written.
         SettingError: an argument is wrong.
     """
-    target = Path(target)
+    source, target = check_path("source", source), as_path(check_path("target", target))
+    ema, progress = check_switch("ema", ema), check_switch("progress", progress)
     layout, dtype = check_request(target, layout, dtype, (source,), overwrite)
-    model = _open_alone(Path(source), **opening)
+    model = _open_alone(as_path(source), **opening)
     if model is None:
         options = LoadOptions(source=source, ema=ema, **opening)
         model = model_of(open_checkpoint(options, progress=progress), ema, options.config)
@@ -245,8 +247,9 @@ def check_request(
     """
     wanted = None if dtype is None else find_dtype(dtype)
     named = "ldm" if target.suffix == ".safetensors" else "diffusers"
-    if layout not in (None, *LAYOUTS):
-        raise SettingError("SETTING_LAYOUT", "layout", f"{layout!r}", expected=" or ".join(map(repr, LAYOUTS)))
+    overwrite = check_switch("overwrite", overwrite)
+    if layout is not None:
+        check_choice("layout", layout, LAYOUTS)
     if layout not in (None, named) or target.suffix in PICKLES:
         expected = "a name that ends with .safetensors" if layout == "ldm" else "a folder's name"
         found = f"{str(target)!r} for the layout {layout or named!r}"

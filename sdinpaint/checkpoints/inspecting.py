@@ -21,6 +21,7 @@ from sdinpaint.checkpoints.embedded import VOCABULARY
 from sdinpaint.checkpoints.known_shapes import has_known_shapes
 from sdinpaint.checkpoints.opening import CONTROLNET, Checkpoint, open_checkpoint
 from sdinpaint.checkpoints.sources import COMPONENTS, as_path, open_parts
+from sdinpaint.checks import check_path, check_switch
 from sdinpaint.errors import SdInpaintError, shown, shown_lines
 from sdinpaint.families import KINDS
 from sdinpaint.load_options import LoadOptions
@@ -126,7 +127,7 @@ def inspect(
     Raises:
         CheckpointError: the source is not a readable weights file or folder.
     """
-    path = as_path(source)
+    path, hash = as_path(check_path("source", source)), check_switch("hash", hash)
     if path.name == "config.json" and path.is_file():
         source = path = path.parent
     options = LoadOptions(source=source, variant=variant, revision=revision, local_files_only=local_files_only)

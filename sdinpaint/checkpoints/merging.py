@@ -14,8 +14,9 @@ from torch import Tensor
 from sdinpaint.checkpoints.converting import check_request, model_of, native_items, source_files, write_model
 from sdinpaint.checkpoints.diffusers_configs import diffusers_configs
 from sdinpaint.checkpoints.opening import open_checkpoint
-from sdinpaint.checkpoints.sources import Component, open_parts
-from sdinpaint.errors import CheckpointError, SettingError
+from sdinpaint.checkpoints.sources import Component, as_path, open_parts
+from sdinpaint.checks import check_path
+from sdinpaint.errors import CheckpointError, SettingError, said
 from sdinpaint.families import FAMILIES, Family
 from sdinpaint.load_options import LoadOptions
 from sdinpaint.models import UNet
@@ -86,10 +87,12 @@ def to_inpainting(
         CheckpointError: a source cannot be read, the sources do not fit each other, or the target cannot be written.
         SettingError: an argument is wrong, or only one of `base` and `inpaint` is given.
     """
-    target = Path(target)
-    sources = [source for source in (custom, base, inpaint) if source is not None]
+    target = as_path(check_path("target", target))
+    given = {"custom": custom, "base": base, "inpaint": inpaint}
+    sources = [check_path(name, source) for name, source in given.items() if source is not None or name == "custom"]
     if len(sources) == 2:
-        found, expected = f"base={base!r}, inpaint={inpaint!r}", "both, or neither to add input channels of zeros"
+        found = f"base={said(base)}, inpaint={said(inpaint)}"
+        expected = "both, or neither to add input channels of zeros"
         raise SettingError("SETTING_MERGE", "base and inpaint", found, expected=expected)
     layout, dtype = check_request(target, None, dtype, sources, overwrite)
     checkpoint = open_checkpoint(LoadOptions(source=custom, **opening), progress=progress)

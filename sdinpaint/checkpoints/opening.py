@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -184,7 +185,7 @@ def _config_folder(config: str | Path | None) -> Path | None:
     if config is None:
         return None
     folder = as_path(config)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         expected = "config= names a folder of JSON files"
         raise CheckpointError("CKPT_NOT_FOUND", folder, "no such folder", expected=expected)
     files = [*(f"{name}/config.json" for name in COMPONENTS), "scheduler/scheduler_config.json"]
@@ -197,9 +198,9 @@ def _config_folder(config: str | Path | None) -> Path | None:
 def _existing(source: str | Path, components: tuple[str, ...] = COMPONENTS, **hub: Any) -> Path:
     """Return the file or folder that a source names; a model of the hub is fetched, as far as `components` need it."""
     path = DEMO if str(source) == "demo" else as_path(source)
-    if path.name == INDEX and path.is_file():
+    if path.name == INDEX and os.path.isfile(path):
         return path.parent
-    if path.exists() or path.is_symlink():
+    if os.path.lexists(path):
         return path
     from sdinpaint.hub import fetch, is_hub_id  # noqa: PLC0415 - what is on this machine need not wait for it
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 from sdinpaint_weights.door import Refusal, read_whole
 
 from sdinpaint.checkpoints.configs import prediction_in
-from sdinpaint.errors import CheckpointError, SettingError, warn
+from sdinpaint.errors import CheckpointError, SettingError, said, warn
 from sdinpaint.families import Prediction
 
 __all__ = ["Evidence", "find_prediction"]
@@ -84,17 +84,17 @@ def find_prediction(
         CheckpointError: the model predicts something else, or two sources contradict one another.
     """
     if asked not in (None, "eps", "v"):
-        raise SettingError("SETTING_PREDICTION", "prediction", f"{asked!r}", expected="'eps' or 'v'")
+        raise SettingError("SETTING_PREDICTION", "prediction", said(asked), expected="'eps' or 'v'")
     if marker := next((name for name in EDM_MARKERS if name in keys), None):
         found = f"it holds a tensor {marker!r}: {EDM_MARKERS[marker]}, which is not built"
         raise CheckpointError("CKPT_NOT_BUILT", path, found, expected=BUILT, hint="give another checkpoint")
     if asked is not None:
         return Evidence(cast(Prediction, asked), f"prediction={asked!r} was requested")
-    said = [*_evidence(scheduler, path, metadata, keys)]
-    if not said:
+    words = [*_evidence(scheduler, path, metadata, keys)]
+    if not words:
         return Evidence(None, "no file or metadata beside the tensors says whether it predicts noise or v")
-    first = said[0]
-    other = next((one for one in said if one.prediction != first.prediction), None)
+    first = words[0]
+    other = next((one for one in words if one.prediction != first.prediction), None)
     if other is not None:
         hint = f"say which one is right: prediction={first.prediction!r} or prediction={other.prediction!r}"
         found = f"two sources contradict one another: {first.why}; {other.why}"
@@ -113,7 +113,7 @@ def _evidence(
         if value in meanings:
             yield Evidence(meanings[value], f"metadata: {key} {value}")
         elif value and key in NOTHING_ELSE:
-            _refuse(path, f"metadata: {key} {value!r}")
+            _refuse(path, f"metadata: {key} {said(value)}")
     if scheduler.get("prediction_type") is not None:
         name = scheduler["prediction_type"]
         prediction = cast(Prediction, prediction_in(scheduler, path))

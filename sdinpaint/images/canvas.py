@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdinpaint.checks import check_choice, check_whole
-from sdinpaint.errors import ImageError, SettingError
+from sdinpaint.errors import ImageError, SettingError, said
 from sdinpaint.images.boxes import Box
 from sdinpaint.images.files import MAX_PIXELS
 from sdinpaint.images.fills import NEUTRAL
@@ -123,7 +123,7 @@ def canvas_for(
     check_choice("anchor", anchor, ANCHORS)
     if size is not None:
         if any(sides.values()):
-            found = f"{size!r} together with pixels for a side"
+            found = f"{said(size)} together with pixels for a side"
             raise SettingError("SETTING_SIZE", "size", found, expected="only one of them")
         sides = sides_for(image.size, size, anchor)
     return extend(image, **sides, overlap=overlap, fill=fill)
@@ -145,7 +145,7 @@ def sides_for(old: tuple[int, int], size: Sequence[int], anchor: Anchor = "cente
     """
     check_choice("anchor", anchor, ANCHORS)
     if not isinstance(size, list | tuple) or len(size) != len(old):
-        raise SettingError("SETTING_SIZE", "size", f"{size!r}", expected="(height, width) in pixels")
+        raise SettingError("SETTING_SIZE", "size", said(size), expected="(height, width) in pixels")
     height, width = (check_whole("size", side, 1, MAX_SIDE) for side in size)
     down, across = height - old[0], width - old[1]
     if down < 0 or across < 0:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sdinpaint.checks import require_extra
-from sdinpaint.errors import ImageError, MaskError, SettingError
+from sdinpaint.errors import ImageError, MaskError, SettingError, said
 from sdinpaint.images.boxes import Box
 
 __all__ = ["AUTO", "Crop", "check_context", "crop_box", "pooled", "regions", "working_size"]
@@ -105,7 +105,7 @@ def regions(hole: Hole, gap: int) -> list[Hole]:
         SettingError: `gap` is not a whole number from 0 on, or the extra `mask` is not installed.
     """
     if not _is_whole(gap) or gap < 0:
-        raise SettingError("SETTING_GAP", "gap", f"{gap!r}", expected="a whole number of pixels, 0 or more")
+        raise SettingError("SETTING_GAP", "gap", said(gap), expected="a whole number of pixels, 0 or more")
     ndimage = require_extra("scipy.ndimage", extra="mask", what="splitting a mask into regions")
     # squares of `gap` pixels around two pixels touch exactly if fewer than `gap` pixels are between them
     grown = ndimage.maximum_filter(hole, size=max(gap, 1), mode="constant")
@@ -238,7 +238,7 @@ def check_context(context: Any, shape: Sequence[int]) -> None:
         return
     if not _is_whole(context):
         expected = f"{AUTO!r}, None, or a whole number of pixels"
-        raise SettingError("SETTING_CROP", "crop", f"{context!r}", expected=expected)
+        raise SettingError("SETTING_CROP", "crop", said(context), expected=expected)
     if not 0 <= context <= max(shape):
         found = f"{context} pixels around the hole, in an image of {shape[0]} rows, {shape[1]} columns"
         expected = f"0 to {max(shape)} pixels, the image's longer side"

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from sdinpaint.errors import SettingError
+from sdinpaint.errors import SettingError, said
 
 __all__ = ["KINDS", "Kind", "grid", "random_hole"]
 
@@ -42,7 +42,7 @@ def random_hole(rng: np.random.Generator, size: int, kind: Kind) -> Hole:
         SettingError: `kind` is unknown, or `size` is below 8.
     """
     if kind not in KINDS:
-        raise SettingError("SETTING_KIND", "kind", f"{kind!r}", expected=f"one of {', '.join(KINDS)}")
+        raise SettingError("SETTING_KIND", "kind", said(kind), expected=f"one of {', '.join(KINDS)}")
     if size < MIN_SIZE:
         raise SettingError("SETTING_SIZE", "size", f"{size}", expected=f"at least {MIN_SIZE} pixels")
     return _DRAWN[kind](rng, size)

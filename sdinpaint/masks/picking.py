@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
+from numbers import Number
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
 from sdinpaint.checks import check_number
-from sdinpaint.errors import MaskError, SettingError
+from sdinpaint.errors import MaskError, SettingError, said
 from sdinpaint.images.files import decode, open_image
 from sdinpaint.images.input_image import InputImage
 from sdinpaint.masks.reading import Hole, Soft
@@ -100,11 +101,12 @@ def by_label(labels: Any, ids: int | Iterable[int]) -> Hole:
         ImageError: the image file cannot be read.
     """
     found = _label_map(labels)
-    wanted = list(ids) if isinstance(ids, Iterable) else [ids]
+    several = isinstance(ids, Iterable) and not isinstance(ids, str | bytes) and getattr(ids, "ndim", 1) > 0
+    wanted: list[Any] = list(cast(Iterable[Any], ids)) if several else [ids]
     known = np.unique(found).tolist()
-    unknown = [label for label in wanted if label not in known]
+    unknown = [label for label in wanted if not isinstance(label, Number) or label not in known]
     if unknown or not wanted:
-        what = f"no pixel of {', '.join(repr(label) for label in unknown)}" if unknown else "no ids"
+        what = f"no pixel of {', '.join(map(said, unknown[:LISTED]))}" if unknown else "no ids"
         listed = ", ".join(map(str, known[:LISTED])) + ", ..." * (len(known) > LISTED)
         hint = "give ids that occur in the map"
         raise MaskError("MASK_UNKNOWN_LABEL", "Mask.from_labels", what, expected=f"some of {listed}", hint=hint)
@@ -118,7 +120,7 @@ def _rgb(color: Any) -> NDArray[np.int16]:
         levels = ()
     if len(levels) != 3 or not all(isinstance(level, int | np.integer) and 0 <= level <= 255 for level in levels):
         expected = "(red, green, blue) from 0 to 255, or a name such as 'magenta' or '#ff00ff'"
-        raise SettingError("SETTING_COLOR", "Mask.from_color: color", f"{color!r}", expected=expected)
+        raise SettingError("SETTING_COLOR", "Mask.from_color: color", said(color), expected=expected)
     return np.array(levels, dtype=np.int16)
 
 
@@ -134,7 +136,10 @@ def _label_map(labels: Any) -> NDArray[np.integer[Any]]:
     if isinstance(labels, Image.Image) and labels.mode not in LABEL_MODES:
         hint = "colours are not ids: use Mask.from_color, or save the map with a palette"
         raise _no_map(f"an image of mode {labels.mode}", hint)
-    array = np.asarray(labels)
+    try:
+        array = np.asarray(labels)
+    except Exception as error:  # whatever a class of the caller's does there
+        raise _no_map(f"a {type(labels).__name__}", "give an array (height, width)") from error
     if array.ndim != 2 or not array.size or array.dtype.kind not in "iub":
         raise _no_map(f"an array {array.shape} of {array.dtype}", "labels.astype(int), one id per pixel")
     return array

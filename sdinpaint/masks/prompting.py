@@ -18,8 +18,8 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 
-from sdinpaint.checks import check_number, quietly, require_extra
-from sdinpaint.errors import MaskError, NumericError, SettingError
+from sdinpaint.checks import check_number, find_device, quietly, require_extra
+from sdinpaint.errors import MaskError, NumericError, SettingError, said
 from sdinpaint.hub import is_hub_id
 from sdinpaint.masks.reading import Hole
 from sdinpaint.masks.segmenting import Point, Rgb, require_box_inside, require_points_inside
@@ -187,7 +187,7 @@ def clipseg(
     if not texts or not all(isinstance(words, str) and words.strip() for words in texts):
         expected = "some words, or a list of names"
         raise MaskError(
-            "MASK_NO_TEXT", "Mask.clipseg: text", f"{text!r}", expected=expected, hint="name the thing: 'a dog'"
+            "MASK_NO_TEXT", "Mask.clipseg: text", said(text), expected=expected, hint="name the thing: 'a dog'"
         )
     segmenter = _segmenter(model, CLIPSEG_CLASSES, device)
     tokens = _tokens(segmenter, texts)
@@ -221,11 +221,7 @@ def _segmenter(model: Segmenter | nn.Module | Path | str, classes: Mapping[str, 
     if kind not in classes:
         raise _refusal("model", f"of type {kind}", classes)
     if device is not None:
-        try:
-            segmenter.model.to(device)
-        except (RuntimeError, AssertionError) as error:
-            found = f"{device!r}: {str(error).splitlines()[0]}"
-            raise SettingError("SETTING_DEVICE", "device", found, expected="'cpu', 'cuda' or 'cuda:1'") from error
+        segmenter.model.to(find_device(device))
     return segmenter
 
 

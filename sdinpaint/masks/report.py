@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from sdinpaint.checks import require_extra
+from sdinpaint.checks import check_choice, require_extra
 from sdinpaint.errors import MaskError, SettingError
 from sdinpaint.images.boxes import Box
 from sdinpaint.images.input_image import mirrored
@@ -137,8 +137,7 @@ def report(mask: ArrayLike, cover: Cover = "max") -> MaskReport:
     soft = np.asarray(mask, dtype=np.float32)
     if soft.ndim != 2 or not soft.size:
         raise MaskError("MASK_BAD_SHAPE", "mask", f"shape {soft.shape}", expected="(height, width)")
-    if cover not in ("nearest", "max"):
-        raise SettingError("SETTING_COVER", "cover", f"{cover!r}", expected="'nearest' or 'max'")
+    check_choice("cover", cover, ("nearest", "max"))
     hole = binarize(soft)
     cells: dict[Cover, Hole] = {"nearest": _covered(hole, "nearest"), "max": _covered(hole, "max")}
     regions, specks, speck_pixels = _counted(hole)

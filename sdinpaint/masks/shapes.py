@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from sdinpaint.checks import check_whole
-from sdinpaint.errors import MaskError
+from sdinpaint.errors import MaskError, said
 from sdinpaint.masks.checks import FARTHEST, require_box, require_points, require_size
 from sdinpaint.masks.reading import Hole
 
@@ -112,7 +112,7 @@ def _drawn(subject: str, size: tuple[int, int], draw: Callable[[ImageDraw.ImageD
 
 
 def _listed(subject: str, strokes: Any) -> list[Any]:
-    if not isinstance(strokes, Iterable) or isinstance(strokes, str):
-        found, expected = f"{strokes!r:.60}", "a list of strokes, each a list of points (x, y)"
+    if not isinstance(strokes, Iterable) or isinstance(strokes, str) or getattr(strokes, "ndim", 1) == 0:
+        found, expected = said(strokes), "a list of strokes, each a list of points (x, y)"
         raise MaskError("MASK_POINTS", subject, found, expected=expected, hint="[[(x, y), (x, y)], [(x, y)]]")
     return list(strokes)

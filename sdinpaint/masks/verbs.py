@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sdinpaint.checks import check_number, check_whole, require_extra
-from sdinpaint.errors import SettingError
+from sdinpaint.checks import check_choice, check_number, check_whole, require_extra
 from sdinpaint.images.boxes import Box
 from sdinpaint.masks.checks import require_size
 from sdinpaint.masks.reading import Hole, Soft, binarize, latent_cells
@@ -172,8 +171,7 @@ def on_lattice(mask: Soft, cover: Cover = "max", cell: int = 8) -> Soft:
     Raises:
         SettingError: `cover` is neither word, or `cell` is not a whole number from 1 to 1024.
     """
-    if cover not in ("nearest", "max"):
-        raise SettingError("SETTING_COVER", "Mask.on_lattice: cover", f"{cover!r}", expected="'nearest' or 'max'")
+    check_choice("cover", cover, ("nearest", "max"), of="Mask.on_lattice")
     side = check_whole("cell", cell, 1, 1024, of="Mask.on_lattice")
     cells = latent_cells(mask, cover, side)
     return cells.repeat(side, axis=0).repeat(side, axis=1)[: mask.shape[0], : mask.shape[1]]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
 
-from sdinpaint.errors import keeping_warnings, warn
+from sdinpaint.checks import check_call, check_choice, check_switch
+from sdinpaint.errors import SettingError, keeping_warnings, warn
 from sdinpaint.images.blending import Blend
 from sdinpaint.images.canvas import OVERLAP, Anchor, ExtendingFill
 from sdinpaint.images.fills import Fill
@@ -253,6 +254,11 @@ class Pipeline(LatentDiffusion):
         Raises:
             SdInpaintError: the request does not fit the model, or a model overflows.
         """
+        if not isinstance(request, Request):
+            raise SettingError("SETTING_REQUEST", "request", f"a {type(request).__name__}", expected="a Request")
+        check_call("on_step", on_step)
+        check_call("on_event", on_event)
+        progress = check_switch("progress", progress)
         request = request.fitted(self.family)
         settings = request.settings.resolved()
         if self.controlnet is None:
@@ -295,6 +301,8 @@ class Pipeline(LatentDiffusion):
             ImageError: the image cannot be read or used.
             MaskError: the mask cannot be read or does not fit the image.
         """
+        check_choice("cover", cover, get_args(Cover))
+        latents, draws = check_switch("latents", latents), check_call("draws", draws)
         item = cast(Item, Request(image, mask).items[0])
         patch = cut_patch(item, item.image.opaque(), item.hole, whole(item.image.size))
         pixels, hole = patch.image.to(self.device), patch.amount.to(self.device)

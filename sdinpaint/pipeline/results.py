@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sdinpaint.checks import check_choice
-from sdinpaint.errors import Remark, SdInpaintError, SettingError
+from sdinpaint.errors import Remark, SdInpaintError, SettingError, said
 from sdinpaint.images.boxes import Box
 from sdinpaint.images.files import check_output_path, save_png
 from sdinpaint.images.sheets import Row, contact_sheet, review_row
@@ -245,7 +245,7 @@ class Result:
             SettingError: another n or name of a score.
         """
         if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= MAX_TRIES:
-            raise SettingError("SETTING_BEST_OF", "n", f"{n!r}", expected=f"a whole number from 1 to {MAX_TRIES}")
+            raise SettingError("SETTING_BEST_OF", "n", said(n), expected=f"a whole number from 1 to {MAX_TRIES}")
         cost = _cost(score)
         if isinstance(self._run, _NoPipeline):
             self._run()
@@ -361,7 +361,10 @@ def _cost(score: str | Judge) -> Callable[[Repainted], float]:
             try:
                 value = -float(value)
             except (TypeError, ValueError) as error:
-                found, expected = f"a function that returned {value!r}", "a function of an image that returns a number"
+                found, expected = (
+                    f"a function that returned {said(value)}",
+                    "a function of an image that returns a number",
+                )
                 raise SettingError("SETTING_SCORE", "score", found, expected=expected) from error
             return math.inf if math.isnan(value) else value
 

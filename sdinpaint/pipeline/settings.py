@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
 
 from sdinpaint.checks import check_choice, check_number, check_switch, check_whole
-from sdinpaint.errors import SettingError
+from sdinpaint.errors import SettingError, said
 from sdinpaint.images.blending import BLENDS, Blend
 from sdinpaint.images.canvas import ANCHORS, EXTENDING_FILLS, OVERLAP, Anchor, ExtendingFill
 from sdinpaint.images.crops import AUTO
@@ -68,7 +68,7 @@ class SamplingSettings:
         if self.eta is not None:
             _put(self, "eta", check_number("eta", self.eta, 0))
         if self.eta and not find_sampler(name).stochastic:
-            found, expected = f"{self.eta!r} with {name}, which draws no noise", "0"
+            found, expected = f"{said(self.eta)} with {name}, which draws no noise", "0"
             raise SettingError("SETTING_ETA", "eta", found, expected=expected, hint="use ddim or euler_ancestral")
         if self.batch_size is not None:
             _put(self, "batch_size", check_whole("batch_size", self.batch_size, 1, MAX_BATCH))
@@ -271,5 +271,5 @@ def _crop(value: Any) -> int | str | None:
         return check_whole("crop", value, 0, MAX_PIXELS)
     if value != AUTO:
         expected = f"{AUTO!r}, None, or a number of pixels around the mask"
-        raise SettingError("SETTING_CROP", "crop", f"{value!r}", expected=expected)
+        raise SettingError("SETTING_CROP", "crop", said(value), expected=expected)
     return value

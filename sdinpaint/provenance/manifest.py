@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sdinpaint.errors import CheckpointError, SettingError
+from sdinpaint.errors import CheckpointError, SettingError, said
 from sdinpaint.images.files import SHORTENED
 from sdinpaint.images.input_image import InputImage
 from sdinpaint.latent_diffusion import LatentDiffusion
@@ -237,7 +237,7 @@ def check_manifest(manifest: Any) -> Manifest:
         raise SettingError("MANIFEST_FORM", "manifest.form", found, expected=str(FORM), hint=hint)
     _require(manifest, _MANIFEST, "manifest")
     if manifest["kind"] not in _INPUTS:
-        found, expected, hint = f"{manifest['kind']!r}", "one of " + ", ".join(_INPUTS), EDITED
+        found, expected, hint = said(manifest["kind"]), "one of " + ", ".join(_INPUTS), EDITED
         raise SettingError("MANIFEST_BROKEN", "manifest.kind", found, expected=expected, hint=hint)
     _require(manifest["weights"], dict.fromkeys(manifest["weights"], str), "manifest.weights")
     _require(manifest, dict.fromkeys(_INPUTS[manifest["kind"]], _INPUT), "manifest")
@@ -350,7 +350,7 @@ def _require(value: Any, form: Any, key: str) -> None:
     else:
         fits, parts = isinstance(value, form) and not isinstance(value, bool), []
     if not fits:
-        raise SettingError("MANIFEST_BROKEN", key, f"{value!r:.60}", expected=_in_words(form), hint=EDITED)
+        raise SettingError("MANIFEST_BROKEN", key, said(value), expected=_in_words(form), hint=EDITED)
     for name, part, inner in parts:
         if isinstance(value, dict) and part not in value:
             raise SettingError("MANIFEST_BROKEN", name, "is missing", expected=_in_words(inner), hint=EDITED)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from sdinpaint.errors import SettingError
+from sdinpaint.errors import SettingError, said
 from sdinpaint.families import Prediction
 from sdinpaint.sampling import schedules
 from sdinpaint.sampling.conditioning import Conditioning
@@ -65,7 +65,7 @@ class Denoiser:
         using: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         if prediction not in _FACTORS:
-            raise SettingError("SETTING_PREDICTION", "prediction", f"{prediction!r}", expected="'eps' or 'v'")
+            raise SettingError("SETTING_PREDICTION", "prediction", said(prediction), expected="'eps' or 'v'")
         self._train_sigmas, self._sigmas, self._dtype = train_sigmas, sigmas, dtype
         self._factors = _FACTORS[prediction]
         self._guidance = Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_end)

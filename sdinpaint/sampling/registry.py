@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from sdinpaint.checks import check_choice
-from sdinpaint.errors import SettingError
+from sdinpaint.errors import SettingError, said
 from sdinpaint.families import ScheduleConfig
 from sdinpaint.sampling import samplers, schedules
 
@@ -126,20 +126,20 @@ def resolve(sampler: object, spacing: str | None = None) -> tuple[str, str]:
     Raises:
         SettingError: a name is unknown; it suggests the closest one.
     """
-    name, said = _split(sampler)
+    name, implied = _split(sampler)
     if name is None:
         known = [*SAMPLERS, *(alias for one in SAMPLERS.values() for alias in one.aliases)]
         spellings = {_spelling(one): one for one in reversed(known)}
-        close = difflib.get_close_matches(_spelling(str(sampler)), spellings, n=1)
+        close = difflib.get_close_matches(_spelling(said(sampler)), spellings, n=1)
         hint = f"did you mean {spellings[close[0]]!r}?" if close else ""
         expected = "one of " + ", ".join(SAMPLERS)
-        raise SettingError("SETTING_SAMPLER", "sampler", f"{sampler!r}", expected=expected, hint=hint)
+        raise SettingError("SETTING_SAMPLER", "sampler", said(sampler), expected=expected, hint=hint)
     if spacing is not None:
         check_choice("spacing", spacing, SAMPLERS[name].spacings)
-        if said not in (None, spacing):
-            found, hint = f"{spacing!r} beside the sampler {sampler!r}", "give one of the two"
-            raise SettingError("SETTING_SPACING", "spacing", found, expected=f"{said!r}, or nothing", hint=hint)
-    return name, spacing or said or SAMPLERS[name].spacing
+        if implied not in (None, spacing):
+            found, hint = f"{said(spacing)} beside the sampler {said(sampler)}", "give one of the two"
+            raise SettingError("SETTING_SPACING", "spacing", found, expected=f"{implied!r}, or nothing", hint=hint)
+    return name, spacing or implied or SAMPLERS[name].spacing
 
 
 def _split(sampler: object) -> tuple[str | None, str | None]:

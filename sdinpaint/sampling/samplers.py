@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 
-from sdinpaint.errors import NumericError, SettingError
+from sdinpaint.errors import NumericError, SettingError, said
 from sdinpaint.on_demand import OnDemand
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def dpmpp_2m(
         raise SettingError(
             "SETTING_ETA",
             "eta",
-            f"{eta!r} with dpmpp_2m, which draws no noise",
+            f"{said(eta)} with dpmpp_2m, which draws no noise",
             expected="0",
             hint="use ddim or euler_ancestral",
         )
@@ -224,7 +224,7 @@ def _towards(x0: Tensor, x: Tensor, sigma: float, sigma_to: float) -> Tensor:
 
 def _check_eta(eta: float, noise: Noise | None) -> None:
     if not (math.isfinite(eta) and eta >= 0):
-        raise SettingError("SETTING_ETA", "eta", f"{eta!r}", expected="a finite number, at least 0")
+        raise SettingError("SETTING_ETA", "eta", said(eta), expected="a finite number, at least 0")
     if eta > 0 and noise is None:
         raise SettingError(
             "SETTING_NOISE",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from sdinpaint.errors import SettingError
+from sdinpaint.errors import SettingError, said
 from sdinpaint.families import ScheduleConfig
 from sdinpaint.on_demand import OnDemand
 
@@ -209,7 +209,7 @@ def for_strength(sigmas: Tensor, strength: float) -> Tensor:
         SettingError: the strength is out of its bounds.
     """
     if not 0 < strength <= 1:
-        raise SettingError("SETTING_STRENGTH", "strength", f"{strength!r}", expected="a number above 0, at most 1")
+        raise SettingError("SETTING_STRENGTH", "strength", said(strength), expected="a number above 0, at most 1")
     steps = len(sigmas) - 1
     return sigmas[steps - steps_run(steps, strength) :]
 
@@ -266,7 +266,7 @@ def _train_count(train_sigmas: Tensor, steps: int) -> int:
     """Count the trained noise levels, once `steps` is known to be a whole number of at most that."""
     count = len(train_sigmas)
     if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= count:
-        raise SettingError("SETTING_STEPS", "steps", f"{steps!r}", expected=f"a whole number from 1 to {count}")
+        raise SettingError("SETTING_STEPS", "steps", said(steps), expected=f"a whole number from 1 to {count}")
     return count
 
 

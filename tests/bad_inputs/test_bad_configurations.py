@@ -12,7 +12,7 @@ from builders import rewrite_json
 from closeness import same_image
 from refusals import INF, NAN, inpaint, load, refused
 
-from sdinpaint.errors import CheckpointError, SettingError, TokenizerError
+from sdinpaint.errors import CheckpointError, SettingError, TokenizerError, said
 from sdinpaint.families import SD2, SD15, SDXL
 from sdinpaint.models import ControlNetConfig, UNet
 from sdinpaint.text.tokenizer import train_tokenizer
@@ -126,7 +126,7 @@ def test_wrong_field_of_a_configuration_made_by_hand(config, name, values):
     for value in values:
         make = partial(replace, config, **{name: value})
         error = refused(SettingError, "SETTING_CONFIG", make, f"{type(config).__name__}.{name}")
-        assert (error.found, bool(error.expected)) == (repr(value), True)
+        assert (error.found, bool(error.expected)) == (said(value), True)
 
 
 def test_fields_that_do_not_fit_each_other_are_named_with_what_they_must_fit():

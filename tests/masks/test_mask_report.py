@@ -202,4 +202,4 @@ def test_without_opencv_all_but_the_regions_is_told(without):
 def test_refusals():
     refused(MaskError, "MASK_BAD_SHAPE", lambda: report_on(np.zeros((3, 8, 8))), "(3, 8, 8)")
     refused(MaskError, "MASK_BAD_SHAPE", lambda: report_on(np.zeros((0, 8))))
-    refused(SettingError, "SETTING_COVER", lambda: report_on(np.zeros((8, 8)), "Max"), "'Max'", "'nearest' or 'max'")
+    refused(SettingError, "SETTING_COVER", lambda: report_on(np.zeros((8, 8)), "Max"), "'Max'", "nearest, max")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-SUBJECT, LINE = 200, 1200
-"""Characters of a subject, and of a line of the other parts of an error, at most."""
+SUBJECT, LINE, VALUE = 200, 1200, 100
+"""Characters of a subject, of a line of the other parts of an error, and of a value in it, at most."""
 UNSEEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\ud800-\udfff"  # control characters, lone surrogates
     "\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\U000e0000-\U000e007f]"  # directions, separators, tags
@@ -28,6 +28,21 @@ def shown(text: object, most: int = SUBJECT) -> str:
         half = (most - 3) // 2
         line = f"{line[:half]}...{line[-half:]}"
     return UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), line)
+
+
+def said(value: object) -> str:
+    """Write a value that a caller gave, in one line that is not long; a value that cannot be written gives its type.
+
+    Args:
+        value: any value.
+
+    Returns:
+        Its repr.
+    """
+    try:
+        return shown(repr(value), VALUE)
+    except Exception:  # whatever a class of the caller's does there, also a number of more digits than Python writes
+        return f"a {type(value).__name__} that cannot be written"
 
 
 def shown_lines(text: str) -> str:
