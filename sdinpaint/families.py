@@ -46,6 +46,10 @@ class UNetConfig:
     linear_projection: bool
     """True if proj_in and proj_out of a transformer are linear layers (SD2, SDXL), not 1 x 1 convolutions (SD1)."""
     vector_dim: int | None
+    norm_eps: float = 1e-5
+    """Added to the variance in the norms of residual blocks and of the output; a transformer's first norm has 1e-6."""
+    freq_shift: float = 0
+    """Taken from the number of frequencies of a sinusoidal embedding: it stretches them towards lower ones."""
 
     def __post_init__(self) -> None:
         """Refuse a field that no UNet can be built from, and fields that do not fit each other.
@@ -62,6 +66,9 @@ class UNetConfig:
         _check_switch(self, "linear_projection")
         if len(self.transformer_depth) != len(self.channel_mult):
             _refuse(self, "transformer_depth", f"one number for each of channel_mult {self.channel_mult}")
+        _check_positive(self, "norm_eps")
+        if not _is_number(self.freq_shift) or not 0 <= self.freq_shift <= 1:
+            _refuse(self, "freq_shift", "a number from 0 to 1")
         if self.model_channels % 2:
             _refuse(self, "model_channels", "an even number, for the sines and cosines of the timestep embedding")
         if self.model_channels % self.norm_groups:
@@ -89,6 +96,10 @@ class VAEConfig:
     num_res_blocks: int
     norm_groups: int
     scaling_factor: float
+    latents_mean: tuple[float, ...] | None = None
+    """Mean of each channel of unscaled latents, which is subtracted; None subtracts nothing."""
+    latents_std: tuple[float, ...] | None = None
+    """Standard deviation of each channel of unscaled latents, by which they are divided; None divides by nothing."""
 
     def __post_init__(self) -> None:
         """Refuse a field that no autoencoder can be built from, and fields that do not fit each other.
@@ -100,9 +111,11 @@ class VAEConfig:
         _check_row(self, "channel_mult")
         if self.channels % self.norm_groups:
             _refuse(self, "norm_groups", f"a number that divides channels {self.channels}")
-        factor: object = self.scaling_factor
-        if isinstance(factor, bool) or not isinstance(factor, Real) or not 0 < float(factor) < math.inf:
-            _refuse(self, "scaling_factor", "a positive number")
+        _check_positive(self, "scaling_factor")
+        _check_channels(self, "latents_mean")
+        _check_channels(self, "latents_std", low=0)
+        if (self.latents_mean is None) != (self.latents_std is None):
+            _refuse(self, "latents_std", "as many numbers as latents_mean, or None where that is None")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +137,8 @@ class TextConfig:
     """True if the text embeddings go through the final norm."""
     projection_dim: int | None
     """Width of the pooled text embedding, which goes through every layer; None without one."""
+    norm_eps: float = 1e-5
+    """Added to the variance in every norm."""
 
     def __post_init__(self) -> None:
         """Refuse a field that no text encoder can be built from, and fields that do not fit each other.
@@ -136,6 +151,7 @@ class TextConfig:
         _check_whole(self, "pad_id", low=0, high=self.vocab_size - 1, optional=True)
         _check_whole(self, "skip_last", low=0, high=self.num_layers)
         _check_switch(self, "final_norm")
+        _check_positive(self, "norm_eps")
         if self.width % self.num_heads:
             _refuse(self, "num_heads", f"a number that divides width {self.width}")
         if self.activation not in get_args(Activation):
@@ -174,6 +190,8 @@ class ScheduleConfig:
     """Offset of every timestep in leading spacing."""
     end_at_zero: bool
     """True if DDIM ends at sigma 0 (`set_alpha_to_one`), not at the first sigma of the training schedule."""
+    clip_range: float | None = None
+    """Largest absolute value of latents that DDIM predicts (`clip_sample`); None does not clip."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,9 +238,31 @@ def _check_row(config: object, name: str, low: int = 1) -> None:
     object.__setattr__(config, name, tuple(values))  # a list would make the configuration unhashable
 
 
+def _check_positive(config: object, name: str) -> None:
+    value = getattr(config, name)
+    if not _is_number(value) or not 0 < value < math.inf:
+        _refuse(config, name, "a positive number")
+
+
+def _check_channels(config: Any, name: str, low: float = -math.inf) -> None:
+    """Check one number above `low` for each channel of latents, or None."""
+    values, channels = getattr(config, name), config.latent_channels
+    if values is None:
+        return
+    if not isinstance(values, tuple | list) or len(values) != channels:
+        _refuse(config, name, f"{channels} numbers, one for each channel of latents")
+    if not all(_is_number(value) and low < value < math.inf for value in values):
+        _refuse(config, name, "finite numbers" + " above 0" * (low == 0))
+    object.__setattr__(config, name, tuple(values))
+
+
 def _check_switch(config: object, name: str) -> None:
     if not isinstance(getattr(config, name), bool):
         _refuse(config, name, "True or False")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _is_whole(value: Any, low: int, high: float = math.inf) -> bool:
@@ -352,3 +392,33 @@ SDXL = dataclasses.replace(SDXL_INPAINT, name="sdxl", unet=dataclasses.replace(S
 FAMILIES: dict[str, Family] = {
     family.name: family for family in (SD15_INPAINT, SD15, SD2_INPAINT, SD2, SD2_V, SDXL_INPAINT, SDXL)
 }
+
+_SHAPELESS: dict[str, tuple[str, ...]] = {
+    "unet": ("norm_eps", "freq_shift"),
+    "vae": ("scaling_factor", "latents_mean", "latents_std"),
+    "text": ("activation", "pad_id", "skip_last", "norm_eps"),
+    "text_2": ("activation", "pad_id", "skip_last", "norm_eps"),
+    "schedule": ("train_steps", "beta_start", "beta_end", "steps_offset", "end_at_zero", "clip_range"),
+}
+"""Part of a family -> the fields that change results without changing a shape, and that its name stands for."""
+
+
+def deviations(family: Family) -> dict[str, object]:
+    """List what a model has otherwise than the released family of its name, as far as no shape tells it.
+
+    Args:
+        family: the model's configuration.
+
+    Returns:
+        "part.field" -> the model's value; empty for a family without a released one.
+    """
+    released = FAMILIES.get(family.name)
+    if released is None:
+        return {}
+    return {
+        f"{part}.{name}": getattr(ours, name)
+        for part, names in _SHAPELESS.items()
+        if (ours := getattr(family, part)) is not None and (theirs := getattr(released, part)) is not None
+        for name in names
+        if getattr(ours, name) != getattr(theirs, name)
+    }

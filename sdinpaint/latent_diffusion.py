@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sdinpaint.checks import as_list, check_tensor
 from sdinpaint.errors import SettingError
-from sdinpaint.families import Family
+from sdinpaint.families import Family, deviations
 from sdinpaint.load_options import LoadOptions
 from sdinpaint.models.forking import let_children_compute
 from sdinpaint.models.guarded_vae import GuardedVAE
@@ -105,7 +105,8 @@ class LatentDiffusion:
 
     def __repr__(self) -> str:
         where = f"source={self.source!r}, device={self.device}, dtype={self.dtype}"
-        return f"{type(self).__name__}({self.family.name!r}, {where})"
+        own = "".join(f", {name}={value!r}" for name, value in deviations(self.family).items())
+        return f"{type(self).__name__}({self.family.name!r}, {where}{own})"
 
     def using(self, *models: nn.Module) -> AbstractContextManager[None]:
         """Keep models of an offloaded pipeline on the device until the end of the block.

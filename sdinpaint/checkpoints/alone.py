@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdinpaint.checkpoints import built_values
 from sdinpaint.checkpoints.building import build_models
+from sdinpaint.checkpoints.config_files import refuse_differences, require_configs
 from sdinpaint.checkpoints.configs import controlnet_config, schedule_config, text_config, unet_config, vae_config
 from sdinpaint.checkpoints.opening import CONTROLNET
 from sdinpaint.checkpoints.sources import Component, read_json
@@ -41,6 +43,7 @@ def configured(name: str, part: Component, path: Path) -> Any:
     Raises:
         CheckpointError: names, shapes or the configuration do not fit, or are not built.
     """
+    require_configs({name: part}, {name: path})
     config = _CONFIGURE[name](part, _released(part), path)
     build_models({name: config}, {name: part.state})
     return config
@@ -86,8 +89,10 @@ def _vae(part: Component, family: Family, path: Path) -> Any:
 
 def _controlnet(part: Component, family: Family, path: Path) -> Any:
     # The UNet that it is for is not available, but the sizes of its down path are the same.
+    refuse_differences(part, path)
     shapes = part.state.shapes()
-    unet = unet_config({**shapes, "out.2.weight": (family.unet.out_channels,)}, part.config, family.unet, path)
+    sizes = {**shapes, "out.2.weight": (family.unet.out_channels,)}
+    unet = unet_config(sizes, part.config, family.unet, path, built_values.CONTROLNET)
     return controlnet_config(shapes, part.config, unet, path)
 
 

@@ -9,12 +9,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 
+from sdinpaint.checkpoints.built_values import CONTROLNET, SCHEDULER, SCHEDULERS, TEXT, TOKENIZER, UNET, VAE, Table
 from sdinpaint.errors import CheckpointError, SettingError
 from sdinpaint.families import (
+    Activation,
     ControlNetConfig,
     Family,
     Prediction,
@@ -31,8 +33,10 @@ Config = TypeVar("Config", UNetConfig, VAEConfig, TextConfig)
 __all__ = [
     "check_fit",
     "controlnet_config",
+    "pad_id",
     "prediction_in",
     "schedule_config",
+    "switch",
     "text_config",
     "unet_config",
     "vae_config",
@@ -43,9 +47,12 @@ HEAD_DIM = 64
 """Width of each attention head in every CLIP text encoder."""
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v"}
 """Name of a prediction in diffusers -> name here."""
+ACTIVATIONS = get_args(Activation)
+PADDING = {"<|endoftext|>": None, "!": 0}
+"""Token that fills up prompts -> its id; None is the end token."""
 
 
-def unet_config(shapes: Shapes, json: Json, base: UNetConfig, where: Path) -> UNetConfig:
+def unet_config(shapes: Shapes, json: Json, base: UNetConfig, where: Path, table: Table = UNET) -> UNetConfig:
     """Find the configuration of a UNet from the shapes of its tensors and from its JSON file.
 
     Args:
@@ -53,13 +60,15 @@ def unet_config(shapes: Shapes, json: Json, base: UNetConfig, where: Path) -> UN
         json: diffusers' config.json; it may be empty.
         base: the family's UNet, for what neither tells.
         where: the file or folder that errors name.
+        table: the values that are built; a ControlNet's are others.
 
     Returns:
-        The configuration; `base` with its norm groups and heads replaced where needed names are missing.
+        The configuration; `base` with its values replaced by those of the JSON file where needed names are missing.
 
     Raises:
-        CheckpointError: a number of the JSON file does not fit the shapes.
+        CheckpointError: a value of the JSON file is not built, or does not fit the shapes.
     """
+    json = table.settings(json, where)
     try:
         config = _unet_sizes(shapes, base)
     except (KeyError, IndexError, ValueError, ZeroDivisionError):
@@ -67,6 +76,13 @@ def unet_config(shapes: Shapes, json: Json, base: UNetConfig, where: Path) -> UN
     channels = whole_number(json, "in_channels", config.in_channels, where)
     if channels != config.in_channels:
         _refuse(where, "in_channels", channels, f"{config.in_channels}, as the weights have")
+    embeds = None if config.vector_dim is None else "text_time"
+    if json and json.get("addition_embed_type") != embeds:
+        table.refuse(where, "addition_embed_type", json.get("addition_embed_type"), f"{embeds!r} for these weights")
+    shift = _positive(json, "freq_shift", base.freq_shift, where, zero=True)
+    if shift > 1:
+        table.refuse(where, "freq_shift", shift, "a number from 0 to 1")
+    own = {"freq_shift": shift, "norm_eps": _positive(json, "norm_eps", base.norm_eps, where)}
     groups = whole_number(json, "norm_num_groups", base.norm_groups, where)
     heads = json.get("num_attention_heads") or json.get("attention_head_dim")  # the latter is the number of heads
     widths = [config.model_channels * mult for mult in config.channel_mult]
@@ -77,12 +93,12 @@ def unet_config(shapes: Shapes, json: Json, base: UNetConfig, where: Path) -> UN
         }
         if len(dims) != 1:
             _refuse(where, "attention_head_dim", heads, "numbers of heads that give one head size")
-        return _fitting(config, where, norm_groups=groups, num_heads=None, head_dim=dims.pop())
+        return _fitting(config, where, norm_groups=groups, num_heads=None, head_dim=dims.pop(), **own)
     if heads is not None:
         count = whole_number({"attention_head_dim": heads}, "attention_head_dim", 0, where)
         _check_divides(where, "attention_head_dim", count, widths)
-        return _fitting(config, where, norm_groups=groups, num_heads=count, head_dim=None)
-    return _fitting(config, where, norm_groups=groups, num_heads=base.num_heads, head_dim=base.head_dim)
+        return _fitting(config, where, norm_groups=groups, num_heads=count, head_dim=None, **own)
+    return _fitting(config, where, norm_groups=groups, num_heads=base.num_heads, head_dim=base.head_dim, **own)
 
 
 def _fitting(config: Config, where: Path, **settings: Any) -> Config:
@@ -136,11 +152,12 @@ def vae_config(shapes: Shapes, json: Json, base: VAEConfig, where: Path) -> VAEC
         where: the file or folder that errors name.
 
     Returns:
-        The configuration; `base` with its norm groups and scaling factor replaced where needed names are missing.
+        The configuration; `base` with its values replaced by those of the JSON file where needed names are missing.
 
     Raises:
-        CheckpointError: a number of the JSON file does not fit the shapes.
+        CheckpointError: a value of the JSON file is not built, or does not fit the shapes.
     """
+    json = VAE.settings(json, where)
     try:
         config = _vae_sizes(shapes, base)
     except (KeyError, IndexError, ValueError, ZeroDivisionError):
@@ -148,7 +165,14 @@ def vae_config(shapes: Shapes, json: Json, base: VAEConfig, where: Path) -> VAEC
     groups = whole_number(json, "norm_num_groups", base.norm_groups, where)
     _check_divides(where, "norm_num_groups", groups, [config.channels * mult for mult in config.channel_mult])
     factor = _positive(json, "scaling_factor", base.scaling_factor, where)
-    return _fitting(config, where, norm_groups=groups, scaling_factor=factor)
+    return _fitting(
+        config,
+        where,
+        norm_groups=groups,
+        scaling_factor=factor,
+        latents_mean=json.get("latents_mean", base.latents_mean),
+        latents_std=json.get("latents_std", base.latents_std),
+    )
 
 
 def _vae_sizes(shapes: Shapes, base: VAEConfig) -> VAEConfig:
@@ -177,11 +201,12 @@ def text_config(shapes: Shapes, json: Json, base: TextConfig, where: Path) -> Te
         where: the file or folder that errors name.
 
     Returns:
-        The configuration; `base` with its heads, activation and projection replaced where needed names are missing.
+        The configuration; `base` with its values replaced by those of the JSON file where needed names are missing.
 
     Raises:
-        CheckpointError: a number of the JSON file does not fit the shapes.
+        CheckpointError: a value of the JSON file is not built, or does not fit the shapes.
     """
+    json = TEXT.settings(json, where)
     try:
         tokens = shapes["text_model.embeddings.token_embedding.weight"]
         config = replace(
@@ -202,9 +227,50 @@ def text_config(shapes: Shapes, json: Json, base: TextConfig, where: Path) -> Te
     heads = whole_number(json, "num_attention_heads", default, where)
     _check_divides(where, "num_attention_heads", heads, [config.width])
     activation = json.get("hidden_act", base.activation)
-    if activation not in ("quick_gelu", "gelu"):
-        _refuse(where, "hidden_act", activation, "'quick_gelu' or 'gelu'")
-    return _fitting(config, where, num_heads=heads, activation=activation, projection_dim=projection)
+    if activation not in ACTIVATIONS:
+        TEXT.refuse(where, "hidden_act", activation, " or ".join(map(repr, ACTIVATIONS)))
+    # transformers leaves out the last layers of a file that has more; every network here has them, and skips them
+    layers = whole_number(json, "num_hidden_layers", config.num_layers, where)
+    left_out = max(config.num_layers - layers, 0)
+    if left_out and projection is not None:
+        TEXT.refuse(where, "num_hidden_layers", layers, f"{config.num_layers}, as the weights have, for pooled text")
+    end, last = json.get("eos_token_id", 2), config.vocab_size - 1
+    if projection is not None and end not in (2, last):  # transformers takes 2 for the largest id
+        TEXT.refuse(where, "eos_token_id", end, f"{last}, the largest id of the vocabulary, or 2")
+    return _fitting(
+        config,
+        where,
+        num_heads=heads,
+        activation=activation,
+        projection_dim=projection,
+        skip_last=base.skip_last + left_out,
+        norm_eps=_positive(json, "layer_norm_eps", base.norm_eps, where),
+    )
+
+
+def pad_id(json: Json, specials: Json, base: TextConfig, where: Path) -> int | None:
+    """Find the id that fills up prompts from the files of a tokenizer.
+
+    Args:
+        json: its tokenizer_config.json; it may be empty.
+        specials: its special_tokens_map.json, which outweighs the other; it may be empty.
+        base: the family's text encoder, for what neither tells.
+        where: the file or folder that errors name.
+
+    Returns:
+        The id; None is the end token.
+
+    Raises:
+        CheckpointError: another kind of tokenizer, or of padding.
+    """
+    json = TOKENIZER.settings(json, where)
+    token = specials.get("pad_token") or json.get("pad_token")
+    name = token.get("content") if isinstance(token, dict) else token
+    if name is None:
+        return base.pad_id
+    if not isinstance(name, str) or name not in PADDING:
+        TOKENIZER.refuse(where, "pad_token", name, " or ".join(map(repr, PADDING)))
+    return PADDING[name]
 
 
 def schedule_config(json: Json, base: ScheduleConfig, where: Path) -> ScheduleConfig:
@@ -221,29 +287,40 @@ def schedule_config(json: Json, base: ScheduleConfig, where: Path) -> ScheduleCo
     Raises:
         CheckpointError: a kind of schedule that is not supported, or a value that no schedule can have.
     """
-    kind = json.get("beta_schedule", "scaled_linear")
-    if kind != "scaled_linear" or json.get("trained_betas") is not None:
-        _refuse(where, "beta_schedule", "trained_betas" if kind == "scaled_linear" else kind, "'scaled_linear'")
+    named = json.get("_class_name")
+    json = {**SCHEDULERS.get(named if isinstance(named, str) else "", {}), **_without_nulls(json)}
+    SCHEDULER.settings(json, where)
+    clips = switch(json, "clip_sample", base.clip_range is not None, where)
     schedule = replace(
         base,
         train_steps=whole_number(json, "num_train_timesteps", base.train_steps, where),
         beta_start=_positive(json, "beta_start", base.beta_start, where),
         beta_end=_positive(json, "beta_end", base.beta_end, where),
         prediction=prediction_in(json, where) or base.prediction,
+        # a class's default is 0, which diffusers' pipelines replace by this
         steps_offset=whole_number({"steps_offset": 1, **json}, "steps_offset", base.steps_offset, where, low=0),
-        end_at_zero=bool(json.get("set_alpha_to_one", base.end_at_zero)),
+        end_at_zero=switch(json, "set_alpha_to_one", base.end_at_zero, where),
+        clip_range=_positive(json, "clip_sample_range", base.clip_range or 1.0, where) if clips else None,
     )
+    switch(json, "rescale_betas_zero_snr", False, where)
+    if schedule.beta_end < schedule.beta_start:
+        _refuse(where, "beta_end", schedule.beta_end, f"at least beta_start, which is {schedule.beta_start!r}")
     if not _keeps_signal(schedule):
         _refuse(where, "beta_end", schedule.beta_end, "betas below 1 that leave some signal at the last step")
     return schedule
 
 
 def _keeps_signal(schedule: ScheduleConfig) -> bool:
-    """Tell whether the noise level is finite at every training index; see `sdinpaint.sampling.schedules`."""
+    """Tell whether the noise level is finite and rises at every training index; see `sdinpaint.sampling.schedules`."""
     roots = np.linspace(schedule.beta_start**0.5, schedule.beta_end**0.5, schedule.train_steps)
     with np.errstate(all="ignore"):
         alphas_cumprod = np.cumprod(1 - roots**2)
-        return bool(np.isfinite(np.sqrt((1 - alphas_cumprod) / alphas_cumprod)).all())
+        sigmas = np.sqrt((1 - alphas_cumprod) / alphas_cumprod)
+        return bool(np.isfinite(sigmas).all() and sigmas[0] > 0 and (np.diff(sigmas) > 0).all())
+
+
+def _without_nulls(json: Json) -> dict[str, Any]:
+    return {key: value for key, value in json.items() if value is not None}
 
 
 def prediction_in(json: Json, where: Path) -> Prediction | None:
@@ -259,11 +336,11 @@ def prediction_in(json: Json, where: Path) -> Prediction | None:
     Raises:
         CheckpointError: another kind of prediction.
     """
-    if "prediction_type" not in json:
+    name = json.get("prediction_type")
+    if name is None:
         return None
-    name = json["prediction_type"]
     if not isinstance(name, str) or name not in PREDICTIONS:
-        _refuse(where, "prediction_type", name, " or ".join(map(repr, PREDICTIONS)))
+        SCHEDULER.refuse(where, "prediction_type", name, " or ".join(map(repr, PREDICTIONS)))
     return PREDICTIONS[name]
 
 
@@ -329,13 +406,36 @@ def whole_number(json: Json, name: str, default: int, where: Path, low: int = 1)
     return int(value)
 
 
-def _positive(json: Json, name: str, default: float, where: Path) -> float:
+def _positive(json: Json, name: str, default: float, where: Path, zero: bool = False) -> float:
     value = json.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
-        _refuse(where, name, value, "a positive number")
-    return float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < 1e6 or (zero and value == 0)):
+        _refuse(where, name, value, "0 or a positive number" if zero else "a positive number")
+    return value if isinstance(value, int) and zero else float(value)
+
+
+def switch(json: Json, name: str, default: bool, where: Path) -> bool:
+    """Read true or false from a JSON table.
+
+    Args:
+        json: the table.
+        name: the value's name in it.
+        default: what the value is where the table does not have it.
+        where: the file or folder that errors name.
+
+    Returns:
+        The value.
+
+    Raises:
+        CheckpointError: the value is neither.
+    """
+    value = json.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        _refuse(where, name, value, "true or false")
+    return bool(value)
 
 
 def _check_divides(where: Path, name: str, number: int, widths: list[int]) -> None:
@@ -356,8 +456,6 @@ A file's own numbers are read from its shapes.
 HINT_WEIGHT = re.compile(r"input_hint_block\.(\d+)\.weight")
 ALIKE = ("model_channels", "channel_mult", "num_res_blocks", "context_dim", "vector_dim")
 """Fields of `UNetConfig` in which a ControlNet and its UNet must agree."""
-BUILT = {"controlnet_conditioning_channel_order": "rgb", "global_pool_conditions": False}
-"""Settings of diffusers' ControlNets that change the computation and have no shape, with the supported values."""
 KINDS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
 """Model by the width of its text embeddings."""
 
@@ -377,13 +475,9 @@ def controlnet_config(shapes: Shapes, json: Json, unet: UNetConfig, where: Path)
     Raises:
         CheckpointError: a ControlNet of another family or kind, or a number that does not fit the shapes.
     """
-    for name, built in BUILT.items():
-        if json.get(name) not in (None, built):
-            said, hint = f"{name} is {json[name]!r}", "give another ControlNet"
-            raise CheckpointError("CKPT_BAD_CONFIG", where, said, expected=repr(built), hint=hint)
     # A ControlNet has no up path, of which `unet_config` reads the last layer.
     end = {"out.2.weight": (unet.out_channels, unet.model_channels, 3, 3)}
-    found = unet_config({**shapes, **end}, json, unet, where)
+    found = unet_config({**shapes, **end}, json, unet, where, CONTROLNET)
     if any(getattr(found, name) != getattr(unet, name) for name in ALIKE):
         hint = "give a ControlNet that was trained for the family of the checkpoint"
         raise CheckpointError(
@@ -393,6 +487,8 @@ def controlnet_config(shapes: Shapes, json: Json, unet: UNetConfig, where: Path)
             expected=f"one for {_kind(unet)}, as the UNet has them",
             hint=hint,
         )
+    if unet.vector_dim is not None and found.freq_shift != unet.freq_shift:
+        CONTROLNET.refuse(where, "freq_shift", found.freq_shift, f"{unet.freq_shift}, the UNet's, for both embed sizes")
     rows = sorted(int(match[1]) for name in shapes if (match := HINT_WEIGHT.fullmatch(name)))
     widths = tuple(shapes[f"input_hint_block.{row}.weight"][0] for row in rows[:-1:2])
     return ControlNetConfig(unet=replace(found, in_channels=unet.out_channels), hint_widths=widths or HINT_WIDTHS)

@@ -37,6 +37,8 @@ def controlnet_json(config: ControlNetConfig) -> dict[str, object]:
         "down_block_types": [f"{'CrossAttn' if depth else ''}DownBlock2D" for depth in unet.transformer_depth],
         "in_channels": unet.in_channels,
         "layers_per_block": unet.num_res_blocks,
+        "freq_shift": unet.freq_shift,
+        "norm_eps": unet.norm_eps,
         "norm_num_groups": unet.norm_groups,
         # diffusers ignores the number of a level without transformers, but takes the last one for the middle block.
         "transformer_layers_per_block": [depth or unet.middle_depth for depth in unet.transformer_depth],
@@ -99,6 +101,8 @@ def _unet_json(family: Family) -> dict[str, object]:
         "in_channels": unet.in_channels,
         "out_channels": unet.out_channels,
         "layers_per_block": unet.num_res_blocks,
+        "freq_shift": unet.freq_shift,
+        "norm_eps": unet.norm_eps,
         "norm_num_groups": unet.norm_groups,
         "sample_size": family.size // 8,
         "transformer_layers_per_block": depths,
@@ -121,6 +125,8 @@ def _vae_json(vae: VAEConfig, size: int) -> dict[str, object]:
         "norm_num_groups": vae.norm_groups,
         "sample_size": size,
         "scaling_factor": vae.scaling_factor,
+        **({} if vae.latents_mean is None else {"latents_mean": list(vae.latents_mean)}),
+        **({} if vae.latents_std is None else {"latents_std": list(vae.latents_std)}),
     }
 
 
@@ -131,10 +137,12 @@ def _text_json(text: TextConfig) -> dict[str, object]:
         "vocab_size": text.vocab_size,
         "hidden_size": text.width,
         "intermediate_size": text.mlp_width,
-        "num_hidden_layers": text.num_layers,
+        # transformers leaves out the last layers of a file that has more; for SDXL it skips one more by itself
+        "num_hidden_layers": text.num_layers - text.skip_last + (not text.final_norm),
         "num_attention_heads": text.num_heads,
         "max_position_embeddings": text.context_length,
         "hidden_act": text.activation,
+        "layer_norm_eps": text.norm_eps,
         "bos_token_id": text.vocab_size - 2,
         "eos_token_id": text.vocab_size - 1,
         "pad_token_id": text.vocab_size - 1 if text.pad_id is None else text.pad_id,
@@ -158,7 +166,8 @@ def _scheduler_json(family: Family) -> dict[str, object]:
         "steps_offset": schedule.steps_offset,
         "set_alpha_to_one": schedule.end_at_zero,
         "timestep_spacing": "leading",
-        "clip_sample": False,
+        "clip_sample": schedule.clip_range is not None,
+        "clip_sample_range": 1.0 if schedule.clip_range is None else schedule.clip_range,
     }
 
 

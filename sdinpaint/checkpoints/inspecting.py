@@ -23,7 +23,7 @@ from sdinpaint.checkpoints.opening import CONTROLNET, Checkpoint, open_checkpoin
 from sdinpaint.checkpoints.sources import COMPONENTS, as_path, open_parts
 from sdinpaint.checks import check_path, check_switch
 from sdinpaint.errors import SdInpaintError, shown, shown_lines
-from sdinpaint.families import KINDS
+from sdinpaint.families import KINDS, deviations
 from sdinpaint.load_options import LoadOptions
 
 __all__ = ["Report", "inspect"]
@@ -42,6 +42,8 @@ class Report:
     in_channels: int | None
     prediction: str | None
     prediction_why: str
+    deviations: dict[str, Any]
+    """"part.field" -> a value that the released family of this name has otherwise, and that no shape tells."""
     has_ema: bool
     has_tokenizer: bool
     """True where the source has a tokenizer; a single file never has one."""
@@ -78,10 +80,12 @@ class Report:
     def __str__(self) -> str:
         total = sum(self.parameters.values())
         why = f" ({self.prediction_why})" if self.prediction_why else ""
+        own = ", ".join(f"{name} {value}" for name, value in self.deviations.items())
         lines = [
             f"{shown(self.path)}: {self.title}",
             f"  family      {self.family}, layout {self.layout}, {self.in_channels or 'no'} input channels",
             f"  prediction  {self.prediction or 'unknown'}{why}",
+            *([f"  deviates    {own}"] if own else []),
             f"  averages    {'EMA weights of the UNet' if self.has_ema else 'no EMA weights'}",
             f"  vocabulary  {'in the folder' if self.has_tokenizer else 'not included'}",
             f"  parameters  {total:,}",
@@ -168,6 +172,7 @@ def _report(checkpoint: Checkpoint, problem: str, hashed: bool) -> Report:
         in_channels=family.unet.in_channels,
         prediction=family.schedule.prediction,
         prediction_why=checkpoint.prediction.why,
+        deviations=deviations(family),
         has_ema=unet.has_ema,
         has_tokenizer=(checkpoint.path / "tokenizer").is_dir() or VOCABULARY in states["text_encoder"].weights.metadata,
         **_counts(tensors),
@@ -200,6 +205,7 @@ def _report_foreign(path: Path, variant: str | None, error: SdInpaintError, hash
         in_channels=main.in_channels,
         prediction=None,
         prediction_why="",
+        deviations={},
         has_ema=main.has_ema,
         has_tokenizer=(path / "tokenizer").is_dir(),
         **_counts(tensors),
@@ -251,6 +257,7 @@ def _report_settings(path: Path, error: SdInpaintError) -> Report:
         in_channels=None,
         prediction=None,
         prediction_why="",
+        deviations={},
         has_ema=False,
         has_tokenizer="tokenizer" in serves_as,
         **_counts({}),

@@ -13,21 +13,21 @@ from sdinpaint.checkpoints.opening import Checkpoint
 __all__ = ["KNOWN", "digest_of", "has_known_shapes"]
 
 KNOWN: dict[str, str] = {
-    "a0865e6d150e6493": "unet of sd15-inpainting",
-    "37256aca0e7bfb87": "vae of sd15-inpainting",
-    "b4cda0b102465008": "text_encoder of sd15-inpainting",
-    "2a5a255187fa7651": "unet of sd15",
-    "fe0363caad18e08a": "unet of sd2-inpainting",
-    "91d552099ada20bf": "text_encoder of sd2-inpainting",
-    "2b3074235d66439a": "unet of sd2",
-    "5cfde3dd5620a663": "unet of sdxl-inpainting",
-    "fd773bc69c2924b0": "vae of sdxl-inpainting",
-    "e6285ddd4929eb1e": "text_encoder of sdxl-inpainting",
-    "659a7f62abe90a6d": "text_encoder_2 of sdxl-inpainting",
-    "3186701eb803b940": "unet of sdxl",
-    "01e3bef473b47398": "unet of demo",
-    "aa5a314ae85f92b3": "vae of demo",
-    "8c1ef35e3eeccc7f": "text_encoder of demo",
+    "c55e62fe930cc437": "unet of sd15-inpainting",
+    "ea87a060b3c34316": "vae of sd15-inpainting",
+    "4920c67ccc737c69": "text_encoder of sd15-inpainting",
+    "c3aa8c86710732a9": "unet of sd15",
+    "a07b9109b738ba89": "unet of sd2-inpainting",
+    "e6667ca281a1b0e9": "text_encoder of sd2-inpainting",
+    "762c8a76409bec5d": "unet of sd2",
+    "b199256d6df07129": "unet of sdxl-inpainting",
+    "e6f43627d6985934": "vae of sdxl-inpainting",
+    "60a836845667ff5a": "text_encoder of sdxl-inpainting",
+    "b8fe8505cc7bbdf1": "text_encoder_2 of sdxl-inpainting",
+    "7a06b21bef565db5": "unet of sdxl",
+    "812d1c200444a80e": "unet of demo",
+    "8162254b22039d27": "vae of demo",
+    "62970a5973517bd2": "text_encoder of demo",
 }
 """Digest of a configuration and its shapes -> a network that has them; a test compares it with the networks."""
 

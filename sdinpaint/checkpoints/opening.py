@@ -12,9 +12,18 @@ from typing import Any
 from sdinpaint_weights.layout import Layout
 from sdinpaint_weights.native import NativeState, outside_keys
 
+from sdinpaint.checkpoints.config_files import (
+    config_notes,
+    refuse_differences,
+    refuse_last_block,
+    require_configs,
+    tokenizer_configs,
+)
 from sdinpaint.checkpoints.configs import (
     controlnet_config,
+    pad_id,
     schedule_config,
+    switch,
     text_config,
     unet_config,
     vae_config,
@@ -25,7 +34,7 @@ from sdinpaint.checkpoints.prediction import Evidence, find_prediction
 from sdinpaint.checkpoints.schedule_buffers import check_buffers
 from sdinpaint.checkpoints.sources import COMPONENTS, Component, Json, as_path, open_parts, read_json
 from sdinpaint.errors import CheckpointError
-from sdinpaint.families import FAMILIES, TEXT_ENCODERS, ControlNetConfig, Family, Prediction
+from sdinpaint.families import FAMILIES, TEXT_ENCODERS, TOKENIZERS, ControlNetConfig, Family, Prediction
 from sdinpaint.load_options import LoadOptions
 
 __all__ = ["CONTROLNET", "DEMO", "Checkpoint", "open_checkpoint"]
@@ -85,13 +94,16 @@ def open_checkpoint(options: LoadOptions, *, progress: bool = True) -> Checkpoin
     parts = open_parts(path, config=configs, ema=ema, variant=variant)
     first = next(iter(parts.values()))
     outside = () if path.is_dir() else outside_keys(first.state.weights, first.layout)
+    places = dict.fromkeys(parts, path)
     if options.base is not None:
         place = find(options.base, tuple(name for name in COMPONENTS if name not in parts))
         parts = open_parts(place, config=configs, ema=ema and "unet" not in parts, variant=variant) | parts
+        places = dict.fromkeys(parts, place) | places
     if options.vae is not None:
         place = find(options.vae, ("vae",))
         config = None if place.is_dir() else configs
         parts |= open_parts(place, ("vae",), config=config, beside=path if path.is_dir() else None, variant=variant)
+        places["vae"] = place
     _require(parts, ["unet"], path)
     unet = parts["unet"]
     settings = configs or unet.model
@@ -105,18 +117,26 @@ def open_checkpoint(options: LoadOptions, *, progress: bool = True) -> Checkpoin
     evidence = find_prediction(options.prediction, scheduler, weights.path, weights.metadata, weights)
     trained = _released(unet.layout, evidence.prediction)
     _require(parts, list(trained.components), path)
-    family = _family(trained, parts, scheduler, index, evidence, path)
     used = {name: parts[name] for name in trained.components}
+    require_configs(used, places, scheduler)
+    tokenizers = {} if options.tokenizer is not None else tokenizer_configs(parts)
+    family = _family(trained, parts, scheduler, index, tokenizers, evidence, path)
     control = None
     if options.controlnet is not None:
         place = find(options.controlnet, (CONTROLNET,))
         used |= open_parts(place, (CONTROLNET,), variant=variant)
+        places[CONTROLNET] = place
         part = used[CONTROLNET]
+        refuse_differences(part, place)
+        require_configs({CONTROLNET: part}, places)
         control = controlnet_config(part.state.shapes(), part.config, family.unet, place)
     rescaled = check_buffers(weights, family.schedule)
     _require_variant(variant, used, path)
     to_zero = rescaled or bool(scheduler.get("rescale_betas_zero_snr")) or "ztsnr" in weights
-    notes = tuple(_notes(used, family, evidence, outside, to_zero=to_zero))
+    files = {f"{name}/config.json": part.config for name, part in used.items()}
+    files |= {"scheduler/scheduler_config.json": scheduler}
+    files |= {f"{name}/tokenizer_config.json": table for name, (table, _) in tokenizers.items()}
+    notes = (*_notes(used, family, evidence, outside, to_zero=to_zero), *config_notes(files, family, trained))
     return Checkpoint(path, used, family, evidence, notes, outside, control)
 
 
@@ -128,7 +148,13 @@ def _released(layout: Layout, prediction: Prediction | None) -> Family:
 
 
 def _family(
-    base: Family, parts: Mapping[str, Component], scheduler: Json, index: Json, evidence: Evidence, path: Path
+    base: Family,
+    parts: Mapping[str, Component],
+    scheduler: Json,
+    index: Json,
+    tokenizers: Mapping[str, tuple[Json, Json]],
+    evidence: Evidence,
+    path: Path,
 ) -> Family:
     """Return `base` with the sizes of the weights and the values of the JSON files."""
     shapes = {name: part.state.shapes() for name, part in parts.items()}
@@ -136,6 +162,12 @@ def _family(
     texts = [
         text_config(shapes[name], jsons[name], text, path)
         for name, text in zip(TEXT_ENCODERS, base.texts, strict=False)
+    ]
+    refuse_last_block(parts["text_encoder"], texts[0], path)
+    nothing: tuple[Json, Json] = ({}, {})
+    texts = [
+        replace(text, pad_id=pad_id(*tokenizers.get(name, nothing), text, path))
+        for name, text in zip(TOKENIZERS, texts, strict=False)
     ]
     schedule = schedule_config(scheduler, base.schedule, path)
     return replace(
@@ -146,7 +178,7 @@ def _family(
         text_2=texts[1] if len(texts) > 1 else None,
         schedule=replace(schedule, prediction=evidence.prediction or base.schedule.prediction),
         size=8 * whole_number(jsons["unet"], "sample_size", base.size // 8, path),
-        zeros_for_none=base.zeros_for_none and bool(index.get("force_zeros_for_empty_prompt", True)),
+        zeros_for_none=base.zeros_for_none and switch(index, "force_zeros_for_empty_prompt", True, path),
     )
 
 

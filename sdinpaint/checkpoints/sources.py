@@ -108,7 +108,7 @@ def read_json(path: Path) -> Json:
     Raises:
         CheckpointError: the file is not JSON, not a table, or too large.
     """
-    hint = "fetch the file again, or remove it to use the family's values"
+    hint = "fetch the file again, or give a folder of configurations: config=FOLDER"
     try:
         text = read_whole(path, MAX_JSON)
     except Refusal as refusal:

@@ -85,9 +85,9 @@ class Layer(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.self_attn = SelfAttention(config.width, config.num_heads)
-        self.layer_norm1 = nn.LayerNorm(config.width)
+        self.layer_norm1 = nn.LayerNorm(config.width, config.norm_eps)
         self.mlp = MLP(config)
-        self.layer_norm2 = nn.LayerNorm(config.width)
+        self.layer_norm2 = nn.LayerNorm(config.width, config.norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x (B, L, D); return (B, L, D)."""
@@ -122,7 +122,7 @@ class TextModel(nn.Module):
         super().__init__()
         self.embeddings = Embeddings(config)
         self.encoder = TextEncoder(config)
-        self.final_layer_norm = nn.LayerNorm(config.width)
+        self.final_layer_norm = nn.LayerNorm(config.width, config.norm_eps)
 
 
 class CLIPText(nn.Module):

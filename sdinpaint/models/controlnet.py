@@ -91,7 +91,8 @@ class ControlNet(Model):
         Returns:
             One residual for each of the UNet's input blocks, and one for its middle block.
         """
-        sines = timestep_embedding(t, self.config.unet.model_channels).to(next(self.parameters()).dtype)
+        sines = timestep_embedding(t, self.config.unet.model_channels, self.config.unet.freq_shift)
+        sines = sines.to(next(self.parameters()).dtype)
         emb = fused.mlp(self.time_embed, sines)
         if vector is not None:
             emb = emb + fused.mlp(self.label_emb, vector)

@@ -35,18 +35,20 @@ def sources_of(context: Context) -> list[tuple[Tensor, float]]:
     return [(context, 1.0)] if isinstance(context, Tensor) else list(context)
 
 
-def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+def timestep_embedding(t: Tensor, dim: int, freq_shift: float = 0) -> Tensor:
     """Compute the sinusoidal embedding of timesteps.
 
     Args:
         t: timesteps (B,), may be fractional.
         dim: width of the embedding.
+        freq_shift: taken from the number of frequencies, so that the last one is lower the larger it is.
 
     Returns:
         Cosines, then sines, of geometrically spaced frequencies, float32 (B, dim).
     """
     half = dim // 2
-    frequencies = torch.exp(-math.log(10000.0) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+    slope = -math.log(10000.0) / (half - freq_shift)
+    frequencies = torch.exp(slope * torch.arange(half, dtype=torch.float32, device=t.device))
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -69,7 +71,8 @@ class Conditioned(Model):
         Returns:
             The time embedding (B, E).
         """
-        sines = timestep_embedding(t, self.config.model_channels).to(next(self.parameters()).dtype)
+        sines = timestep_embedding(t, self.config.model_channels, self.config.freq_shift)
+        sines = sines.to(next(self.parameters()).dtype)
         emb = fused.mlp(self.time_embed, sines)
         return emb if vector is None else repeated(emb, len(vector)) + fused.mlp(self.label_emb, vector)
 

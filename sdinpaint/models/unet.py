@@ -44,14 +44,15 @@ __all__ = ["UNet", "input_blocks", "middle_block", "time_embed", "timestep_embed
 class ResBlock(nn.Module):
     """A residual block: two convolutions, with the time embedding added between them, and a shortcut."""
 
-    def __init__(self, channels_in: int, channels_out: int, emb_dim: int, groups: int) -> None:
+    def __init__(self, channels_in: int, channels_out: int, config: UNetConfig) -> None:
         super().__init__()
+        groups, eps = config.norm_groups, config.norm_eps
         self.in_layers = nn.Sequential(
-            GroupNorm(groups, channels_in, eps=1e-5), nn.SiLU(), Conv3(channels_in, channels_out)
+            GroupNorm(groups, channels_in, eps=eps), nn.SiLU(), Conv3(channels_in, channels_out)
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, channels_out))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * config.model_channels, channels_out))
         self.out_layers = nn.Sequential(
-            GroupNorm(groups, channels_out, eps=1e-5),
+            GroupNorm(groups, channels_out, eps=eps),
             nn.SiLU(),
             nn.Identity(),  # keeps the official indices: dropout is not needed
             Conv3(channels_out, channels_out),
@@ -221,7 +222,7 @@ class SpatialTransformer(nn.Module):
     def __init__(self, channels: int, depth: int, config: UNetConfig) -> None:
         super().__init__()
         heads = config.num_heads or channels // (config.head_dim or channels)
-        self.norm = GroupNorm(config.norm_groups, channels, eps=1e-6)  # as trained: not the ResBlocks' 1e-5
+        self.norm = GroupNorm(config.norm_groups, channels, eps=1e-6)  # as trained: not the ResBlocks'
         self.linear_projection = config.linear_projection
         self.proj_in = nn.Linear(channels, channels) if self.linear_projection else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
@@ -352,7 +353,7 @@ def block(config: UNetConfig, channels_in: int, channels_out: int, depth: int) -
     Returns:
         The layers in order.
     """
-    layers: list[nn.Module] = [ResBlock(channels_in, channels_out, 4 * config.model_channels, config.norm_groups)]
+    layers: list[nn.Module] = [ResBlock(channels_in, channels_out, config)]
     return layers + [SpatialTransformer(channels_out, depth, config)] * bool(depth)
 
 
@@ -389,7 +390,7 @@ def middle_block(config: UNetConfig) -> Stage:
         The block, which keeps the shape of its input.
     """
     channels = config.model_channels * config.channel_mult[-1]
-    last = ResBlock(channels, channels, 4 * config.model_channels, config.norm_groups)
+    last = ResBlock(channels, channels, config)
     return Stage([*block(config, channels, channels, config.middle_depth), last])
 
 
@@ -425,7 +426,7 @@ class UNet(Conditioned):
         self.output_blocks = nn.ModuleList(up)
 
         self.out = nn.Sequential(
-            GroupNorm(config.norm_groups, width, eps=1e-5), nn.SiLU(), Conv3(width, config.out_channels)
+            GroupNorm(config.norm_groups, width, eps=config.norm_eps), nn.SiLU(), Conv3(width, config.out_channels)
         )
 
     def forward(

@@ -224,6 +224,9 @@ class VAE(Model):
         """
         mean, logvar = self.quant_conv(moments).chunk(2, dim=1)
         std = (0.5 * logvar.clamp(-30.0, 20.0)).exp()
+        if (statistics := self._statistics(mean)) is not None:
+            middle, spread = statistics
+            mean, std = (mean - middle) / spread, std / spread
         return mean * self.config.scaling_factor, std * self.config.scaling_factor
 
     def encode(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -266,4 +269,14 @@ class VAE(Model):
             Unscaled latents after `post_quant_conv`, (B, 4, H, W).
         """
         latents = channels_last(latents) / self.config.scaling_factor
+        if (statistics := self._statistics(latents)) is not None:
+            middle, spread = statistics
+            latents = latents * spread + middle
         return self.post_quant_conv(latents)
+
+    def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return mean and standard deviation of each channel of unscaled latents, (C, 1, 1) each, where they count."""
+        middle, spread = self.config.latents_mean, self.config.latents_std
+        if middle is None or spread is None:
+            return None
+        return latents.new_tensor(middle)[:, None, None], latents.new_tensor(spread)[:, None, None]

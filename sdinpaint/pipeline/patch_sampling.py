@@ -124,7 +124,8 @@ class PatchSampling:
         with self._models_of_steps():
             x, denoise, kept = self._keeping(x, self._denoiser(cond, uncond, sigmas), sigmas)
             sampler, eta = find_sampler(self.settings.sampler), cast(float, self.settings.eta)
-            x = sampler.run(denoise, x, sigmas, eta=eta, noise=self.draws, on_step=advance)
+            options = sampler.options(self.pipe.family.schedule)
+            x = sampler.run(denoise, x, sigmas, eta=eta, noise=self.draws, on_step=advance, **options)
         latents = schedules.finish(x, sigmas)
         return latents if kept is None else restore_known(latents, kept)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sdinpaint.errors import CheckpointError, SettingError, said
+from sdinpaint.families import deviations
 from sdinpaint.images.files import SHORTENED
 from sdinpaint.images.input_image import InputImage
 from sdinpaint.latent_diffusion import LatentDiffusion
@@ -53,11 +54,12 @@ def environment(pipe: LatentDiffusion) -> dict[str, Any]:
         pipe: the pipeline.
 
     Returns:
-        Versions, device, dtype, family and source of the model, the fingerprint of every component, and the load
-        options that differ from their defaults.
+        Versions, device, dtype, family and source of the model, the fingerprint of every component, the values that
+        the released family has otherwise, and the load options that differ from their defaults.
     """
     cuda = pipe.device.type == "cuda"
     load = {} if pipe.loaded is None else pipe.loaded.to_manifest()
+    own = {name: repr(value) for name, value in deviations(pipe.family).items()}
     return {
         "form": FORM,
         "sdinpaint": __version__,
@@ -68,6 +70,7 @@ def environment(pipe: LatentDiffusion) -> dict[str, Any]:
         "model": pipe.source,
         "weights": weights_of(pipe),
         "draws": DRAWS,
+        **({"values": own} if own else {}),
         **({"load": load} if load else {}),
     }
 
@@ -240,6 +243,8 @@ def check_manifest(manifest: Any) -> Manifest:
         found, expected, hint = said(manifest["kind"]), "one of " + ", ".join(_INPUTS), EDITED
         raise SettingError("MANIFEST_BROKEN", "manifest.kind", found, expected=expected, hint=hint)
     _require(manifest["weights"], dict.fromkeys(manifest["weights"], str), "manifest.weights")
+    values = manifest.get("values", {})
+    _require(values, dict.fromkeys(values, str) if isinstance(values, dict) else {}, "manifest.values")
     _require(manifest, dict.fromkeys(_INPUTS[manifest["kind"]], _INPUT), "manifest")
     also = manifest.get("also", [])
     _require(also, [str] * len(also) if isinstance(also, list) else [], "manifest.also")
@@ -282,6 +287,11 @@ def differences(manifest: Manifest, pipe: LatentDiffusion) -> list[str]:
     """
     made, here = check_manifest(manifest), environment(pipe)
     other = [f"{key}: made with {made[key]}, here {here[key]}" for key in COMPARED if made[key] != here[key]]
+    ours, theirs = made.get("values", {}), here.get("values", {})
+    for key in sorted({*ours, *theirs}):
+        if ours.get(key) != theirs.get(key):
+            usual = "the released value"
+            other.append(f"{key}: made with {ours.get(key, usual)}, here {theirs.get(key, usual)}")
     return _weight_differences(made["weights"], here["weights"]) + other
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sdinpaint.checks import check_choice
 from sdinpaint.errors import SettingError, said
@@ -45,6 +45,19 @@ class Sampler:
     """The names that other programs have for it: web interfaces, k-diffusion, and the classes of diffusers."""
     ends_at_zero: bool
     """Whether it ends at sigma 0 even where the family's `ScheduleConfig.end_at_zero` is false."""
+    clips: bool = False
+    """Whether the family's `ScheduleConfig.clip_range` applies, as it does to diffusers' scheduler of the same name."""
+
+    def options(self, config: ScheduleConfig) -> dict[str, Any]:
+        """Return the arguments of `run` that a noise schedule decides.
+
+        Args:
+            config: noise schedule of the family.
+
+        Returns:
+            Name -> value, for the keywords of `run`.
+        """
+        return {} if config.clip_range is None or not self.clips else {"clip_range": config.clip_range}
 
 
 # Spacing names mean what they mean in diffusers' scheduler of the same name: each has its own rounding, spare points
@@ -77,6 +90,7 @@ SAMPLERS: dict[str, Sampler] = {
         spacings=_DDIM_SPACINGS,
         aliases=("DDIM", "DDIMScheduler"),
         ends_at_zero=False,
+        clips=True,
     ),
     "euler": Sampler(
         run=samplers.euler,

@@ -53,6 +53,7 @@ def euler(
     eta: float = 0.0,
     noise: Noise | None = None,
     on_step: OnStep | None = None,
+    clip_range: float | None = None,
 ) -> Tensor:
     """Euler's method: step towards x0 in a straight line; `eta` replaces part of the noise by new noise.
 
@@ -63,6 +64,8 @@ def euler(
         eta: stochasticity; 0 is deterministic, 1 as much as in training.
         noise: noise(x) -> unit noise of the shape of x, for eta > 0.
         on_step: called as on_step(step, x, x0) after every step; a tensor that it returns takes the place of x.
+        clip_range: largest absolute value of x0; the direction of the step stays that of the unclipped one, as in
+            diffusers' DDIM.
 
     Returns:
         Latents at sigmas[-1] (B, 4, H, W).
@@ -78,6 +81,8 @@ def euler(
     def advance(x: Tensor, x0: Tensor, sigma: float, sigma_to: float) -> Tensor:
         fresh = min(1.0, eta * math.sqrt(1 - (sigma_to / sigma) ** 2))  # of the noise at sigma_to
         x = _towards(x0, x, sigma, sigma_to * math.sqrt(1 - fresh**2))
+        if clip_range is not None:
+            x = x + (x0.clamp(-clip_range, clip_range) - x0)
         if noise is None or sigma_to * fresh == 0:
             return x
         return x + sigma_to * fresh * noise(x)
@@ -118,6 +123,7 @@ def ddim(
     eta: float = 0.0,
     noise: Noise | None = None,
     on_step: OnStep | None = None,
+    clip_range: float | None = None,
 ) -> Tensor:
     """DDIM: divided by sqrt(alpha_cumprod), its step is that of `euler`, eta included; its schedule is in `SAMPLERS`.
 
@@ -128,13 +134,14 @@ def ddim(
         eta: as in `euler`.
         noise: as in `euler`.
         on_step: as in `euler`.
+        clip_range: as in `euler`.
 
     Returns:
         Latents at sigmas[-1] (B, 4, H, W).
 
     Source: Song et al. 2021, eq. 12 and 16.
     """
-    return euler(denoise, x, sigmas, eta=eta, noise=noise, on_step=on_step)
+    return euler(denoise, x, sigmas, eta=eta, noise=noise, on_step=on_step, clip_range=clip_range)
 
 
 def dpmpp_2m(

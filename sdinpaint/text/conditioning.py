@@ -84,5 +84,6 @@ class TextConditioner:
     def _vector(self, pooled: Tensor, size: PictureSize) -> Tensor:
         """Join pooled (B, P) and the embedded sizes: (B, V) float32."""
         width = ((self.family.unet.vector_dim or 0) - pooled.shape[1]) // SIZES
-        sines = timestep_embedding(torch.tensor(size.numbers(), dtype=torch.float32, device=pooled.device), width)
+        numbers = torch.tensor(size.numbers(), dtype=torch.float32, device=pooled.device)
+        sines = timestep_embedding(numbers, width, self.family.unet.freq_shift)
         return torch.cat([pooled.float(), sines.flatten().expand(len(pooled), -1)], dim=-1)

@@ -25,7 +25,7 @@ from refusals import INF, NAN, inpaint, load, refused
 from safetensors.torch import load_file, save_file
 
 import sdinpaint
-from sdinpaint.errors import CheckpointError
+from sdinpaint.errors import CheckpointError, SdInpaintWarning
 
 # Checkpoint files that are no weights, or not all of them
 
@@ -266,8 +266,20 @@ def test_no_module_is_imported_because_a_configuration_names_it(folder, usual, t
         vae=["sentinel_module", "Model"],
         unet=["os", "system"],
     )
-    rewrite_json(folder / "unet/config.json", _class_name="sentinel_module.Model", auto_map={"A": "sentinel_module.A"})
-    rewrite_json(folder / "text_encoder/config.json", architectures=["sentinel_module"], model_type="sentinel_module")
-    rewrite_json(folder / "tokenizer/tokenizer_config.json", tokenizer_class="sentinel_module.Tokenizer")
+    rewrite_json(folder / "text_encoder/config.json", architectures=["sentinel_module"])
     assert same_image(inpaint(load(folder)).image, usual)
+    for file, named in [
+        ("unet/config.json", {"_class_name": "sentinel_module.Model"}),
+        ("unet/config.json", {"_class_name": ["sentinel_module", "Model"]}),
+        ("text_encoder/config.json", {"model_type": "sentinel_module"}),
+        ("tokenizer/tokenizer_config.json", {"tokenizer_class": "sentinel_module.Tokenizer"}),
+        ("scheduler/scheduler_config.json", {"_class_name": ["sentinel_module", "Scheduler"]}),
+    ]:
+        good = (folder / file).read_text()
+        rewrite_json(folder / file, **named)
+        refused(CheckpointError, "CKPT_NOT_BUILT", lambda: load(folder), "sentinel_module")
+        (folder / file).write_text(good)
+    rewrite_json(folder / "unet/config.json", auto_map={"A": "sentinel_module.A"})
+    with pytest.warns(SdInpaintWarning, match="auto_map"):
+        assert same_image(inpaint(load(folder)).image, usual)
     assert "sentinel_module" not in sys.modules

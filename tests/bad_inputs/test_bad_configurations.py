@@ -43,14 +43,19 @@ def test_configuration_of_many_megabytes(folder):
         ("vae", "norm_num_groups", [3, 0, 10**6]),
         ("vae", "scaling_factor", [0, -1, NAN, INF, "0.18", [0.18], True]),
         ("text_encoder", "num_attention_heads", [5, 0, -7, 28.0]),
-        ("text_encoder", "hidden_act", ["relu", 3, [], {}]),
-        ("scheduler", "prediction_type", ["sample", None, 3, [], {}]),
-        ("scheduler", "beta_schedule", ["linear", "squaredcos_cap_v2", None, []]),
-        ("scheduler", "trained_betas", [[0.1] * 1000]),
         ("scheduler", "num_train_timesteps", [0, -1, 10**12, "1000"]),
-        ("scheduler", "beta_start", [0, -0.1, NAN, "0"]),
-        ("scheduler", "beta_end", [1.5, 1e5, 0, [0.1]]),
+        ("unet", "norm_eps", [0, -1e-5, NAN, INF, "1e-5", True]),
+        ("unet", "freq_shift", [-1, NAN, "0", True]),
+        ("vae", "latents_mean", [[0.1] * 3, [NAN] * 4, "0", [True] * 4, 0.5, [0.1] * 4]),
+        ("vae", "latents_std", [[0.0] * 4, [-1.0] * 4, [INF] * 4, [1.0] * 4]),
+        ("text_encoder", "layer_norm_eps", [0, NAN, "1e-5"]),
+        ("text_encoder", "num_hidden_layers", [0, -1, 2.5, "3", True]),
+        ("scheduler", "beta_start", [0, -0.1, NAN, INF, "0", True, 0.5, 1e-300]),
+        ("scheduler", "beta_end", [1.5, 1e5, 0, NAN, [0.1], True, 0.0001]),
         ("scheduler", "steps_offset", [-1, 0.5]),
+        ("scheduler", "set_alpha_to_one", ["false", 0, []]),
+        ("scheduler", "clip_sample", ["false", 1]),
+        ("scheduler", "rescale_betas_zero_snr", ["no", 1]),
     ],
 )
 def test_absurd_values_in_a_configuration(folder, component, name, values):
@@ -65,7 +70,7 @@ def test_absurd_values_in_a_configuration(folder, component, name, values):
 def test_sizes_in_a_configuration_are_not_believed(folder, usual):
     rewrite_json(folder / "unet/config.json", block_out_channels=[2_000_000] * 99, layers_per_block=10**9)
     rewrite_json(folder / "vae/config.json", block_out_channels="none", latent_channels=10**9)
-    rewrite_json(folder / "text_encoder/config.json", hidden_size=10**12, num_hidden_layers=10**9, vocab_size=-1)
+    rewrite_json(folder / "text_encoder/config.json", hidden_size=10**12, num_hidden_layers=10**6, vocab_size=-1)
     assert same_image(inpaint(load(folder)).image, usual)
 
 
@@ -153,8 +158,9 @@ def test_lists_of_a_configuration_become_tuples():
 
 
 def test_heads_of_a_file_that_do_not_divide_its_widths(folder):
-    """Where no file says how many there are, the family's number counts."""
+    """Where the file does not say how many there are, the default of diffusers counts."""
     path = folder / "unet/config.json"
     rewrite_json(path, attention_head_dim=None)
-    error = refused(CheckpointError, "CKPT_BAD_CONFIG", lambda: load(folder), folder, "num_heads is 8", "config=FOLDER")
+    words = folder, "attention_head_dim is 8", "config=FOLDER"
+    error = refused(CheckpointError, "CKPT_BAD_CONFIG", lambda: load(folder), *words)
     assert "divides the widths" in error.expected

@@ -11,9 +11,11 @@ from released import read
 from sdinpaint_weights.files import SourceFile
 
 from sdinpaint.checkpoints.building import build
+from sdinpaint.checkpoints.diffusers_configs import diffusers_configs
 from sdinpaint.checkpoints.inspecting import inspect
 from sdinpaint.checkpoints.known_shapes import has_known_shapes
 from sdinpaint.checkpoints.opening import open_checkpoint
+from sdinpaint.families import SDXL_INPAINT
 from sdinpaint.load_options import LoadOptions
 
 BYTES = {"F32": 4, "F16": 2}
@@ -87,6 +89,9 @@ def test_a_single_file_is_told_from_its_header(tmp_path, reads, inventory):
 def test_a_folder_is_told_from_its_headers(tmp_path, reads):
     for file, component in XL_FOLDER.items():
         sparse(tmp_path / f"{file}.safetensors", f"sdxl_inpainting.diffusers.{component}", "F32")
+    for name, table in diffusers_configs(SDXL_INPAINT).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(table))
     size = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
     assert size / 1e9 == pytest.approx(13.88, abs=0.005)
     assert (tmp_path / "unet/diffusion_pytorch_model.safetensors").stat().st_size > 10e9

@@ -246,13 +246,14 @@ def test_one_of_another_width(model, net, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("controlnet_conditioning_channel_order", "bgr"), ("global_pool_conditions", True)]
+    ("name", "value"),
+    [("controlnet_conditioning_channel_order", "bgr"), ("global_pool_conditions", True), ("flip_sin_to_cos", False)],
 )
 def test_one_that_computes_otherwise(model, net, tmp_path, name, value):
     write_folder(tmp_path / "control", net)
     rewrite_json(tmp_path / "control/config.json", **{name: value})
-    error = refused(CheckpointError, "CKPT_BAD_CONFIG", lambda: load(model, controlnet=tmp_path / "control"))
-    assert error.found == f"{name} is {value!r}"
+    error = refused(CheckpointError, "CKPT_NOT_BUILT", lambda: load(model, controlnet=tmp_path / "control"))
+    assert error.found == f"controlnet: {name} is {json.dumps(value)}".replace('"', "'")
 
 
 def test_a_damaged_one(model, net, tmp_path):

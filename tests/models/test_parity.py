@@ -168,8 +168,8 @@ def replaced(owner, name, new):
     return lambda model, sabotage: sabotage(owner, name, new)
 
 
-def sines_first(t, dim, embedding=prepared_unet.timestep_embedding):
-    return embedding(t, dim).roll(dim // 2, -1)
+def sines_first(t, dim, shift, *, embedding=prepared_unet.timestep_embedding):
+    return embedding(t, dim, shift).roll(dim // 2, -1)
 
 
 def tanh_geglu(self, x):

@@ -272,7 +272,9 @@ def test_half_precision(pipe, dtype):
 def test_what_a_pipeline_says_of_itself(pipe, four_channels):
     assert pipe.takes_mask
     assert not four_channels.takes_mask
-    assert repr(pipe) == "Pipeline('sd15-inpainting', source='', device=cpu, dtype=torch.float32)"
+    assert (
+        repr(pipe) == "Pipeline('sd15-inpainting', source='', device=cpu, dtype=torch.float32, vae.scaling_factor=0.21)"
+    )
     assert pipe.train_sigmas.shape == (1000,)
     assert not any(weight.requires_grad for model in (pipe.unet, pipe.vae, pipe.text) for weight in model.parameters())
 
