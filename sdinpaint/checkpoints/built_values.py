@@ -132,7 +132,6 @@ _DENOISING = Table(
         "in_channels": None,
         "norm_eps": 1e-5,
         "norm_num_groups": 32,
-        "num_attention_heads": None,
     },
     proven=frozenset(
         {
@@ -162,6 +161,7 @@ UNET = Table(
         "cross_attention_norm": (None,),
         "dual_cross_attention": (False,),
         "mid_block_only_cross_attention": (None, False),
+        "num_attention_heads": (None,),
         "resnet_out_scale_factor": (1,),
         "resnet_skip_time_act": (False,),
         "time_cond_proj_dim": (None,),
@@ -193,7 +193,7 @@ CONTROLNET = Table(
         "global_pool_conditions": (False,),
     },
     rows=_DENOISING.rows,
-    read=_DENOISING.read,
+    read={**_DENOISING.read, "num_attention_heads": None},
     proven=_DENOISING.proven | {"conditioning_channels", "conditioning_embedding_out_channels"},
     # the sizes of the UNet that it was made from, which diffusers copies and does not read
     unused=_DENOISING.unused | {"sample_size"},

@@ -103,8 +103,8 @@ def config_notes(files: Mapping[str, Json], family: Family, trained: Family) -> 
     """
     for name, table in files.items():
         if unknown := TABLES[name.partition("/")[0]].unknown(table):
-            shown = ", ".join(repr(key[:50]) for key in unknown[:10])
-            yield f"{name} has {len(unknown)} keys that are not known here, and are ignored: {shown}"
+            shown = ", ".join(repr(key[:50]) for key in unknown[:10]) + ", ..." * (len(unknown) > 10)
+            yield f"{name}: what is not known here is ignored: {shown}"
     for name, text, usual in zip(TEXT_ENCODERS, family.texts, trained.texts, strict=False):
         if left_out := text.skip_last - usual.skip_last:
             yield f"{name}/config.json: num_hidden_layers leaves out the last {left_out} of {text.num_layers} layers"
