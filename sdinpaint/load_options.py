@@ -86,6 +86,12 @@ class LoadOptions:
         """The options that differ from the defaults."""
         return {one.name: value for one in fields(self) if (value := getattr(self, one.name)) != one.default}
 
+    @property
+    def places(self) -> list[str | Path]:
+        """The paths, and names of the hub, that the model is read from, as they were given."""
+        given = (self.source, self.config, self.vae, self.controlnet, self.base, self.tokenizer)
+        return [place for place in given if isinstance(place, str | Path)]
+
     def to_manifest(self) -> dict[str, Any]:
         """Return what a manifest keeps beside model, device and dtype, where it is not the default."""
         recorded = {one.name for one in fields(self) if one.metadata}

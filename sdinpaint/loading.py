@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from sdinpaint_weights.atomic import atomic_folder, keep_others
 from sdinpaint_weights.export import write_diffusers
 from sdinpaint_weights.native import check_range, load_tensors
+from sdinpaint_weights.stream import not_written
 
 from sdinpaint.checkpoints.building import build, find_dtype, own_tokenizer
+from sdinpaint.checkpoints.converting import check_apart
 from sdinpaint.checkpoints.diffusers_configs import diffusers_configs
-from sdinpaint.checkpoints.opening import CONTROLNET, open_checkpoint
+from sdinpaint.checkpoints.opening import CONTROLNET, DEMO, open_checkpoint
 from sdinpaint.checks import check_call, check_path, check_switch, find_device
-from sdinpaint.errors import SettingError, warn
+from sdinpaint.errors import CheckpointError, SettingError, warn
 from sdinpaint.families import TOKENIZERS, Prediction
 from sdinpaint.latent_diffusion import LatentDiffusion
 from sdinpaint.load_options import LoadOptions
@@ -145,24 +148,35 @@ def load(
 def save_diffusers(folder: str | Path, pipe: LatentDiffusion, dtype: str | torch.dtype | None = None) -> None:
     """Write a pipeline as a diffusers folder, which diffusers' own pipelines load too.
 
+    A folder of that name is replaced in one step when the new one is complete; what else is in it is kept.
+
     Args:
-        folder: the folder, which is made.
+        folder: the folder, which is made if need be.
         pipe: the pipeline.
         dtype: dtype of the files, or its name; each tensor keeps its own by default.
 
     Raises:
         CheckpointError: the folder cannot be written.
+        SettingError: the pipeline was loaded from there.
     """
-    folder, dtype = Path(check_path("folder", folder)), None if dtype is None else find_dtype(dtype)
+    target, dtype = Path(check_path("folder", folder)), None if dtype is None else find_dtype(dtype)
     if not isinstance(pipe, LatentDiffusion):
         raise SettingError("SETTING_PIPE", "pipe", f"a {type(pipe).__name__}", expected="a Pipeline")
     condition = pipe.condition
+    if pipe.loaded is not None:
+        check_apart(target, (DEMO if place == "demo" else place for place in pipe.loaded.places))
     models = dict(zip(pipe.family.components, (pipe.unet, pipe.vae, *condition.encoders), strict=True))
-    with pipe.using(*models.values()):
-        states = {name: model.state_dict() for name, model in models.items()}
-        write_diffusers(folder, states, diffusers_configs(pipe.family), dtype)
-    for name, tokenizer in zip(TOKENIZERS, condition.tokenizers, strict=False):
-        tokenizer.save(folder / name)
+    try:
+        with pipe.using(*models.values()), atomic_folder(target) as new:
+            states = {name: model.state_dict() for name, model in models.items()}
+            write_diffusers(new, states, diffusers_configs(pipe.family), dtype)
+            for name, tokenizer in zip(TOKENIZERS, condition.tokenizers, strict=False):
+                tokenizer.save(new / name)
+            keep_others(target, new)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise not_written(target, error) from error
 
 
 def _dtype(dtype: str | None, device: torch.device) -> torch.dtype:

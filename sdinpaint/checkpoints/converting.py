@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +12,11 @@ from typing import Any
 import torch
 from sdinpaint_weights.atomic import atomic_folder
 from sdinpaint_weights.edits import apply, shape_after
-from sdinpaint_weights.export import FILES, Target, export_plan
+from sdinpaint_weights.export import FILES, Target, export_plan, write_json
 from sdinpaint_weights.files import SourceFile
 from sdinpaint_weights.native import NativeState
 from sdinpaint_weights.stream import Item, not_written, require_space, write_stream
+from sdinpaint_weights.targets import nearest_folder, overlap
 
 from sdinpaint.checkpoints.alone import configured
 from sdinpaint.checkpoints.building import build, find_dtype, own_tokenizer
@@ -34,7 +34,7 @@ from sdinpaint.text.tokenizer import Tokenizer
 from sdinpaint.text.vocabulary import CLIP_ROWS
 from sdinpaint.version import __version__
 
-__all__ = ["LAYOUTS", "Model", "check_request", "convert", "native_items", "source_files", "write_model"]
+__all__ = ["LAYOUTS", "Model", "check_apart", "check_request", "convert", "native_items", "source_files", "write_model"]
 
 LAYOUTS = ("diffusers", "ldm")
 PICKLES = (".ckpt", ".pth", ".pt", ".bin")
@@ -95,12 +95,24 @@ def convert(
     """
     source, target = check_path("source", source), as_path(check_path("target", target))
     ema, progress = check_switch("ema", ema), check_switch("progress", progress)
-    layout, dtype = check_request(target, layout, dtype, (source,), overwrite)
+    layout, dtype = check_request(target, layout, dtype, (source, *places_of(opening)), overwrite)
     model = _open_alone(as_path(source), **opening)
     if model is None:
         options = LoadOptions(source=source, ema=ema, **opening)
         model = model_of(open_checkpoint(options, progress=progress), ema, options.config)
     write_model(model, target, layout, dtype, progress=progress)
+
+
+def places_of(opening: Mapping[str, Any]) -> list[str | Path]:
+    """Return the files and folders among the options with which a checkpoint is opened.
+
+    Args:
+        opening: options of `load`.
+
+    Returns:
+        Their values.
+    """
+    return [opening[name] for name in ("config", "vae", "base") if opening.get(name) is not None]
 
 
 def model_of(checkpoint: Checkpoint, ema: bool = False, config: str | Path | None = None) -> Model:
@@ -235,14 +247,14 @@ def check_request(
         target: the file or folder to write.
         layout: "diffusers" or "ldm"; None chooses by the target's name.
         dtype: float32, float16 or bfloat16; None keeps the dtype of each tensor.
-        sources: the files and folders to be read.
+        sources: the files and folders to be read; what is no path of this machine is left to `write_model`.
         overwrite: whether an existing target may be replaced.
 
     Returns:
         Layout and dtype.
 
     Raises:
-        SettingError: the layout, the dtype or the target's name is wrong, or the target is one of the sources.
+        SettingError: the layout, the dtype or the target's name is wrong, or the target overlaps a source.
         CheckpointError: the target exists and may not be replaced.
     """
     wanted = None if dtype is None else find_dtype(dtype)
@@ -255,16 +267,28 @@ def check_request(
         found = f"{str(target)!r} for the layout {layout or named!r}"
         hint = "rename it: one .safetensors file, the layout 'ldm', or a folder, the layout 'diffusers'"
         raise SettingError("SETTING_TARGET", "target", found, expected=expected, hint=hint)
-    here = target.resolve()
-    for source in map(Path, sources):
-        if here == source.resolve() or here in source.resolve().parents:
-            found = f"it is, or contains, the source {str(source)!r}"
-            raise SettingError("SETTING_TARGET", "target", found, hint="choose another name")
+    check_apart(target, sources)
     if target.exists() and (not overwrite or target.is_dir() != (named == "diffusers")):
         found = f"a {'folder' if target.is_dir() else 'file'} of that name exists already"
         hint = "choose another name, or replace one of the same layout: overwrite=True"
         raise CheckpointError("CKPT_EXISTS", target, found, hint=hint)
     return named, wanted
+
+
+def check_apart(target: Path, sources: Iterable[str | Path]) -> None:
+    """Check that writing a target changes nothing of what is read.
+
+    Args:
+        target: the file or folder to write.
+        sources: files and folders that are read; a name that is no path of this machine is passed over.
+
+    Raises:
+        SettingError: the target is a source, under whatever name, or one lies in the other.
+    """
+    for source in sources:
+        if overlap(target, source):
+            found = f"{str(target)!r} is, contains or lies in {str(source)!r}, which is read"
+            raise SettingError("SETTING_TARGET", "target", found, hint="choose another name")
 
 
 def write_model(
@@ -281,13 +305,14 @@ def write_model(
 
     Raises:
         CheckpointError: the target cannot be written, or a value is not finite in `dtype`.
+        SettingError: the target is one of the files that the model is read from.
     """
+    check_apart(target, (model.path, *(file.path for file in model.sources)))
     components = {name: _planned(name, items, layout, model, dtype) for name, items in model.components.items()}
     _check_replaceable(target, {*map(Path, model.tables), *(_file(name, model) for name in components)})
     size = sum(item.size for items in components.values() for item in items)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        require_space(target.parent, size)
+        require_space(nearest_folder(target), size)
         total = size + sum(file.size for file in model.sources)
         with progress_bar(total, f"write {target.name}", "B", show=progress, unit_scale=True) as bar:
             metadata = _metadata(model, layout, bar.update)
@@ -330,8 +355,7 @@ def _write_folder(
         for name, items in components.items():
             write_stream(folder / _file(name, model), items, metadata, on_bytes)
         for name, table in model.tables.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+            write_json(folder / name, table)
         for name, (own, text) in model.tokenizers.items():
             _write_tokenizer(folder / name, own, text, target)
 

@@ -11,7 +11,14 @@ import torch
 from sdinpaint_weights.stream import Item
 from torch import Tensor
 
-from sdinpaint.checkpoints.converting import check_request, model_of, native_items, source_files, write_model
+from sdinpaint.checkpoints.converting import (
+    check_request,
+    model_of,
+    native_items,
+    places_of,
+    source_files,
+    write_model,
+)
 from sdinpaint.checkpoints.diffusers_configs import diffusers_configs
 from sdinpaint.checkpoints.opening import open_checkpoint
 from sdinpaint.checkpoints.sources import Component, as_path, open_parts
@@ -94,7 +101,7 @@ def to_inpainting(
         found = f"base={said(base)}, inpaint={said(inpaint)}"
         expected = "both, or neither to add input channels of zeros"
         raise SettingError("SETTING_MERGE", "base and inpaint", found, expected=expected)
-    layout, dtype = check_request(target, None, dtype, sources, overwrite)
+    layout, dtype = check_request(target, None, dtype, (*sources, *places_of(opening)), overwrite)
     checkpoint = open_checkpoint(LoadOptions(source=custom, **opening), progress=progress)
     parts = [checkpoint.parts["unet"], *(_unet(source) for source in sources[1:])]
     _check_alike(parts, checkpoint.family)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-import os
 import re
 import struct
-import tempfile
-import uuid
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
+from sdinpaint_weights.atomic import atomic_write
+from sdinpaint_weights.targets import check_writable
 
 from sdinpaint.errors import ImageError, warn
 
@@ -43,6 +42,9 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbC
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 # lossless WebP keeps known pixels bit for bit
 ENCODING: dict[str, dict[str, Any]] = {"PNG": {}, "JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
+
+NO_SUCH_NAME = (errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP)
+"""Reasons for which a file cannot be written that lie in its path, and not in the machine."""
 
 MAX_METADATA = 60_000
 """Bytes of settings in a file: an Exif block holds 64 kB at most, and Pillow refuses PNG texts above 1 MB."""
@@ -162,34 +164,30 @@ def over_white(image: Image.Image) -> Image.Image:
 
 
 def check_output_path(path: Path | str) -> Path:
-    """Check that an image can be written at a path, before anything is computed.
+    """Check that an image can be written at a path, before anything is computed; nothing is left behind.
 
     Args:
-        path: the file, which ends in .png, .jpg, .jpeg or .webp.
+        path: the file, which ends in .png, .jpg, .jpeg or .webp. Its folder is made when the image is written.
 
     Returns:
         The path.
 
     Raises:
-        ImageError: the ending is unknown, the path is a folder, or its folder is missing or not writable.
+        ImageError: the ending is unknown, the path is no file's, or the file or its folder is not writable.
     """
     path = Path(path)
     subject = f"output {str(path)!r}"
     if path.suffix.lower() not in SUFFIXES:
         found = f"the extension {path.suffix!r}" if path.suffix else "no extension"
         raise ImageError("IMAGE_OUTPUT_TYPE", subject, found, expected=" ".join(SUFFIXES), hint="save as .png")
-    if path.is_dir():
-        raise ImageError("IMAGE_OUTPUT_PATH", subject, "a folder of that name exists", hint="choose another name")
-    folder = path.resolve().parent
-    if not folder.is_dir():
-        found = f"no folder {str(folder)!r}"
-        raise ImageError("IMAGE_OUTPUT_PATH", subject, found, expected="an existing folder", hint="create it first")
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        check_writable(path)
     except OSError as error:
-        found = f"cannot write into {str(folder)!r}: {_reason(error)}"
-        raise ImageError("IMAGE_OUTPUT_PATH", subject, found, hint="choose a folder you may write to") from error
+        found = f"cannot be written: {error.strerror}: {error.filename!r}"
+        if error.errno in NO_SUCH_NAME:
+            raise ImageError("IMAGE_OUTPUT_PATH", subject, found, hint="choose another name") from error
+        hint = "choose a folder that you may write to, or free some space"
+        raise ImageError("IMAGE_NOT_WRITTEN", subject, found, hint=hint) from error
     return path
 
 
@@ -229,10 +227,8 @@ def write_image(image: Image.Image, path: Path | str, kind: str, **options: Any)
         ImageError: the file cannot be written.
     """
     try:
-        with _replacing(Path(path).resolve()) as temporary, temporary.open("xb") as stream:
+        with atomic_write(path) as stream:
             image.save(stream, format=kind, **options)
-            stream.flush()
-            os.fsync(stream.fileno())
     except (OSError, ValueError, struct.error) as error:
         found = f"could not be written: {_reason(error)}"
         hint = "a previous file of that name is untouched; check the free space and the folder"
@@ -261,17 +257,6 @@ def read_settings(path: Path | str) -> dict[str, Any]:
         hint = "a program that saved the image again may have removed them"
         raise ImageError("IMAGE_NO_SETTINGS", f"image {str(path)!r}", found, expected=expected, hint=hint)
     return settings
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """Give a path beside `target` that replaces it if the block succeeds, and is removed if it fails."""
-    temporary = target.with_name(f".sdinpaint-{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _record(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import tokenizers
 import torch
+from sdinpaint_weights.atomic import atomic_write
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
@@ -191,7 +192,6 @@ class Tokenizer:
             folder: the folder, created if missing.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         names = sorted(self.vocab, key=lambda token: self.vocab[token])
         specials = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": self.pad_token}
         config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CONTEXT_LENGTH, "do_lower_case": True}
@@ -202,7 +202,8 @@ class Tokenizer:
             "special_tokens_map.json": json.dumps(specials, indent=2),
         }
         for name, text in files.items():
-            (folder / name).write_text(text + "\n", encoding="utf-8", newline="\n")
+            with atomic_write(folder / name) as file:
+                file.write(f"{text}\n".encode())
 
 
 def train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from sdinpaint_weights.atomic import atomic_write
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -119,9 +119,9 @@ class Trainer:
         tensors |= {f"ema.{name}": value for name, value in self.ema.items()}
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in slots.items()}
-        with atomic_write(self.state_file) as temporary:
-            contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-            save_file(contiguous, temporary, metadata={"step": str(self.step)})
+        contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        with atomic_write(self.state_file) as file:
+            file.write(save(contiguous, metadata={"step": str(self.step)}))
 
     def _resume(self) -> None:
         with safe_open(self.state_file, framework="pt") as file:

@@ -11,6 +11,7 @@ import re
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 import zlib
@@ -66,10 +67,62 @@ def test_unknown_extension(tmp_path, name):
     assert name in caught.value.subject
 
 
-def test_folder_that_does_not_exist(tmp_path):
-    with pytest.raises(ImageError, match="no folder") as caught:
-        check_output_path(tmp_path / "absent" / "a.png")
+def test_a_folder_that_does_not_exist_is_made_when_the_image_is_written(image, tmp_path):
+    target = tmp_path / "absent" / "too" / "a.png"
+    check_output_path(target)
+    assert names(tmp_path) == []
+    save_png(image, target, {})
+    assert names(target.parent) == ["a.png"]
+
+
+def test_a_folder_that_was_made_for_nothing_is_removed(tmp_path):
+    with pytest.raises(ImageError):
+        save_png(Faulty(OSError(errno.ENOSPC, "No space left on device")), tmp_path / "absent" / "too" / "a.png", {})
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("file/a.png", "Not a directory"),
+        ("file/absent/a.png", "Not a directory"),
+        ("x" * 300 + ".png", "too long"),
+        ("absent/" + "x" * 300 + "/a.png", "too long"),
+        ("absent/" + "x" * 300 + ".png", "too long"),
+        ("x/" * 3000 + "a.png", "too long"),
+        ("a\0.png", "null"),
+        ("\ud800.png", "surrogates"),
+        ("loop.png", "symbolic links"),
+        ("pipe.png", "a pipe, socket or device"),
+    ],
+)
+def test_paths_that_no_image_can_have(tmp_path, name, found):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    before = names(tmp_path)
+    with pytest.raises(ImageError, match=found) as caught:
+        check_output_path(f"{tmp_path}/{name}")
     assert caught.value.code == "IMAGE_OUTPUT_PATH"
+    assert names(tmp_path) == before
+
+
+def test_a_link_to_a_device_is_not_followed(image, tmp_path):
+    (tmp_path / "a.png").symlink_to("/dev/full")
+    for write in (check_output_path, lambda path: files.write_image(image, path, "PNG")):
+        with pytest.raises(ImageError, match="a pipe, socket or device"):
+            write(tmp_path / "a.png")
+    assert not os.path.isfile("/dev/full")
+
+
+def test_a_file_that_is_read_only_stays(image, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"the old image")
+    (tmp_path / "a.png").chmod(0o444)
+    for write in (check_output_path, lambda path: files.write_image(image, path, "PNG")):
+        with pytest.raises(ImageError, match="read-only") as caught:
+            write(tmp_path / "a.png")
+        assert caught.value.code == "IMAGE_NOT_WRITTEN"
+    assert (tmp_path / "a.png").read_bytes() == b"the old image"
 
 
 def test_folder_in_place_of_the_file(tmp_path):
@@ -79,9 +132,10 @@ def test_folder_in_place_of_the_file(tmp_path):
 
 
 def test_folder_that_cannot_be_written(tmp_path, failing):
-    failing(files.tempfile, "TemporaryFile", OSError(errno.EROFS, "Read-only file system"))
+    failing(tempfile, "TemporaryFile", OSError(errno.EROFS, "Read-only file system"))
     with pytest.raises(ImageError, match="Read-only") as caught:
         check_output_path(tmp_path / "a.png")
+    assert caught.value.code == "IMAGE_NOT_WRITTEN"
     assert caught.value.hint
 
 
@@ -442,29 +496,39 @@ def test_failure_at_the_end_leaves_the_old_file(image, tmp_path, step, failing):
     assert names(tmp_path) == ["a.png"]
 
 
-def test_file_is_complete_and_on_disk_before_it_takes_the_name(image, tmp_path, substitute):
+@pytest.mark.parametrize(("exists", "naming"), [(False, "link"), (True, "replace")])
+def test_file_is_complete_and_on_disk_before_it_takes_the_name(image, tmp_path, monkeypatch, exists, naming):
     target, seen = tmp_path / "a.png", []
-    replace, fsync = os.replace, os.fsync
+    if exists:
+        target.write_bytes(b"the old image")
 
-    def record_fsync(number):
-        seen.append(("fsync", os.fstat(number).st_size))
-        fsync(number)
+    def record(name, size):
+        function = getattr(os, name)
 
-    def record_replace(source, destination):
-        seen.append(("replace", Path(source).stat().st_size))
-        assert Path(source).parent == target.parent
-        assert not target.exists()
-        replace(source, destination)
+        def call(*given, **options):
+            seen.append((name, size(given[0])))
+            assert target.exists() == exists or name == "fsync"
+            function(*given, **options)
 
-    substitute(os, fsync=record_fsync, replace=record_replace)
+        monkeypatch.setattr(os, name, call)
+
+    record("fsync", lambda number: os.fstat(number).st_size)
+    record(naming, lambda source: os.stat(source).st_size)
     save_png(image, target, {})
-    assert seen == [("fsync", target.stat().st_size), ("replace", target.stat().st_size)]
+    assert seen[:2] == [("fsync", target.stat().st_size), (naming, target.stat().st_size)]
+    assert [name for name, _ in seen] == ["fsync", naming, "fsync"]  # the last one of the folder
 
 
 def test_new_file_has_the_usual_permissions(image, tmp_path):
     save_png(image, tmp_path / "a.png", {})
     (tmp_path / "plain").touch()
     assert (tmp_path / "a.png").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_file_that_is_replaced_keeps_its_permissions(image, tmp_path):
+    (tmp_path / "a.png").touch(mode=0o640)
+    save_png(image, tmp_path / "a.png", {})
+    assert (tmp_path / "a.png").stat().st_mode & 0o777 == 0o640
 
 
 def test_link_stays_a_link(image, tmp_path):

@@ -238,14 +238,13 @@ def test_values_that_do_not_fit_are_refused_and_the_old_file_stays(tmp_path):
 def test_atomic_write_replaces_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
-    with contextlib.suppress(KeyboardInterrupt), atomic_write(path) as temporary:
-        temporary.write_bytes(b"half")
+    with contextlib.suppress(KeyboardInterrupt), atomic_write(path) as file:
+        file.write(b"half")
         assert path.read_bytes() == b"old"
         raise KeyboardInterrupt
     assert path.read_bytes() == b"old"
-    with atomic_write(path) as temporary:
-        assert temporary.parent == path.parent
-        temporary.write_bytes(b"new")
+    with atomic_write(path) as file:
+        file.write(b"new")
     assert path.read_bytes() == b"new"
     assert os.listdir(tmp_path) == ["a.bin"]
 

@@ -130,7 +130,7 @@ def write_diffusers(
     for component, tensors in components.items():
         _save(diffusers_state(component, tensors), Path(folder, FILES[component]), dtype)
     for name, config in configs.items():
-        _save_json(Path(folder, name), config)
+        write_json(Path(folder, name), config)
 
 
 def write_single_file(
@@ -211,10 +211,18 @@ def _item(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Item:
     return Item(name, dtype or tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
 
-def _save_json(path: Path, config: Mapping[str, object]) -> None:
+def write_json(path: Path, config: Mapping[str, object]) -> None:
+    """Write a table as JSON, whole or not at all.
+
+    Args:
+        path: the file; its folder is made if need be.
+        config: the table.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        with atomic_write(path) as file:
+            file.write(json.dumps(config, indent=2).encode() + b"\n")
     except OSError as error:
         raise not_written(path, error) from error

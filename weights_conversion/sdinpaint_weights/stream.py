@@ -22,6 +22,7 @@ from sdinpaint_weights.atomic import atomic_write
 from sdinpaint_weights.errors import CheckpointError
 from sdinpaint_weights.files import size_text
 from sdinpaint_weights.finite import is_finite, nonfinite_error
+from sdinpaint_weights.targets import nearest_folder
 
 CODES = {
     torch.int64: "I64",
@@ -84,9 +85,8 @@ def write_stream(
     ordered = sorted(items, key=lambda item: (ORDER[item.dtype], item.name))
     header = _header(ordered, metadata)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        require_space(path.parent, len(header) + sum(item.size for item in ordered))
-        with atomic_write(path) as temporary, temporary.open("wb") as file:
+        require_space(nearest_folder(path), len(header) + sum(item.size for item in ordered))
+        with atomic_write(path) as file:
             file.write(header)
             for item in ordered:
                 file.write(_bytes_of(item, path))

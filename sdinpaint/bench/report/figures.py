@@ -61,8 +61,8 @@ def save(figure: Any, target: Path) -> None:
     """
     drawn = BytesIO()
     figure.savefig(drawn, format="png", dpi=110)
-    with Image.open(drawn) as image, atomic_write(target) as temporary:
-        image.convert("RGB").quantize(SHADES, dither=Image.Dither.NONE).save(temporary, format="PNG", optimize=True)
+    with Image.open(drawn) as image, atomic_write(target) as file:
+        image.convert("RGB").quantize(SHADES, dither=Image.Dither.NONE).save(file, format="PNG", optimize=True)
 
 
 def _matplotlib(module: str) -> Any:

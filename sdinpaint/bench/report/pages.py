@@ -274,5 +274,5 @@ def _file(*name: str) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    with atomic_write(path) as file:
+        file.write(text.encode())
