@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from sdinpaint.cli import main
+from sdinpaint.__main__ import main
 
-main(prog_name="sdinpaint")
+main()

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from sdinpaint.cli.common import quiet_option
+from sdinpaint.cli.common import quiet_option, raising_on_signals
 from sdinpaint.cli.values import Value
 
 __all__ = ["bench"]
@@ -118,7 +118,8 @@ def bench(
     most_bytes = None if most_gb is None else most_gb * 1e9
     chosen, outcome = Options(commands=commands, places=places, most_bytes=most_bytes, **options), Outcome()
     try:
-        run(chosen, outcome, progress=not quiet, say=None if quiet else _say)
+        with raising_on_signals():
+            run(chosen, outcome, progress=not quiet, say=None if quiet else _say)
     finally:  # an interrupted run keeps its rows
         write_pages(places, outcome.refused)
         if not quiet:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import click
+from sdinpaint_weights.targets import resolved
 from tqdm import tqdm
 
 from sdinpaint.cli.wording import Wording
@@ -32,6 +33,8 @@ __all__ = [
     "hub_options",
     "json_option",
     "quiet_option",
+    "raising_on_signals",
+    "replacing",
     "together",
 ]
 
@@ -88,8 +91,7 @@ class Commands(Group):
             The return value of the command.
         """
         try:
-            with _ending_on_signals():
-                code = super().main(*args, standalone_mode=False, **extra)  # type: ignore[call-overload]
+            code = super().main(*args, standalone_mode=False, **extra)  # type: ignore[call-overload]
         except click.ClickException as error:
             if not standalone_mode:
                 raise
@@ -127,10 +129,10 @@ class Commands(Group):
 
 
 @contextmanager
-def _ending_on_signals() -> Iterator[None]:
-    """Exit in good order on SIGINT and SIGTERM, so that unfinished files are removed, until the end of the block.
+def raising_on_signals() -> Iterator[None]:
+    """Raise an exception on SIGINT and SIGTERM until the end of the block, which has work to do before it ends.
 
-    A process that a shell starts in the background inherits SIGINT as ignored, and Python then installs no handler.
+    Elsewhere a signal ends the process at once, as `sdinpaint.__main__` has it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -197,19 +199,34 @@ def given(ctx: click.Context, name: str) -> bool:
 
 
 def check_output(target: Path, inputs: Iterable[Path | str]) -> None:
-    """Check that an image can be written at a path that is none of the inputs.
+    """Check that an image can be written at a path that is none of the inputs, under whatever name.
 
     Args:
         target: the file to write.
-        inputs: files that the command reads.
+        inputs: files that the command reads, or also writes; what is no path of this machine is passed over.
 
     Raises:
         ImageError: the path cannot be written, or is one of the inputs.
     """
     check_output_path(target)
-    if target.resolve() in {Path(one).resolve() for one in inputs}:
-        found, hint = "it is the image or the mask itself", "choose another name"
-        raise ImageError("IMAGE_OUTPUT_PATH", f"output {str(target)!r}", found, hint=hint)
+    for one in map(Path, inputs):
+        if resolved(one) == resolved(target) or (target.exists() and one.exists() and target.samefile(one)):
+            found, hint = f"it is {str(one)!r} itself, which the command also uses", "choose another name"
+            raise ImageError("IMAGE_OUTPUT_PATH", f"output {str(target)!r}", found, hint=hint)
+
+
+@contextmanager
+def replacing(target: Path, *, quiet: bool = False) -> Iterator[None]:
+    """Say on standard error that a file was replaced, if one was there before the block wrote it.
+
+    Args:
+        target: the file.
+        quiet: say nothing.
+    """
+    there = target.exists()
+    yield
+    if there and not quiet:
+        click.echo(f"replaced {target}", err=True)
 
 
 def _explained(error: Exception) -> SdInpaintError | None:

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sdinpaint.errors import ImageError
-from sdinpaint.images.files import save_png
+from sdinpaint.cli.common import replacing
+from sdinpaint.images.files import check_output_path, save_png
 from sdinpaint.images.sheets import Cell, Row, contact_sheet, tinted
 from sdinpaint.loading import load
 from sdinpaint.pipeline.pipeline import Pipeline
@@ -66,21 +66,18 @@ def demonstrate(folder: Path, pipe: Pipeline | None = None) -> Demonstration:
     Raises:
         ImageError: nothing can be written there.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        found = f"cannot be created: {error.strerror}"
-        raise ImageError("IMAGE_OUTPUT_PATH", f"output {str(folder)!r}", found, hint="choose another folder") from error
+    path, photo, mask = (check_output_path(folder / name) for name in (SHEET_NAME, "scene.png", "scene-mask.png"))
     started = time.perf_counter()
     if pipe is None:
         pipe = load("demo", progress=False)
     todo = tasks(pipe.family.size)
     rows = repaint(pipe, todo)
     sheet = contact_sheet(rows, title=TITLE)
-    path, photo, mask = (folder / name for name in (SHEET_NAME, "scene.png", "scene-mask.png"))
-    save_png(Image.fromarray(render(todo[0].scene, pipe.family.size)), photo, {})
-    save_png(Image.fromarray(todo[0].hole), mask, {})
-    save_png(sheet, path, {"model": pipe.source, "steps": STEPS, "guidance_scale": GUIDANCE, "seeds": SEEDS})
+    how = {"model": pipe.source, "steps": STEPS, "guidance_scale": GUIDANCE, "seeds": SEEDS}
+    scene, hole = Image.fromarray(render(todo[0].scene, pipe.family.size)), Image.fromarray(todo[0].hole)
+    for image, target, settings in ((scene, photo, {}), (hole, mask, {}), (sheet, path, how)):
+        with replacing(target):
+            save_png(image, target, settings)
     return Demonstration(path, photo, mask, sum(len(row) - 2 for row in rows), time.perf_counter() - started)
 
 

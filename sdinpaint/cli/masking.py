@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdinpaint.cli.common import Group, Option, check_output, json_option, together
+from sdinpaint.cli.common import Group, Option, check_output, json_option, replacing, together
 from sdinpaint.cli.edits import InOrder, apply_edits, edit_options, open_edits
 from sdinpaint.cli.values import BOX, COLOR, POINT, SIZE, STROKE
 from sdinpaint.cli.wording import as_typed
@@ -294,9 +294,11 @@ def _making(name: str, kind: Kind) -> click.Command:
         source = kind.reads(image)
         made = apply_edits(getattr(Mask, kind.method)(source, **given), edits)
         tinted = made.over(image) if preview else None
-        made.save(out)
+        with replacing(out, quiet=quiet):
+            made.save(out)
         if preview and tinted:
-            save_png(tinted, preview, {"mask": out.name})
+            with replacing(preview, quiet=quiet):
+                save_png(tinted, preview, {"mask": out.name})
         _tell(made, cover, quiet, as_json, path=str(out))
 
     meaning = "White pixels of the mask are repainted, and black pixels are kept."
@@ -323,7 +325,8 @@ def edit(path: str, out: Path, cover: Cover, quiet: bool, as_json: bool, **given
     edits, files = open_edits(given)
     _check_outputs(out, None, [path, *files])
     edited = apply_edits(Mask.open(path), edits)
-    edited.save(out)
+    with replacing(out, quiet=quiet):
+        edited.save(out)
     _tell(edited, cover, quiet, as_json, path=str(out))
 
 
@@ -357,7 +360,8 @@ def preview(image: str, path: str, out: Path) -> None:
     from sdinpaint.masks import Mask
 
     check_output(out, [image, path])
-    save_png(Mask.open(path).over(image), out, {"mask": Path(path).name})
+    with replacing(out):
+        save_png(Mask.open(path).over(image), out, {"mask": Path(path).name})
 
 
 def _check_outputs(out: Path, preview: Path | None, inputs: Iterable[str]) -> None:

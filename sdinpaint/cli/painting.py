@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import click
 
-from sdinpaint.cli.common import check_output, hub_options, json_option, quiet_option, together
+from sdinpaint.cli.common import check_output, hub_options, json_option, quiet_option, replacing, together
 from sdinpaint.cli.values import CROP, DTYPE_OR_AUTO, SAMPLER, SIZE
 from sdinpaint.cli.wording import as_typed
 from sdinpaint.images.files import save_png
@@ -340,10 +340,10 @@ def _paint(
 
     # All that can be wrong beside the model is found before the model is loaded.
     drawn = [check_seed(seed) for seed in seeds or (None,)]
-    inputs = [path for path in (image, mask, control_image) if path is not None]
+    loading = LoadOptions(source=model, **{name: options.pop(name) for name in LOADING if name in options})
+    inputs = [*(path for path in (image, mask, control_image) if path is not None), *loading.places]
     targets = _targets(out, len(drawn), inputs)
     sheets = [] if sheet is None else _targets(sheet, -(-len(drawn) // options["batch_size"]), [*inputs, *targets])
-    loading = LoadOptions(source=model, **{name: options.pop(name) for name in LOADING if name in options})
     asked = {"kind": kind, "seed": drawn[0], "control_image": control_image, **options}
     request = Request(image, mask, prompt, negative_prompt, **asked)
     if loading.controlnet is None:
@@ -361,13 +361,15 @@ def _paint(
         seconds = round((time.perf_counter() - started) / len(result), 1)
         for index, target in enumerate(targets[batch]):
             used = result.settings_of(index)
-            save_png(result.images[index], target, used)
+            with replacing(target, quiet=quiet):
+                save_png(result.images[index], target, used)
             done.append({"path": str(target), "seconds": seconds, **used})
             if show_progress:
                 size = " x ".join(map(str, result.images[index].size))
                 click.echo(f"{target}: {size} pixels, seed {used['seed']}, {seconds} s; {result.scores[index]}")
         if sheets:
-            save_png(result.sheet(), sheets[number], {})
+            with replacing(sheets[number], quiet=quiet):
+                save_png(result.sheet(), sheets[number], {})
     if as_json:
         click.echo(json.dumps({"pictures": done}, indent=2))
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import click
 
-from sdinpaint.cli.common import check_output, given
+from sdinpaint.cli.common import check_output, given, replacing
 from sdinpaint.cli.painting import LOADING, model_options
-from sdinpaint.images.files import check_output_path
 
 __all__ = ["replay"]
 
 DIFFERENT = 1
+INPUTS = ("image", "mask", "control_image")
+"""Entries of a manifest that are read again, from their recorded paths."""
 
 
 @click.command()
@@ -57,16 +58,19 @@ def replay(
     from sdinpaint.provenance.manifest import manifest_of
     from sdinpaint.replaying import replay as make_again
 
-    if out is not None:
-        check_output(out, [one for one in (path, image, mask, control_image) if one is not None])
     manifest = manifest_of(read_settings(path))
     show_progress = not quiet and not as_json
     typed = {name: loading[name] for name in LOADING if given(ctx, name)}
     options = LoadOptions.from_manifest(manifest, **typed, **({"source": model} if model else {}))
+    if out is not None:
+        stored = (one.get("path") for name in INPUTS if isinstance(one := manifest.get(name), dict))
+        inputs = (path, image, mask, control_image, *stored, *options.places)
+        check_output(out, [one for one in inputs if one is not None])
     pipe = load(options, progress=show_progress)
     again = make_again(path, pipe, image=image, mask=mask, control_image=control_image, progress=show_progress)
     if out is not None:
-        again.result.save(check_output_path(out))
+        with replacing(out, quiet=quiet):
+            again.result.save(out)
     if as_json:
         found = {"identical": again.identical, "changed": again.changed, "largest": again.largest}
         click.echo(json.dumps({**found, "differences": again.differences}, indent=2))

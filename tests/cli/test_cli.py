@@ -247,7 +247,7 @@ BESIDE_THE_MODEL = {
     "SETTING_BATCH_SIZE": {"batch-size": 0},
     "SETTING_STRENGTH": {"strength": 1.5},
     "IMAGE_OUTPUT_TYPE": {"out": "out.xyz"},
-    "IMAGE_OUTPUT_PATH": {"out": "nowhere/out.png"},
+    "IMAGE_OUTPUT_PATH": {"out": "photo.png/out.png"},
 }
 
 

@@ -260,6 +260,7 @@ def test_what_was_made_is_reported(command):
     told = Mask.box(SIZE, BOX).report()
     assert run(*command, "-o", "out.png").stdout == f"out.png\n{typed(told)}\n"
     assert json.loads(run(*command, "-o", "out.png", "--json").stdout) == {"path": "out.png", **told.to_json()}
+    assert run(*command, "-o", "out.png").stderr == "replaced out.png\n"
     assert run(*command, "-o", "out.png", "--quiet").output == ""
 
 
@@ -408,7 +409,7 @@ def test_an_input_is_never_overwritten(given):
 
 
 @pytest.mark.usefixtures("nothing_is_computed")
-@pytest.mark.parametrize("name", ["out.jpg", "out.webp", "out", "nowhere/out.png"])
+@pytest.mark.parametrize("name", ["out.jpg", "out.webp", "out", "photo.png/out.png"])
 def test_a_mask_is_written_as_png_alone(name):
     for command in (["box", "photo.png", "--at", "30,20,70,50"], ["edit", "mask.png", "--grow", "3"]):
         done = run(*command, "-o", name)
