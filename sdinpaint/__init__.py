@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from sdinpaint.on_demand import exports
+from sdinpaint.on_demand import TYPE_CHECKING, exports
 from sdinpaint.version import __version__
 
 if TYPE_CHECKING:

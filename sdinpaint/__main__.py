@@ -1,19 +1,22 @@
 """The entry point of the command line as a process of its own: `sdinpaint` and `python -m sdinpaint`.
 
 A signal, a closed pipe or a full disk under the output end it in good order at any moment, while its own modules are
-imported too. So this module imports nothing else of the package before all that is set up.
+imported too. So this module imports as little as it can before all that is set up.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import os
 import signal
 import sys
-from types import FrameType
-from typing import NoReturn
+
+from sdinpaint.on_demand import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import FrameType
+    from typing import NoReturn
 
 ENVIRONMENT, PIPE_CLOSED = 5, 141
 ENDINGS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
@@ -48,9 +51,10 @@ def _end(number: int, _: FrameType | None) -> NoReturn:
     if discard := getattr(strays, "discard_unfinished", None):  # None while that module is being imported
         discard()
     line = "\n" * os.isatty(2) + f"{ENDINGS[signal.Signals(number)]}: no unfinished file is left\n"
-    with contextlib.suppress(OSError):
+    try:
         os.write(2, line.encode())  # sys.stderr may be in the middle of a line
-    os._exit(128 + number)
+    finally:
+        os._exit(128 + number)
 
 
 class _Errors(io.FileIO):

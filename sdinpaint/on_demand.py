@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
 
+TYPE_CHECKING = False  # importing it from typing takes a third of the time before the command line handles signals
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any, TypeGuard
+
     from torch import Tensor
 
 __all__ = ["OnDemand", "exports", "is_tensor"]

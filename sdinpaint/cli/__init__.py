@@ -36,6 +36,7 @@ def main() -> None:
       4    a batch ended with failures
       5    the machine: memory, disk, device, port or network
       130  interrupted (SIGINT)
+      141  the reader of standard output has closed it (SIGPIPE)
       143  terminated (SIGTERM)
     """
 

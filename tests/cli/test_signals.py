@@ -2,75 +2,71 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 from click.testing import CliRunner
+from killing import INPUTS, RUN, await_handlers, interrupt, make_scene, start
 
 from sdinpaint import cli
 
-RUN = ["inpaint", "scene.png", "--mask=scene-mask.png", "--prompt=a ball", "--model=demo", "--steps=400"]
-RUN += ["--out=out.png", "--device=cpu"]
+LONG = [*RUN, "--steps=400"]
 
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory):
-    import numpy as np
-    from PIL import Image
-
     folder = tmp_path_factory.mktemp("signals")
-    pixels = np.random.default_rng(0).integers(0, 255, (128, 128, 3), np.uint8)
-    Image.fromarray(pixels).save(folder / "scene.png")
-    Image.fromarray(pixels[..., 0] > 127).save(folder / "scene-mask.png")
+    make_scene(folder)
     return folder
 
 
-def started(folder, arguments, sigint=signal.SIG_DFL):
-    """Start the command line with SIGINT as a shell gives it to a foreground job; ignored, as to a background job."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "sdinpaint", *arguments],
-        cwd=folder,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, sigint),  # noqa: PLW1509 - no other way to set what is inherited
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+def ended(process):
+    """Wait for a process; give its exit code and what it said."""
+    _, said = process.communicate(timeout=60)
+    assert "Traceback" not in said
+    return process.returncode, said
 
 
-@pytest.mark.parametrize("after", [0.1, 0.4, 1.2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_at_random_moments(tmp_path, number):
+    make_scene(tmp_path)
+    command = ["mask", "box", "scene.png", "--at=1,1,9,9", "--grow=3", "--out=new/out.png", "--quiet"]
+    found = interrupt(number, tmp_path, 8, arguments=command, wait=await_handlers)
+    assert set(found) <= {f"exit code {128 + number}", "exit code 0", "stray"}
+    assert found[f"exit code {128 + number}"] >= 3
+    assert found["stray"] == 0
+
+
+@pytest.mark.parametrize("after", [0, 0.3, 1.2])
 def test_ctrl_c_while_libraries_are_imported(scene, after):
-    """Before Python has installed its own handler, the signal ends the process by itself: nothing is printed either."""
-    process = started(scene, RUN)
+    process = start(scene, LONG)
+    await_handlers(process)
     time.sleep(after)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode in (130, -signal.SIGINT)
-    assert "Traceback" not in said
+    code, said = ended(process)
+    assert code == 130
+    assert said.endswith("interrupted: no unfinished file is left\n")
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "sigint"),
+    ("number", "code", "sigint", "word"),
     [
-        (signal.SIGINT, 130, signal.SIG_DFL),
-        (signal.SIGINT, 130, signal.SIG_IGN),
-        (signal.SIGTERM, 143, signal.SIG_DFL),
+        (signal.SIGINT, 130, signal.SIG_DFL, "interrupted"),
+        (signal.SIGINT, 130, signal.SIG_IGN, "interrupted"),
+        (signal.SIGTERM, 143, signal.SIG_DFL, "terminated"),
     ],
     ids=["SIGINT in the foreground", "SIGINT in the background", "SIGTERM"],
 )
-def test_a_signal_during_a_run(scene, number, code, sigint):
-    process = started(scene, RUN, sigint)
+def test_a_signal_during_a_run(scene, number, code, sigint, word):
+    process = start(scene, LONG, sigint)
     assert "mask" in process.stderr.readline()  # the request was read: what follows is loading and the run
     time.sleep(0.5)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert "Traceback" not in said
-    assert sorted(path.name for path in scene.iterdir()) == ["scene-mask.png", "scene.png"]
+    ending, said = ended(process)
+    assert ending == code
+    assert said.endswith(f"{word}: no unfinished file is left\n")
+    assert {path.name for path in scene.iterdir()} == INPUTS
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")
 DAY = 86400.0
 """Age in seconds at which a temporary is abandoned where no lock tells: on another machine, or without locks."""
 SHORT, REST = 0.001, 100
-"""A sweep of more seconds than SHORT is repeated only after REST times its duration: 1% of the time goes to it."""
+"""A folder whose listing takes more seconds than SHORT is listed again after REST times as long: 1% of the time."""
 
 _unfinished: set[tuple[int, Path]] = set()
 """Process and path of each temporary; a forked process must not remove those of its parent."""
@@ -119,21 +119,21 @@ def sweep(target: Path) -> None:
     folder, started = target.parent, time.monotonic()
     if started < _rested.get(folder, 0.0):
         return
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            found = NAME.fullmatch(entry.name)
-            if found is None or not _is_abandoned(Path(entry.path), found["kernel"]):
-                continue
-            if found["kind"] == "tmp":
-                _remove(Path(entry.path))
-            elif found["target"] == _digest(target.name):
-                if target.exists():
-                    _remove(Path(entry.path))
-                else:
-                    os.replace(entry.path, target)
-    ended = time.monotonic()
-    if ended - started > SHORT:
-        _rested[folder] = ended + REST * (ended - started)
+    try:
+        found = [match for name in os.listdir(folder) if (match := NAME.fullmatch(name))]
+    except OSError:
+        return  # a folder that cannot be listed
+    if (taken := time.monotonic() - started) > SHORT:
+        _rested[folder] = started + REST * taken
+    for match in found:
+        path = folder / match[0]
+        if not _is_abandoned(path, match["kernel"]):
+            continue
+        if match["kind"] == "tmp" or (match["target"] == _digest(target.name) and target.exists()):
+            _remove(path)
+        elif match["target"] == _digest(target.name):
+            with contextlib.suppress(OSError):
+                os.replace(path, target)
 
 
 def _is_abandoned(path: Path, kernel: str) -> bool:
