@@ -45,6 +45,8 @@ __all__ = [
 
 HEAD_DIM = 64
 """Width of each attention head in every CLIP text encoder."""
+SCALING = (0.01, 10.0)
+"""Bounds of a VAE's scaling factor; released ones have 0.08 to 1.53."""
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v"}
 """Name of a prediction in diffusers -> name here."""
 ACTIVATIONS = get_args(Activation)
@@ -165,6 +167,9 @@ def vae_config(shapes: Shapes, json: Json, base: VAEConfig, where: Path) -> VAEC
     groups = whole_number(json, "norm_num_groups", base.norm_groups, where)
     _check_divides(where, "norm_num_groups", groups, [config.channels * mult for mult in config.channel_mult])
     factor = _positive(json, "scaling_factor", base.scaling_factor, where)
+    if not SCALING[0] <= factor <= SCALING[1]:
+        expected = f"{SCALING[0]} to {SCALING[1]}, which gives latents a variance near 1"
+        _refuse(where, "scaling_factor", factor, expected)
     return _fitting(
         config,
         where,

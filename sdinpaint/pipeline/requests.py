@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sdinpaint.checks import as_list, check_choice
-from sdinpaint.errors import ImageError, Remark, SdInpaintError, SettingError, keeping_warnings
+from sdinpaint.errors import ImageError, Remark, SdInpaintError, SettingError, keeping_warnings, warn
 from sdinpaint.families import Family
 from sdinpaint.images.canvas import canvas_for
 from sdinpaint.images.crops import check_context
@@ -303,8 +303,10 @@ class _Reading:
         read = Mask(read_mask(given.mask, input_image.size))
         hole = read.array >= self.settings.mask_threshold
         check_context(self.settings.crop, input_image.size)
-        if noise is not None and self.settings.crop is None:
-            require_noise(noise, input_image.size)
+        if noise is not None:
+            _doubt_noise(noise)
+            if self.settings.crop is None:
+                require_noise(noise, input_image.size)
         control = None if control_image is None else _control_image(control_image, input_image.size)
         return Item(input_image, read, hole, text, negative, seed, noise, control, given.path)
 
@@ -396,3 +398,11 @@ def _noises(noise: Tensor | None, count: int) -> list[Tensor | None]:
         raise SettingError("SETTING_NOISE", "noise", found, expected=expected)
     # a copy, which does not change with what was given, and of which none holds the others' memory
     return [one.clone() for one in noise.split(1)]
+
+
+def _doubt_noise(noise: Tensor) -> None:
+    """Warn of initial noise that is no noise, of which a model makes flat or burnt images."""
+    mean, spread = float(noise.mean()), float(noise.std())
+    if abs(mean) > 0.5 or not 0.5 <= spread <= 1.5:
+        found = f"noise: its mean is {mean:.3g} and its standard deviation {spread:.3g}"
+        warn(f"{found}; samplers start from 0 and 1, and other noise gives flat or burnt images")

@@ -437,3 +437,10 @@ def test_a_manifest_tells_other_values(source, folder):
 def test_clipping_is_told(folder):
     with pytest.warns(SdInpaintWarning, match=r"ddim clip what it predicts to 1, which latents exceed"):
         load(changed(folder, "scheduler", clip_sample=True))
+
+
+@pytest.mark.parametrize("factor", [1e-5, 0.005, 11, 1e4])
+def test_a_scaling_factor_of_no_vae_is_refused(folder, factor):
+    with pytest.raises(CheckpointError, match="scaling_factor") as caught:
+        load(changed(folder, "vae", scaling_factor=factor))
+    assert caught.value.code == "CKPT_BAD_CONFIG"

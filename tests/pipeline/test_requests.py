@@ -327,6 +327,14 @@ def test_a_prompt_that_is_too_long_is_told_once_for_each_image(pipe):
         assert [str(one.message) for one in caught] == [str(one) for one in result.warnings]
 
 
+@pytest.mark.parametrize(("scale", "shift"), [(0, 0), (0, 1), (1, 3), (4, 0), (0.1, 0)])
+def test_noise_that_is_no_noise_is_told(pipe, scale, shift):
+    noise = scale * torch.randn(2, 4, IMAGE.shape[0] // 8, IMAGE.shape[1] // 8) + shift
+    with pytest.warns(SdInpaintWarning, match="flat or burnt"):
+        result = inpaint(pipe, image=[IMAGE, IMAGE], noise=noise)
+    assert [one.index for one in result.warnings] == [0, 1]
+
+
 def test_syntax_of_other_programs_is_told_with_its_image(pipe):
     with pytest.warns(SdInpaintWarning, match="plain text"):
         result = inpaint(pipe, image=[IMAGE, IMAGE], prompt=["a fox", "a (fox:1.4)"], negative_prompt="<lora:x:1>")

@@ -155,5 +155,6 @@ def test_saving(two, one, tmp_path):
     parameters = Image.open(tmp_path / "out-1.png").text["parameters"]
     assert "Steps: 2" in parameters
     assert "Size: 80x64" in parameters
+    assert one.save(tmp_path / "new" / "out.png") == [tmp_path / "new" / "out.png"]
     with pytest.raises(ImageError):
-        one.save(tmp_path / "nowhere" / "out.png")
+        one.save(tmp_path / "out-1.png" / "out.png")
