@@ -68,6 +68,16 @@ def quietly(*libraries: Any) -> Iterator[None]:
                 log.enable_progress_bar()
 
 
+NO_DEVICE = {
+    "device string": "",
+    "Device string": "",
+    "CUDA enabled": ": this torch is built without CUDA",
+    "Could not run": ": this torch is built without it",
+    "not compiled with": ": this torch is built without it",
+    "No module named": ": this torch is built without it",
+    "meta tensor": ": tensors there have no values",
+}
+"""Part of an error of torch -> the reason for which a device cannot be used, after its name."""
 MAX_PATH, MAX_PART = 4096, 255
 """Bytes of a path, and of a name in it, at most: those of Linux, which are not less elsewhere but on Windows."""
 DTYPES = {"float32": ("fp32", "single"), "float16": ("fp16", "half"), "bfloat16": ("bf16",)}
@@ -118,9 +128,8 @@ def find_device(device: object = None) -> torch.device:
         found = torch.device(device)
         torch.zeros(1, device=found).cpu()  # of some, torch knows the name and has no part of it
     except Exception as error:  # whatever a device's own library raises
-        name = said(device if isinstance(device, str) else str(device))
-        reason = "this torch is built without CUDA" if "CUDA enabled" in str(error) else (str(error) or "unknown")
-        why = "" if isinstance(error, RuntimeError) and "device string" in str(error) else f": {reason.splitlines()[0]}"
+        name, reason = said(device if isinstance(device, str) else str(device)), str(error).partition(". ")[0]
+        why = next((words for part, words in NO_DEVICE.items() if part in reason), f": {reason or 'unknown'}")
         hint = "leave it out to take the GPU where there is one, or give device='cpu'"
         raise SettingError("SETTING_DEVICE", "device", f"{name}{why}", expected=expected, hint=hint) from error
     return found

@@ -6,7 +6,7 @@ import pytest
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled
 
-from sdinpaint.checks import dtype_name, quietly, require_extra
+from sdinpaint.checks import dtype_name, find_device, quietly, require_extra
 from sdinpaint.errors import SettingError
 
 
@@ -61,3 +61,28 @@ def test_another_dtype_is_refused_with_the_closest_name(said, hint):
         dtype_name(said)
     assert caught.value.code == "SETTING_DTYPE"
     assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("device", "found"),
+    [
+        ("gpu", "'gpu'"),
+        ("", "''"),
+        ("cuda:x", "'cuda:x'"),
+        ("meta", "'meta': tensors there have no values"),
+        *((name, f"{name!r}: this torch is built without it") for name in ("mps", "xla", "hpu", "vulkan", "xpu")),
+        (3, "'3': a int"),
+        (None, None),
+        ("cpu", None),
+        (torch.device("cpu"), None),
+    ],
+)
+def test_devices(device, found):
+    if found is None:
+        assert find_device(device).type in ("cpu", "cuda")
+        return
+    with pytest.raises(SettingError) as caught:
+        find_device(device)
+    assert caught.value.code == "SETTING_DEVICE"
+    assert caught.value.found in (found, f"{device!r}: this torch is built without CUDA")
+    assert len(str(caught.value)) < 300
