@@ -11,7 +11,8 @@ import click
 from sdinpaint.cli.common import BAD_INPUT, hub_options, json_option, quiet_option, together
 from sdinpaint.cli.settings_page import settings_page
 from sdinpaint.cli.values import DTYPE
-from sdinpaint.images.files import SUFFIXES, read_settings
+from sdinpaint.images.files import SUFFIXES
+from sdinpaint.images.reading import read_settings
 
 __all__ = ["convert", "inspect", "merge"]
 

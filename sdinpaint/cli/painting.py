@@ -360,9 +360,8 @@ def _paint(
         result = pipe.run(request.replace(seed=drawn[batch]), progress=show_progress)
         seconds = round((time.perf_counter() - started) / len(result), 1)
         for index, target in enumerate(targets[batch]):
-            used = result.settings_of(index)
             with replacing(target, quiet=quiet):
-                save_png(result.images[index], target, used)
+                used = result.save_one(index, target)
             done.append({"path": str(target), "seconds": seconds, **used})
             if show_progress:
                 size = " x ".join(map(str, result.images[index].size))

@@ -52,7 +52,7 @@ def replay(
     Example:
       sdinpaint replay out.png
     """
-    from sdinpaint.images.files import read_settings
+    from sdinpaint.images.reading import read_settings
     from sdinpaint.load_options import LoadOptions
     from sdinpaint.loading import load
     from sdinpaint.provenance.manifest import manifest_of

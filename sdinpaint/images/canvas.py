@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from sdinpaint.checks import check_choice, check_whole
 from sdinpaint.errors import ImageError, SettingError, said
 from sdinpaint.images.boxes import Box
-from sdinpaint.images.files import MAX_PIXELS
 from sdinpaint.images.fills import NEUTRAL
 from sdinpaint.images.input_image import InputImage
+from sdinpaint.images.reading import MAX_PIXELS
 
 __all__ = ["ANCHORS", "EXTENDING_FILLS", "OVERLAP", "Anchor", "ExtendingFill", "canvas_for", "extend", "sides_for"]
 

@@ -1,153 +1,46 @@
-"""Image files: read with limits, written whole or not at all, and the settings stored inside them."""
+"""Image files: written whole or not at all, with settings and with what their sources held beside the pixels."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
-import re
+import io
 import struct
-import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, features
 from sdinpaint_weights.atomic import atomic_write
 from sdinpaint_weights.targets import check_writable
 
 from sdinpaint.errors import ImageError, warn
+from sdinpaint.images.deep import Samples, png_bytes, samples_of, tiff_bytes
+from sdinpaint.images.embedded import MAX_SEGMENT, Embedded, png_options, settings_exif, to_record
+from sdinpaint.images.reading import MAX_PIXELS, open_image, read_settings
 
-__all__ = [
-    "FORMATS",
-    "MAX_PIXELS",
-    "SHORTENED",
-    "check_output_path",
-    "decode",
-    "open_image",
-    "over_white",
-    "read_settings",
-    "save_png",
-    "write_image",
-]
-
-# decoders in wide use; most of Pillow's security fixes concern the others
-FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
-MAX_PIXELS = 64 * 2**20
-
-DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", *DEEP_MODES)
+__all__ = ["LOSSLESS", "MAX_PIXELS", "SUFFIXES", "as_stored", "check_output_path", "open_image", "over_white"]
+__all__ += ["read_settings", "save_png", "write_image"]
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-# lossless WebP keeps known pixels bit for bit
-ENCODING: dict[str, dict[str, Any]] = {"PNG": {}, "JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
-
+SUFFIXES |= {".tif": "TIFF", ".tiff": "TIFF", ".avif": "AVIF"}
+ENCODING: dict[str, dict[str, Any]] = {
+    "PNG": {},
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "WEBP": {"lossless": True, "exact": True},  # exact: under transparent pixels too
+    "AVIF": {"quality": 100, "subsampling": "4:4:4"},
+}
+"""Format -> options of Pillow's `save`; Pillow cannot write AVIF without loss."""
+LOSSLESS = ("PNG", "TIFF", "WEBP")
+"""Formats in which every pixel comes back bit for bit."""
+DEEP = ("PNG", "TIFF")
+"""Formats that are written with 16 bits a sample where the source has more than 8."""
 NO_SUCH_NAME = (errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP)
 """Reasons for which a file cannot be written that lie in its path, and not in the machine."""
-
-MAX_METADATA = 60_000
-"""Bytes of settings in a file: an Exif block holds 64 kB at most, and Pillow refuses PNG texts above 1 MB."""
-SHORTENED = "shortened_from_sha256"
-"""Key of the sha256 of the full settings, where they were shortened."""
-
-# labels of the "parameters" text of AUTOMATIC1111's web UI, in its order
-LABELS = {
-    "steps": "Steps",
-    "sampler": "Sampler",
-    "spacing": "Schedule type",
-    "guidance_scale": "CFG scale",
-    "seed": "Seed",
-    "size": "Size",
-    "model": "Model",
-    "strength": "Denoising strength",
-    "sdinpaint": "Version",
-}
-SAMPLER_NAMES = {"ddim": "DDIM", "euler": "Euler", "euler_ancestral": "Euler a", "dpmpp_2m": "DPM++ 2M"}
-SCHEDULE_TYPES = {"karras": "Karras", "linspace": "Uniform"}
-"""Spacings that A1111 knows; without one, it assumes Karras for DPM++ 2M."""
-PLAIN = re.compile(r"[\w.+/-]+( +[\w.+/-]+)*")
-"""A value that readers of the text take as it stands; any other is quoted as in JSON."""
-TAKEN_FOR_FIELDS = re.compile(r"\s*\n\s*(?=Negative prompt:|Steps:)")
-"""A line break in a prompt, where readers would take the next line for the fields after the prompt."""
-
-# Pillow's decoders validate little themselves, and raise any of these on broken files
-DECODER_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    ArithmeticError,
-    AttributeError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-)
-BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-
-
-def open_image(path: Path | str, argument: str) -> Image.Image:
-    """Read an image file and turn it upright by its Exif orientation.
-
-    Args:
-        path: the file.
-        argument: name that an error gives to the image, beside the file.
-
-    Returns:
-        The decoded image.
-
-    Raises:
-        ImageError: the file is missing, is not an image of a known format, is damaged, or is too large.
-    """
-    path = Path(path)
-    subject = f"{argument} {str(path)!r}"
-    if not path.exists():
-        hint = "URLs are not fetched: save the image first" if ":/" in str(path) else "check the path"
-        raise ImageError("IMAGE_NOT_FOUND", subject, "no such file", expected="an image file", hint=hint)
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "not a regular file"
-        raise ImageError("IMAGE_NOT_A_FILE", subject, found, expected="an image file", hint="give the path of one file")
-    try:
-        image = Image.open(path, formats=FORMATS)
-    except (*BOMBS, *DECODER_ERRORS) as error:
-        raise _unreadable(path, subject, error) from error
-    with image:
-        return decode(image, subject)
-
-
-def decode(image: Image.Image, subject: str) -> Image.Image:
-    """Decode the first frame of an image after a check of its size, and turn it upright by its Exif orientation.
-
-    Args:
-        image: an opened image.
-        subject: name that an error gives to the image.
-
-    Returns:
-        The decoded image.
-
-    Raises:
-        ImageError: the image is too large, damaged, or of an unknown mode.
-    """
-    if image.width * image.height > MAX_PIXELS:
-        raise _too_large(f"{image.width} x {image.height} pixels", subject)
-    if image.mode not in MODES:
-        raise ImageError("IMAGE_TYPE", subject, f"PIL mode {image.mode}", expected="RGB", hint="convert it to RGB")
-    try:
-        if getattr(image, "is_animated", False):
-            warn(f"{subject}: only the first frame or page is used")
-            image.seek(0)
-        image.load()
-        return ImageOps.exif_transpose(image)
-    except BOMBS as error:
-        raise _too_large(str(error), subject) from error
-    except DECODER_ERRORS as error:
-        ended = any(word in str(error).lower() for word in ("truncated", "not enough", "unexpected end"))
-        found = "the file ends early" if ended else "the image data is damaged"
-        code = "IMAGE_TRUNCATED" if ended else "IMAGE_UNREADABLE"
-        hint = "copy or download the file again"
-        raise ImageError(code, subject, f"{found}: {_reason(error)}", expected="a complete image", hint=hint) from error
+MAX_FIELD = 1 << 21
+"""Bytes of Exif data in a file of another format than JPEG."""
 
 
 def over_white(image: Image.Image) -> Image.Image:
@@ -167,7 +60,7 @@ def check_output_path(path: Path | str) -> Path:
     """Check that an image can be written at a path, before anything is computed; nothing is left behind.
 
     Args:
-        path: the file, which ends in .png, .jpg, .jpeg or .webp. Its folder is made when the image is written.
+        path: the file, whose ending is one of SUFFIXES. Its folder is made when the image is written.
 
     Returns:
         The path.
@@ -180,6 +73,9 @@ def check_output_path(path: Path | str) -> Path:
     if path.suffix.lower() not in SUFFIXES:
         found = f"the extension {path.suffix!r}" if path.suffix else "no extension"
         raise ImageError("IMAGE_OUTPUT_TYPE", subject, found, expected=" ".join(SUFFIXES), hint="save as .png")
+    if path.suffix.lower() == ".avif" and not features.check("avif"):
+        found, hint = "AVIF, which this installation of Pillow cannot write", "pip install --upgrade pillow"
+        raise ImageError("IMAGE_OUTPUT_TYPE", subject, found, hint=hint)
     try:
         check_writable(path)
     except OSError as error:
@@ -191,27 +87,108 @@ def check_output_path(path: Path | str) -> Path:
     return path
 
 
-def save_png(image: Image.Image, path: Path | str, settings: Mapping[str, Any]) -> None:
+def save_png(
+    image: Image.Image,
+    path: Path | str,
+    settings: Mapping[str, Any],
+    *,
+    source: Embedded | None = None,
+    samples: Samples | None = None,
+) -> None:
     """Write an image with its settings inside; a write that fails leaves the previous file.
 
     Settings that cannot be stored in full are shortened; they never prevent a save.
 
     Args:
         image: the image; its colour profile is written too.
-        path: the file: .png, .webp (lossless) or .jpg.
+        path: the file: .png, .webp (lossless), .tiff, .jpg or .avif.
         settings: the settings, by name.
+        source: data of the source's file that the new one keeps.
+        samples: the image's own samples (H, W, 3 or 4), where they have more than 8 bits; PNG and TIFF files hold them
+            with 16.
 
     Raises:
         ImageError: the file cannot be written.
     """
+    file, kind, options = _prepared(image, path, settings, source or Embedded(), samples)
+    write_image(file, path, kind, **options)
+
+
+def as_stored(
+    image: Image.Image, path: Path | str, settings: Mapping[str, Any], source: Embedded | None = None
+) -> Image.Image | None:
+    """Encode an image as `save_png` does, and decode it again.
+
+    Args:
+        image: the image.
+        path: the file that it will be written to.
+        settings: the settings, by name.
+        source: data of the source's file that the new one keeps.
+
+    Returns:
+        The image that the file will hold; None where that is the same, bit for bit.
+
+    Raises:
+        ImageError: the path cannot be written, or the format cannot hold the image.
+    """
     kind = SUFFIXES[check_output_path(path).suffix.lower()]
-    options = ENCODING[kind] | _metadata(kind, _record(settings)) | {"icc_profile": image.info.get("icc_profile")}
+    if kind in LOSSLESS:
+        return None
+    file, kind, options = _prepared(image, path, settings, source or Embedded(), None)
+    stream = io.BytesIO()
+    try:
+        file.save(stream, format=kind, **options)
+    except (OSError, ValueError, struct.error) as error:
+        found, hint = f"cannot be encoded: {_reason(error)}", "save as .png"
+        raise ImageError("IMAGE_NOT_WRITTEN", f"output {str(path)!r}", found, hint=hint) from error
+    return Image.open(stream, formats=[kind])
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """An image file that is encoded already, which is written as an image is."""
+
+    data: bytes
+
+    def save(self, stream: BinaryIO, **_: Any) -> None:
+        stream.write(self.data)
+
+
+def _prepared(
+    image: Image.Image, path: Path | str, settings: Mapping[str, Any], source: Embedded, samples: Samples | None
+) -> tuple[Any, str, dict[str, Any]]:
+    """Return what is written, its format, and the options of its `save`."""
+    kind = SUFFIXES[check_output_path(path).suffix.lower()]
+    subject, record, profile = f"output {str(path)!r}", to_record(settings), image.info.get("icc_profile")
     if kind == "JPEG" and image.mode != "RGB":
         if image.has_transparency_data:
-            message = f"output {str(path)!r}: JPEG has no transparency, so it is saved over white"
+            message = f"{subject}: JPEG has no transparency, so it is saved over white"
             warn(message)
         image = over_white(image)
-    write_image(image, path, kind, **options)
+    if kind == "PNG":
+        options = png_options(record, source, image) | {"icc_profile": profile}
+        if samples is not None:
+            return _Encoded(png_bytes(samples_of(samples), **options)), kind, {}
+        return image, kind, ENCODING[kind] | options
+    limit = MAX_SEGMENT if kind == "JPEG" else MAX_FIELD
+    exif = settings_exif(record, source, image, subject, limit)
+    if kind == "TIFF":
+        pixels = _pixels(image) if samples is None else samples_of(samples)
+        file = tiff_bytes(pixels, exif, dpi=source.dpi, icc_profile=profile, xmp=source.xmp)
+        return _Encoded(file), kind, {}
+    options = ENCODING[kind] | {"exif": exif.to_bytes(), "icc_profile": profile}
+    if source.xmp and len(source.xmp) <= limit:
+        options["xmp"] = source.xmp
+    if source.dpi and kind == "JPEG":
+        options["dpi"] = source.dpi
+    return image, kind, options
+
+
+def _pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """Return the pixels (H, W, C) of an image for a TIFF file."""
+    if image.mode not in ("L", "RGB", "RGBA"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    return np.asarray(image).reshape(image.height, image.width, -1)
 
 
 def write_image(image: Image.Image, path: Path | str, kind: str, **options: Any) -> None:
@@ -233,135 +210,6 @@ def write_image(image: Image.Image, path: Path | str, kind: str, **options: Any)
         found = f"could not be written: {_reason(error)}"
         hint = "a previous file of that name is untouched; check the free space and the folder"
         raise ImageError("IMAGE_NOT_WRITTEN", f"output {str(path)!r}", found, hint=hint) from error
-
-
-def read_settings(path: Path | str) -> dict[str, Any]:
-    """Read the settings that `save_png` stored in an image.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The settings, by name.
-
-    Raises:
-        ImageError: the file cannot be read, or holds no settings.
-    """
-    image = open_image(path, "image")
-    try:
-        settings = json.loads(image.info.get("sdinpaint") or image.getexif()[ExifTags.Base.ImageDescription])
-    except DECODER_ERRORS:
-        settings = None
-    if not isinstance(settings, dict):
-        found, expected = "no settings inside", "an image saved by sdinpaint"
-        hint = "a program that saved the image again may have removed them"
-        raise ImageError("IMAGE_NO_SETTINGS", f"image {str(path)!r}", found, expected=expected, hint=hint)
-    return settings
-
-
-def _record(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert the settings to JSON values of at most MAX_METADATA bytes, with a sha256 of what was shortened.
-
-    The copy of the mask is dropped first: the mask's file has to be given again then, but nothing else is lost.
-    """
-    try:
-        text = json.dumps(dict(settings), default=str, skipkeys=True)
-    except (ValueError, RecursionError):
-        return {"error": "these settings cannot be written as JSON"}
-    record: dict[str, Any] = json.loads(text)
-    mask = _part(_part(record, "manifest"), "mask")
-    if len(text) > MAX_METADATA:
-        mask.pop("png", None)
-    if len(json.dumps(record)) <= MAX_METADATA:
-        return record
-    digest = {SHORTENED: hashlib.sha256(text.encode()).hexdigest()}
-    short = {key: _shortened(value) for key, value in record.items()} | digest
-    return short if len(json.dumps(short)) <= MAX_METADATA else digest
-
-
-def _part(record: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Return the dictionary under a key, or an empty one."""
-    part = record.get(key)
-    return part if isinstance(part, dict) else {}
-
-
-def _shortened(value: Any) -> Any:
-    return value[:1000] + "..." if isinstance(value, str) and len(value) > 1000 else value
-
-
-def _metadata(kind: str, record: Mapping[str, Any]) -> dict[str, Any]:
-    if kind == "PNG":
-        info = PngInfo()
-        info.add_itxt("sdinpaint", json.dumps(record))
-        info.add_itxt("parameters", _parameters(record))
-        return {"pnginfo": info}
-    exif = Image.Exif()
-    exif[ExifTags.Base.ImageDescription] = json.dumps(record)
-    return {"exif": exif}
-
-
-def _parameters(record: Mapping[str, Any]) -> str:
-    """Write the settings as text in A1111's form, which most programs read. Source: its modules/infotext_utils.py."""
-    lines = [_as_prompt(record.get("prompt"))]
-    if record.get("negative_prompt"):
-        lines.append(f"Negative prompt: {_as_prompt(record['negative_prompt'])}")
-    known = {**_part(record, "manifest"), **record}
-    values = {label: _as_a1111(key, known.get(key)) for key, label in LABELS.items()}
-    lines.append(", ".join(f"{label}: {_quoted(value)}" for label, value in values.items() if value))
-    return "\n".join(lines).encode("utf-8", "replace").decode()
-
-
-def _as_prompt(value: Any) -> str:
-    return TAKEN_FOR_FIELDS.sub(" ", "" if value is None else str(value))
-
-
-def _as_a1111(key: str, value: Any) -> str:
-    """Write a setting in A1111's words; return an empty text where it has none."""
-    text = "" if value is None else str(value)
-    match key:
-        case "sampler":
-            return SAMPLER_NAMES.get(text, text)
-        case "spacing":
-            return SCHEDULE_TYPES.get(text, "")
-        case "size" if isinstance(value, list):
-            return "x".join(map(str, value))
-        case "model":
-            return text and re.sub(r"\.(safetensors|ckpt|pth)$", "", Path(text).name)
-        case "sdinpaint":
-            return text and f"sdinpaint {text}"
-    return text
-
-
-def _quoted(value: str) -> str:
-    return value if PLAIN.fullmatch(value) else json.dumps(value, ensure_ascii=False)
-
-
-def _too_large(found: str, subject: str) -> ImageError:
-    expected = f"at most {MAX_PIXELS} pixels"
-    return ImageError("IMAGE_TOO_LARGE", subject, found, expected=expected, hint="scale it down, or crop it")
-
-
-def _unreadable(path: Path, subject: str, error: Exception) -> ImageError:
-    if isinstance(error, BOMBS):
-        return _too_large(_reason(error), subject)
-    expected = f"an image: {' '.join(FORMATS)}"
-    hint = "save it as PNG"
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(12)
-    except OSError:
-        start, hint = b"", "check its permissions"
-    found = f"not an image of a known format: it starts with {start!r}"
-    if not isinstance(error, UnidentifiedImageError):
-        found = _reason(error)
-    if "MAX_TEXT" in found:
-        found, hint = "its text chunks are too large", "remove its metadata, or save it again"
-    elif not start and isinstance(error, UnidentifiedImageError):
-        found, hint = "an empty file", "copy or download the file again"
-    elif start[4:8] == b"ftyp":
-        found = f"a HEIF or AVIF file ({start[8:].decode('latin-1')})"
-        hint = "save it as PNG; or pip install pillow-heif, open it with PIL, and give the opened image"
-    return ImageError("IMAGE_UNREADABLE", subject, found, expected=expected, hint=hint)
 
 
 def _reason(error: BaseException) -> str:

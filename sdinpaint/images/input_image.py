@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-import io
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+import math
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms
+from PIL import Image
 
-from sdinpaint.errors import ImageError, NumericError, warn
+from sdinpaint.errors import ImageError, NumericError, SdInpaintError, warn
 from sdinpaint.images.boxes import Box
-from sdinpaint.images.files import DEEP_MODES, MAX_PIXELS, decode, open_image
+from sdinpaint.images.colour_spaces import as_rgb
+from sdinpaint.images.deep import Samples, read_colour, scaled, to_8_bits
+from sdinpaint.images.embedded import Embedded, read_embedded
+from sdinpaint.images.reading import (
+    DEEP_MODES,
+    MAX_PIXELS,
+    File,
+    check_pixels,
+    decoding,
+    is_file,
+    opened,
+    orientation,
+    path_of,
+    require_usable,
+    upright,
+)
 from sdinpaint.on_demand import OnDemand, is_tensor
 
 if TYPE_CHECKING:
@@ -22,9 +36,12 @@ if TYPE_CHECKING:
 else:
     torch = OnDemand("torch")
 
-__all__ = ["InputImage", "pad_to_multiple", "paste", "read_image", "to_tensor", "to_uint8"]
+__all__ = ["InputImage", "join_samples", "mirrored", "pad_to_multiple", "paste", "read_image", "require_plain"]
+__all__ += ["span", "to_tensor", "to_uint8"]
 
 MIN_SIDE, SMALL_SIDE = 8, 64
+ROUNDING = 1e-5
+"""Values that leave their range by less are rounding errors of what computed them, and are clamped."""
 
 Bytes = NDArray[np.uint8]
 Crop = tuple[slice, slice]
@@ -32,11 +49,16 @@ Crop = tuple[slice, slice]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InputImage:
-    """An upright 8-bit image: rgb (H, W, 3), alpha (H, W) or None, and its RGB colour profile."""
+    """An upright image: the 8-bit rgb (H, W, 3) that models see, alpha (H, W) or None, and its RGB colour profile."""
 
     rgb: Bytes
     alpha: Bytes | None = None
     icc_profile: bytes | None = None
+    samples: Samples | None = None
+    """The source's own pixels (H, W, 3), or (H, W, 4) with alpha, where they have more than 8 bits: uint16, or float32
+    in [0, 1]. Those of an extended image are of its `old` box."""
+    embedded: Embedded = field(default_factory=Embedded)
+    """Data of the source's file beside the pixels, which an output keeps."""
     path: str | None = None
     """The file that the image was read from."""
     old: Box | None = None
@@ -55,17 +77,18 @@ class InputImage:
         return ((self.rgb * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
-Source: TypeAlias = "Path | str | Image.Image | Bytes | Tensor | InputImage"
+Source: TypeAlias = "File | Image.Image | NDArray[Any] | Tensor | InputImage"
 
 
 def read_image(source: Source, argument: str = "image") -> InputImage:
-    """Read an image as 8-bit RGB, upright, with its transparency kept apart.
+    """Read an image as 8-bit RGB, upright, with its transparency and its own samples of more bits kept apart.
 
-    Palette, grey, 16-bit and CMYK images are converted. An image below 64 pixels a side gives a warning, because a
-    model sees next to nothing in it.
+    Palette, grey, CMYK and other images are converted, by their colour profile where they have one; a warning says so
+    where colours change. An image below 64 pixels a side gives a warning, because a model sees next to nothing in it.
 
     Args:
-        source: a path, PIL image, uint8 array (H, W, 3), or float tensor (3, H, W) or (1, 3, H, W) in [-1, 1].
+        source: a path, the bytes of an image file, an open binary file, a PIL image, an array (H, W), (H, W, 3) or
+            (H, W, 4) of uint8, uint16 or floats in [0, 1], or a float tensor (3, H, W) or (1, 3, H, W) in [-1, 1].
         argument: name that errors give to the image.
 
     Returns:
@@ -76,24 +99,22 @@ def read_image(source: Source, argument: str = "image") -> InputImage:
     """
     if isinstance(source, InputImage):
         return source
-    if isinstance(source, str | Path):
-        image = replace(_from_pil(open_image(source, argument), f"{argument} {str(source)!r}"), path=str(source))
+    if is_file(source):
+        with opened(source, argument) as (opened_image, subject):
+            image = replace(_from_pil(opened_image, subject), path=path_of(source))
     elif isinstance(source, Image.Image):
-        image = _from_pil(decode(source, argument), argument)
+        image = _from_pil(source, argument)
     elif isinstance(source, np.ndarray):
-        image = InputImage(rgb=_from_array(source, argument))
+        image = _from_array(source, argument)
     elif is_tensor(source):
         image = InputImage(rgb=_from_tensor(source, argument))
     else:
-        expected = "a path, a PIL image, a uint8 array (H, W, 3) or a float tensor (3, H, W) in [-1, 1]"
+        expected = "a path, bytes of an image file, an open file, a PIL image, an array (H, W, 3) or a float tensor"
         raise ImageError(
             "IMAGE_TYPE", argument, f"a {type(source).__name__}", expected=expected, hint="convert it first"
         )
     height, width = image.size
     found = f"{height} rows, {width} columns"
-    if height * width > MAX_PIXELS:
-        hint = "scale it down, or crop it"
-        raise ImageError("IMAGE_TOO_LARGE", argument, found, expected=f"at most {MAX_PIXELS} pixels", hint=hint)
     if min(height, width) < MIN_SIDE:
         raise ImageError("IMAGE_TOO_SMALL", argument, found, expected=f"at least {MIN_SIDE} a side", hint="scale it up")
     if min(height, width) < SMALL_SIDE:
@@ -197,62 +218,155 @@ def paste(original: InputImage, generated: Bytes, mask: NDArray[np.bool_]) -> Im
     return image
 
 
+def join_samples(original: InputImage, image: Image.Image, replaced: NDArray[np.bool_]) -> Samples:
+    """Join generated pixels to the source's own samples, in the source's type.
+
+    Args:
+        original: the image that was given, perhaps extended.
+        image: the 8-bit result of `paste`.
+        replaced: bool (H, W), the pixels that were generated.
+
+    Returns:
+        A new array (H, W, 3), or (H, W, 4) with alpha: uint8, uint16, or float32 in [0, 1]; every pixel of the source
+        that was not replaced is there bit for bit.
+    """
+    pixels = np.array(image)
+    if original.samples is None:
+        return pixels
+    joined = scaled(pixels, original.samples.dtype)
+    box = (slice(None), slice(None)) if original.old is None else original.old.slices
+    known = ~replaced[box]
+    joined[box][known] = original.samples[known]
+    return joined
+
+
+def span(low: float, high: float) -> str:
+    """Write the range of some values with as many digits as tell them from the bounds.
+
+    Args:
+        low: lowest value.
+        high: highest value.
+
+    Returns:
+        The words.
+    """
+    return f"from {low:.7g} to {high:.7g}"
+
+
+def require_plain(tensor: Tensor, code: str, argument: str, error: type[SdInpaintError]) -> None:
+    """Refuse a tensor whose values cannot be read.
+
+    Args:
+        tensor: the tensor.
+        code: code of the error.
+        argument: name that the error gives to the tensor.
+        error: class of the error.
+
+    Raises:
+        SdInpaintError: the tensor is sparse or quantized, or has no data.
+    """
+    kind = "meta" if tensor.is_meta else "quantized" if tensor.is_quantized else str(tensor.layout)
+    if kind != "torch.strided":
+        found, hint = f"a tensor of the kind {kind}", "make it an ordinary one, e.g. by to_dense()"
+        raise error(code, argument, found, expected="a dense tensor with data", hint=hint)
+
+
 def _from_pil(image: Image.Image, subject: str) -> InputImage:
-    profile: bytes | None = image.info.get("icc_profile")
-    if image.mode in DEEP_MODES:
-        grey = _deep_grey(image, subject)
-        return InputImage(rgb=np.repeat(grey[..., None], 3, axis=2))
-    if profile is not None and profile[16:20] != b"RGB ":
-        image, profile = _to_srgb(image, profile, subject), None
-    if image.has_transparency_data:
-        pixels = np.array(image.convert("RGBA"))
-        return InputImage(rgb=pixels[..., :3], alpha=pixels[..., 3], icc_profile=profile)
-    return InputImage(rgb=np.array(image.convert("RGB")), icc_profile=profile)
+    require_usable(image, subject)
+    with decoding(image, subject):
+        colour = read_colour(image)
+        embedded = read_embedded(image)
+        image.load()
+        turn = orientation(image)
+        if turn is not None and embedded.damaged:
+            warn(f"{subject}: a part of its Exif data cannot be read, and a result does not keep it")
+        profile: bytes | None = image.info.get("icc_profile")
+        rgb_profile = profile if profile is not None and profile[16:20] == b"RGB " else None
+        samples = _deep_grey(image, subject) if image.mode in DEEP_MODES else colour
+        if samples is not None:
+            samples = _turned(samples, turn)
+        image = upright(image, subject, turn)
+        if samples is None:
+            pixels = np.array(as_rgb(image, subject))
+        else:
+            if profile is not None and rgb_profile is None:
+                warn(f"{subject}: its colour profile is not used, because it is not for RGB; brightness may be off")
+            pixels, samples = _eight_bits(samples, image)
+    alpha = pixels[..., 3] if pixels.shape[2] == 4 else None
+    return InputImage(rgb=pixels[..., :3], alpha=alpha, icc_profile=rgb_profile, samples=samples, embedded=embedded)
 
 
-def _deep_grey(image: Image.Image, subject: str) -> Bytes:
-    """Convert 16-bit or 0..1 float grey to uint8 (H, W)."""
+def _eight_bits(samples: Samples, image: Image.Image) -> tuple[Bytes, Samples]:
+    """Return samples as the models see them, and the samples with an alpha channel where the image has one."""
+    # one colour may stand for transparent pixels
+    if samples.dtype == np.uint16 and samples.shape[2] == 3 and image.has_transparency_data:
+        key = np.asarray(image.info["transparency"], samples.dtype)
+        alpha = (samples != key).any(axis=2, keepdims=True) * np.uint16(65535)
+        samples = np.concatenate([samples, alpha], axis=2)
+    return to_8_bits(samples), samples
+
+
+def _turned(samples: Samples, turn: int | None) -> Samples:
+    """Turn samples (H, W, C) upright by Exif's orientation."""
+    if turn in (5, 6, 7, 8):
+        samples = samples.swapaxes(0, 1)
+    if turn in (3, 4, 7, 8):
+        samples = samples[::-1]
+    if turn in (2, 3, 6, 7):
+        samples = samples[:, ::-1]
+    return np.ascontiguousarray(samples)
+
+
+def _deep_grey(image: Image.Image, subject: str) -> Samples:
+    """Read 16-bit or 0..1 float grey as samples (H, W, 3)."""
     values = np.asarray(image)
     top = 1.0 if image.mode == "F" else 65535.0
     low, high = float(values.min()), float(values.max())
-    if not 0 <= low <= high <= top:
-        found = f"PIL mode {image.mode} with values from {low:g} to {high:g}"
+    slack = ROUNDING if image.mode == "F" else 0
+    if not -slack <= low <= high <= top + slack:
+        found = f"PIL mode {image.mode} with values {span(low, high)}"
         raise ImageError("IMAGE_BAD_VALUES", subject, found, expected=f"0 to {top:g}", hint="scale it, or give mode L")
     if image.mode == "I" and 0 < high <= 255:
         message = f"{subject}: PIL mode I is read as 16-bit, so values up to {high:g} are almost black; give mode L"
         warn(message)
-    return np.rint(values * (255.0 / top)).astype(np.uint8)
+    grey = values.clip(0, 1).astype(np.float32) if image.mode == "F" else values.astype(np.uint16)
+    return np.repeat(grey[..., None], 3, axis=2)
 
 
-def _to_srgb(image: Image.Image, profile: bytes, subject: str) -> Image.Image:
-    """Convert CMYK or grey to sRGB by its colour profile; leave it where the profile does not fit the image."""
-    space = {b"CMYK": "CMYK", b"GRAY": "L"}.get(profile[16:20])
-    if space != image.mode:
-        return image
-    try:
-        given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        converted = ImageCms.profileToProfile(image, given, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError) as error:
-        message = f"{subject}: its colour profile cannot be used ({error}); colours may be off"
-        warn(message)
-        return image
-    return image if converted is None else converted
-
-
-def _from_array(array: NDArray[np.generic], argument: str) -> Bytes:
-    if array.dtype != np.uint8:
-        found = f"an array of {array.dtype}"
-        if array.size and np.issubdtype(array.dtype, np.number):
-            found += f", values from {array.min():g} to {array.max():g}"
-        hint = "(255 * array).round().astype('uint8') for values in 0..1"
-        raise ImageError("IMAGE_TYPE", argument, found, expected="uint8, 0 to 255", hint=hint)
-    if array.ndim != 3 or array.shape[2] != 3:
-        expected = "(height, width, 3)"
+def _from_array(array: NDArray[Any], argument: str) -> InputImage:
+    is_float = np.issubdtype(array.dtype, np.floating)
+    low, high = _range(array)
+    if array.dtype.name not in ("uint8", "uint16") and not is_float:
+        found = f"an array of {array.dtype}" + (f", values {span(low, high)}" if low <= high else "")
+        hint = "array.astype('uint8') for values from 0 to 255"
+        raise ImageError("IMAGE_TYPE", argument, found, expected="uint8, uint16, or floats in 0..1", hint=hint)
+    if array.ndim == 2 or array.shape[2:] == (1,):  # grey
+        array = np.broadcast_to(array.reshape(*array.shape[:2], 1), (*array.shape[:2], 3))
+    if array.ndim != 3 or array.shape[2] not in (3, 4):
+        expected = "(height, width, 3), (height, width, 4) or (height, width)"
         raise ImageError("IMAGE_BAD_SHAPE", argument, f"an array {array.shape}", expected=expected, hint="make it RGB")
-    return np.array(array, dtype=np.uint8)
+    check_pixels(argument, *array.shape[:2])
+    if is_float:
+        if array.size and not -ROUNDING <= low <= high <= 1 + ROUNDING:
+            found, hint = f"a float array with values {span(low, high)}", "divide values from 0 to 255 by 255"
+            raise ImageError("IMAGE_BAD_VALUES", argument, found, expected="0 to 1", hint=hint)
+        array = array.clip(0, 1).astype(np.float32)
+    samples = np.array(array, dtype=array.dtype.newbyteorder("="))
+    pixels = to_8_bits(samples)
+    alpha = pixels[..., 3] if pixels.shape[2] == 4 else None
+    return InputImage(rgb=pixels[..., :3], alpha=alpha, samples=None if samples.dtype == np.uint8 else samples)
+
+
+def _range(array: NDArray[Any]) -> tuple[float, float]:
+    """Return the lowest and the highest value; nothing lies between them where the values are no numbers."""
+    small = array.size and array.size <= 8 * MAX_PIXELS
+    if not small or not (np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)):
+        return math.inf, -math.inf
+    return float(array.min()), float(array.max())
 
 
 def _from_tensor(tensor: Tensor, argument: str) -> Bytes:
+    require_plain(tensor, "IMAGE_TYPE", argument, ImageError)
     if not tensor.is_floating_point():
         expected, hint = "float values in [-1, 1]", "give uint8 pixels as an array (H, W, 3): tensor.numpy()"
         raise ImageError("IMAGE_TYPE", argument, f"a tensor of {tensor.dtype}", expected=expected, hint=hint)
@@ -261,14 +375,15 @@ def _from_tensor(tensor: Tensor, argument: str) -> Bytes:
         expected = "(3, height, width), or (1, 3, height, width)"
         hint = "give a list for several images; latents are not images"
         raise ImageError("IMAGE_BAD_SHAPE", argument, f"a tensor {tuple(tensor.shape)}", expected=expected, hint=hint)
+    check_pixels(argument, *image.shape[2:])
     if not bool(image.isfinite().all()):
         found = f"{int((~image.isfinite()).sum())} of {image.numel()} values are nan or inf"
         raise ImageError(
             "IMAGE_BAD_VALUES", argument, found, expected="finite values", hint="correct it where it is made"
         )
     low, high = float(image.min()), float(image.max())
-    if not -1 <= low <= high <= 1:
-        found = f"a tensor with values from {low:g} to {high:g}"
+    if not -1 - ROUNDING <= low <= high <= 1 + ROUNDING:
+        found = f"a tensor with values {span(low, high)}"
         raise ImageError("IMAGE_BAD_VALUES", argument, found, expected="[-1, 1]", hint="2 * x - 1 for x in 0..1")
     if low >= 0 < high:
         message = f"{argument}: a tensor with no value below 0; if it is in 0..1, give 2 * x - 1"

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from sdinpaint.errors import MaskError, said
 from sdinpaint.images.boxes import Box
-from sdinpaint.images.files import MAX_PIXELS
+from sdinpaint.images.reading import MAX_PIXELS
 
 __all__ = ["require_box", "require_points", "require_size"]
 

@@ -11,17 +11,20 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
+from sdinpaint_weights.door import Refusal, read_whole
 
 from sdinpaint.checks import check_number
 from sdinpaint.errors import MaskError, SettingError, said
-from sdinpaint.images.files import decode, open_image
 from sdinpaint.images.input_image import InputImage
+from sdinpaint.images.reading import decode, is_file, open_image, path_of
 from sdinpaint.masks.reading import Hole, Soft
 
 __all__ = ["by_alpha", "by_color", "by_label", "by_luminance"]
 
 LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N")
 TABLES = (".txt", ".csv")
+MAX_TABLE = 1 << 28
+"""Bytes of a text file of labels."""
 LISTED = 20
 """Largest number of ids that an error lists."""
 
@@ -127,9 +130,10 @@ def _rgb(color: Any) -> NDArray[np.int16]:
 def _label_map(labels: Any) -> NDArray[np.integer[Any]]:
     if isinstance(labels, str) and "\n" in labels:
         return _table(labels)
-    if isinstance(labels, str | Path) and Path(labels).suffix.lower() in TABLES:
-        return _table(_read_text(Path(labels)))
-    if isinstance(labels, str | Path):
+    path = path_of(labels)
+    if path is not None and Path(path).suffix.lower() in TABLES:
+        return _table(_read_text(path))
+    if is_file(labels):
         labels = open_image(labels, "labels")
     elif isinstance(labels, Image.Image):
         labels = decode(labels, "labels")
@@ -145,11 +149,13 @@ def _label_map(labels: Any) -> NDArray[np.integer[Any]]:
     return array
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise _no_map(f"{str(path)!r} cannot be read: {error}", "give the path of a text file") from error
+        return read_whole(path, MAX_TABLE).decode("utf-8")
+    except Refusal as refusal:
+        raise _no_map(f"{path!r}: {refusal.found}", refusal.hint or "give the path of a text file") from refusal
+    except UnicodeDecodeError as error:
+        raise _no_map(f"{path!r} cannot be read: {error}", "give the path of a text file") from error
 
 
 def _table(text: str) -> NDArray[np.integer[Any]]:

@@ -6,7 +6,6 @@ A mask stays soft (0..1) as long as it can serve for blending; its hole, what is
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -14,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sdinpaint.errors import MaskError, warn
-from sdinpaint.images.files import DEEP_MODES, decode, open_image
-from sdinpaint.images.input_image import mirrored
+from sdinpaint.images.input_image import ROUNDING, mirrored, require_plain, span
+from sdinpaint.images.reading import DEEP_MODES, File, check_pixels, decode, is_file, open_image
 from sdinpaint.on_demand import OnDemand, is_tensor
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ class HasArray(Protocol):
 
 Hole = NDArray[np.bool_]
 Soft = NDArray[np.float32]
-Source: TypeAlias = "Path | str | Image.Image | HasArray | Tensor"
+Source: TypeAlias = "File | Image.Image | HasArray | Tensor"
 Cover = Literal["max", "nearest"]
 """Mask downsampling: each latent cell takes its first pixel ("nearest") or its highest ("max")."""
 
@@ -59,7 +58,7 @@ def read_mask(source: Source, size: tuple[int, int], argument: str = "mask") -> 
     """Read a mask for an image of a given size.
 
     Args:
-        source: a path, PIL image, array, tensor or Mask, as in `read_own_size`.
+        source: a mask, as in `read_own_size`.
         size: (height, width) of the image. A mask of another size is scaled with a warning if its aspect ratio is the
             same within 1 %.
         argument: name that errors give to the mask.
@@ -78,7 +77,8 @@ def read_own_size(source: Source, argument: str) -> Soft:
     """Read a mask in its own size; a mask in an alpha channel is read from there, with a warning.
 
     Args:
-        source: a path, PIL image, array, tensor or Mask: bool, uint8 0..255, uint16 0..65535 or float 0..1.
+        source: a path, the bytes of an image file, an open binary file, a PIL image, or an array, tensor or Mask: bool,
+            uint8 0..255, uint16 0..65535 or float 0..1.
         argument: name that errors give to the mask.
 
     Returns:
@@ -88,16 +88,17 @@ def read_own_size(source: Source, argument: str) -> Soft:
         MaskError: the mask is ambiguous, coloured, or of another shape or type.
         ImageError: the file cannot be read as an image.
     """
-    if isinstance(source, str | Path):
+    if is_file(source):
         return _without_noise(_from_pil(open_image(source, argument), argument))
     if isinstance(source, Image.Image):
         return _without_noise(_from_pil(decode(source, argument), argument))
     if is_tensor(source):
-        values = source.detach().cpu()
+        require_plain(source, "MASK_TYPE", argument, MaskError)
+        values = source.detach().cpu().resolve_neg()
         return _from_array((values.float() if values.is_floating_point() else values).numpy(), argument)
     if isinstance(source, HasArray):
         return _from_array(np.asarray(source), argument)
-    expected = "a path, a PIL image, an array, a tensor or a Mask"
+    expected = "a path, bytes of an image file, an open file, a PIL image, an array, a tensor or a Mask"
     raise MaskError("MASK_TYPE", argument, f"a {type(source).__name__}", expected=expected, hint="convert it first")
 
 
@@ -209,8 +210,11 @@ def _from_pil(image: Image.Image, argument: str) -> Soft:
 
 def _from_array(array: NDArray[np.generic], argument: str) -> Soft:
     if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] in (3, 4) and array.size:
+        check_pixels(argument, *array.shape[:2])
         return _from_pil(Image.fromarray(array), argument)
     values = array if array.ndim == 2 else array.squeeze()
+    if values.ndim == 2:
+        check_pixels(argument, *values.shape)
     if values.ndim != 2 or not values.size:
         expected = "(height, width)"
         raise MaskError(
@@ -232,12 +236,13 @@ def _scaled(values: NDArray[np.generic], argument: str) -> Soft:
     if math.isnan(low):
         found, hint = f"{np.isnan(values).sum()} of {values.size} values are nan", "np.nan_to_num(mask) keeps them"
         raise MaskError("MASK_BAD_VALUES", argument, found, expected=expected, hint=hint)
-    if not 0 <= low <= high <= white or 0 < high <= MISTAKEN.get(white, 0):
-        found = f"{values.dtype} values from {low:g} to {high:g}"
+    slack = ROUNDING if white == 1 else 0
+    if not -slack <= low <= high <= white + slack or 0 < high <= MISTAKEN.get(white, 0):
+        found = f"{values.dtype} values {span(low, high)}"
         raise MaskError("MASK_BAD_VALUES", argument, found, expected=expected, hint="mask > 0 makes it bool")
     soft = values.astype(np.float32)
     soft /= np.float32(white)
-    return soft
+    return np.clip(soft, 0, 1, out=soft) if slack else soft
 
 
 def _without_noise(mask: Soft) -> Soft:

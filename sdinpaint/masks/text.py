@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sdinpaint.errors import MaskError
-from sdinpaint.images.files import DECODER_ERRORS, decode
+from sdinpaint.images.reading import DECODER_ERRORS, decode
 from sdinpaint.masks import Mask
 
 __all__ = ["mask_from_text", "mask_to_text"]

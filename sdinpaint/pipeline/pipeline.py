@@ -322,7 +322,7 @@ def _made(canvas: Canvas | None, settings: Settings) -> Repainted | None:
         return None
     replaced = canvas.replaced(whole=not settings.paste_back)
     image = paste(canvas.item.image, canvas.rgb, replaced)
-    return Repainted(image, canvas.item, settings.cover, tuple(canvas.boxes))
+    return Repainted(image, canvas.item, settings.cover, tuple(canvas.boxes), replaced)
 
 
 def _doubts(request: Request, settings: Settings, tokenizer: Tokenizer) -> Iterator[tuple[int | None, str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -19,6 +18,7 @@ from sdinpaint.families import Family
 from sdinpaint.images.canvas import canvas_for
 from sdinpaint.images.crops import check_context
 from sdinpaint.images.input_image import InputImage, read_image
+from sdinpaint.images.reading import in_memory, path_of
 from sdinpaint.masks import Mask, read_mask
 from sdinpaint.pipeline.prompts import checked_prompt, require_model_fits, split_prompts
 from sdinpaint.pipeline.settings import (
@@ -100,8 +100,10 @@ class Request:
     Images and masks are read, and every value is checked, without a model.
 
     Args:
-        image: path, PIL image, uint8 array (H, W, 3) or float tensor in [-1, 1]; a list for a batch.
-        mask: what is repainted (white, 1), of the same kinds; None for `kind` "vary" and "outpaint".
+        image: path, bytes of an image file, open file, PIL image, array (H, W, 3) of uint8, uint16 or floats in [0, 1],
+            or float tensor in [-1, 1]; a list, an array (B, H, W, 3) or a tensor (B, 3, H, W) for a batch.
+        mask: what is repainted (white, 1), of the same kinds; a list or a stack (B, H, W) for a batch; None for `kind`
+            "vary" and "outpaint".
         prompt: text, or a `Conditioning` that was encoded before; a list for a batch.
         negative_prompt: text, a `Conditioning`, or None, which for SDXL is no text at all; a list for a batch.
         kind: "inpaint"; "vary" regenerates the whole image (img2img); "outpaint" extends it.
@@ -151,7 +153,7 @@ class Request:
         """Warnings that were issued while the images were read."""
         given = {
             "images": unbatched(image),
-            "masks": unbatched(mask),
+            "masks": unbatched(mask, is_mask=True),
             "prompts": split_prompts("prompt", prompt),
             "negative prompts": split_prompts("negative_prompt", negative_prompt),
             "seeds": seed.tolist() if isinstance(seed, np.ndarray | Tensor) and seed.ndim == 1 else as_list(seed),
@@ -298,8 +300,7 @@ class _Reading:
             input_image, mask = canvas_for(input_image, **vars(self.canvas))
         elif self.kind == "vary":
             mask = np.ones(input_image.size, dtype=bool)
-        path = str(mask) if isinstance(mask, str | Path) else None
-        given = mask if isinstance(mask, GivenMask) else GivenMask(mask, path)
+        given = mask if isinstance(mask, GivenMask) else GivenMask(mask, path_of(mask))
         read = Mask(read_mask(given.mask, input_image.size))
         hole = read.array >= self.settings.mask_threshold
         check_context(self.settings.crop, input_image.size)
@@ -311,16 +312,21 @@ class _Reading:
         return Item(input_image, read, hole, text, negative, seed, noise, control, given.path)
 
 
-def unbatched(value: Any) -> list[Any]:
-    """Return a list as it is, and a batch in one tensor (B, C, H, W) as a list of B.
+def unbatched(value: Any, *, is_mask: bool = False) -> list[Any]:
+    """Return a list as it is, and a batch in one array or tensor as a list of B.
 
     Args:
-        value: what was given for images or masks.
+        value: what was given for images or masks: a batch is a tensor (B, C, H, W) or an array (B, H, W, C).
+        is_mask: whether a stack (B, H, W) and an array (B, 1, H, W) are batches too.
 
     Returns:
         One entry per image, or one for all.
     """
-    return list(value) if isinstance(value, Tensor) and value.ndim == 4 else as_list(value)
+    if isinstance(value, np.ndarray) or (isinstance(value, Tensor) and value.layout == torch.strided):
+        channels_last = value.ndim > 2 and value.shape[-1] in (1, 2, 3, 4)
+        stack = is_mask and value.ndim == 3 and not channels_last and len(value) > 1
+        return list(value) if value.ndim == 4 or stack else [value]
+    return [in_memory(one) for one in as_list(value)]
 
 
 def require_noise(noise: Tensor, size: tuple[int, int]) -> None:

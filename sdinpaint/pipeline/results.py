@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sdinpaint.checks import check_choice
-from sdinpaint.errors import Remark, SdInpaintError, SettingError, said
+from sdinpaint.errors import Remark, SdInpaintError, SettingError, already_warned, said, warn
 from sdinpaint.images.boxes import Box
-from sdinpaint.images.files import check_output_path, save_png
+from sdinpaint.images.deep import Samples
+from sdinpaint.images.files import DEEP, SUFFIXES, as_stored, check_output_path, save_png
+from sdinpaint.images.input_image import join_samples, read_image
 from sdinpaint.images.sheets import Row, contact_sheet, review_row
 from sdinpaint.masks import Cover, MaskReport
-from sdinpaint.metrics import Scores, scores
+from sdinpaint.metrics import Scores, known_error, scores
 from sdinpaint.pipeline.requests import Item, Request
 from sdinpaint.pipeline.settings import MAX_SEED, ControlSettings, MaskSettings, names_of
 from sdinpaint.provenance.manifest import record
@@ -48,6 +50,26 @@ class Repainted:
     cover: Cover
     boxes: tuple[Box, ...]
     """The parts of the image that the model saw, in their order; none where nothing was to be repainted."""
+    replaced: NDArray[np.bool_]
+    """The pixels (H, W) that are not those of the source."""
+
+    @property
+    def array(self) -> Samples:
+        """The image in the source's own type, in which every pixel that was not replaced is the source's."""
+        return join_samples(self.item.image, self.image, self.replaced)
+
+    def error_in(self, stored: Image.Image) -> int:
+        """Measure the largest change of a known pixel in a file.
+
+        Args:
+            stored: the image that the file holds; where it lacks the alpha channel, it is over white.
+
+        Returns:
+            The change in levels, 0 to 255.
+        """
+        with already_warned():
+            seen = read_image(stored).opaque()
+        return known_error(self.item.image.opaque(), seen, self.item.hole)
 
     @cached_property
     def scores(self) -> Scores:
@@ -283,8 +305,13 @@ class Result:
     def save(self, path: Path | str) -> list[Path]:
         """Write the image with its settings inside, and several as NAME-1, NAME-2, ...
 
+        A PNG, TIFF or WebP file keeps the known pixels bit for bit; PNG and TIFF hold 16 bits where the source has more
+        than 8. A JPEG or AVIF file changes them: a warning says by how much. Exif data (camera, place and time, but not
+        the orientation, which is applied), XMP data, colour profile and resolution of the source are kept, and the
+        texts of a PNG file in a PNG file; `result.image.save(path)` writes the pixels alone.
+
         Args:
-            path: a .png, .webp or .jpg file.
+            path: a .png, .webp, .tiff, .jpg or .avif file.
 
         Returns:
             The files; an image that could not be made has none.
@@ -296,8 +323,63 @@ class Result:
         targets = [first] if count == 1 else [first.with_stem(f"{first.stem}-{index + 1}") for index in range(count)]
         made = [(index, target) for index, target in enumerate(targets) if self.repainted[index] is not None]
         for index, target in made:
-            save_png(self.images[index], target, self.settings_of(index))
+            self.save_one(index, target)
         return [target for _, target in made]
+
+    def save_one(self, index: int, path: Path | str) -> dict[str, Any]:
+        """Write one of the images with its settings inside, as `save` does.
+
+        Args:
+            index: index of the image.
+            path: the file.
+
+        Returns:
+            The settings that the file holds. Of a file that changes known pixels, `known_error` is that of the file.
+
+        Raises:
+            ImageError: the file cannot be written.
+            SdInpaintError: the image could not be made.
+        """
+        if index in self.errors:
+            raise self.errors[index]
+        one, settings = cast(Repainted, self.repainted[index]), self.settings_of(index)
+        given, kind = one.item.image, SUFFIXES[check_output_path(path).suffix.lower()]
+        with already_warned():
+            stored = as_stored(one.image, path, settings, given.embedded)
+        if stored is not None:
+            error = one.error_in(stored)
+            manifest = settings["manifest"]
+            settings = {**settings, "manifest": {**manifest, "scores": {**manifest["scores"], "known_error": error}}}
+            if error > one.scores.known_error:
+                found = f"{kind} changes known pixels, by up to {error} of 255 levels"
+                warn(f"output {str(path)!r}: {found}; PNG, TIFF and WebP keep every one", index)
+        samples = None
+        if given.samples is not None:
+            if kind in DEEP:
+                samples = one.array
+            if samples is None or samples.dtype == np.float32:
+                bits = 8 if samples is None else 16
+                kept = f"result.array({index}) has the source's own {given.samples.dtype} values"
+                warn(f"output {str(path)!r}: the file holds {bits} bits a sample; {kept}", index)
+        save_png(one.image, path, settings, source=given.embedded, samples=samples)
+        return settings
+
+    def array(self, index: int = 0) -> Samples:
+        """Return one of the images in the type of its source, in which known pixels are the source's bit for bit.
+
+        Args:
+            index: index of the image.
+
+        Returns:
+            The pixels (H, W, 3), or (H, W, 4) with alpha: uint8, for a source of 16 bits uint16, for one of floats
+            float32 in [0, 1]. A grey source has three equal channels.
+
+        Raises:
+            SdInpaintError: the image could not be made.
+        """
+        if index in self.errors:
+            raise self.errors[index]
+        return cast(Repainted, self.repainted[index]).array
 
     def settings_of(self, index: int) -> dict[str, Any]:
         """Return the arguments that make one of the images alone, and its manifest.

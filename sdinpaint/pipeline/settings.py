@@ -13,8 +13,8 @@ from sdinpaint.errors import SettingError, said
 from sdinpaint.images.blending import BLENDS, Blend
 from sdinpaint.images.canvas import ANCHORS, EXTENDING_FILLS, OVERLAP, Anchor, ExtendingFill
 from sdinpaint.images.crops import AUTO
-from sdinpaint.images.files import MAX_PIXELS
 from sdinpaint.images.fills import FILLS, Fill
+from sdinpaint.images.reading import MAX_PIXELS
 from sdinpaint.masks import Cover
 from sdinpaint.sampling import Guidance, find_sampler, resolve, schedules
 from sdinpaint.sampling.masked import ROUNDING

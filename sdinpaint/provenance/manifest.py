@@ -16,7 +16,7 @@ import torch
 
 from sdinpaint.errors import CheckpointError, SettingError, said
 from sdinpaint.families import deviations
-from sdinpaint.images.files import SHORTENED
+from sdinpaint.images.embedded import SHORTENED
 from sdinpaint.images.input_image import InputImage
 from sdinpaint.latent_diffusion import LatentDiffusion
 from sdinpaint.masks import Mask, binarize

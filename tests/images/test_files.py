@@ -23,10 +23,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngInfo
 
 from sdinpaint.errors import ImageError, SdInpaintWarning
 from sdinpaint.images import files
 from sdinpaint.images.files import check_output_path, read_settings, save_png
+from sdinpaint.images.parameters import SAMPLER_NAMES
 from sdinpaint.sampling import SAMPLERS
 
 SETTINGS = {
@@ -251,7 +253,7 @@ def test_samplers_have_the_names_of_a1111(image, tmp_path, sampler, spacing, nam
 
 
 def test_every_sampler_has_a_name_there():
-    assert set(files.SAMPLER_NAMES) == set(SAMPLERS)
+    assert set(SAMPLER_NAMES) == set(SAMPLERS)
 
 
 def as_lines(text: str) -> str:
@@ -294,7 +296,7 @@ ODD = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0/")
 def test_any_name_comes_back(folder, model, sampler):
     odd = FULL | {"sampler": sampler, "manifest": {"model": "models/" + model}}
     _, _, fields = parameters(Image.new("RGB", (8, 8)), folder / "named.png", odd)
-    assert fields["Sampler"] == files.SAMPLER_NAMES.get(sampler, sampler)
+    assert fields["Sampler"] == SAMPLER_NAMES.get(sampler, sampler)
     assert fields.get("Model", ".") == re.sub(r"\.(safetensors|ckpt|pth)$", "", Path("models", model).name)
     assert fields["Seed"] == "42"
 
@@ -370,7 +372,7 @@ def test_image_without_settings(image, tmp_path, suffix):
 
 @pytest.mark.parametrize("text", ["[1]", "{", "[" * 50_000, "3"])
 def test_foreign_settings_are_refused(image, tmp_path, text):
-    info = files.PngInfo()
+    info = PngInfo()
     info.add_itxt("sdinpaint", text)
     image.save(tmp_path / "a.png", pnginfo=info)
     with pytest.raises(ImageError) as caught:

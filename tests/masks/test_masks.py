@@ -282,7 +282,7 @@ def test_other_shapes(shape):
     assert str(shape) in refused(np.zeros(shape, np.float32), "MASK_BAD_SHAPE").found
 
 
-@pytest.mark.parametrize("source", [None, 3, b"bytes", [[1, 0]]])
+@pytest.mark.parametrize("source", [None, 3, [[1, 0]]])
 def test_other_types(source):
     refused(source, "MASK_TYPE")
 
