@@ -42,7 +42,7 @@ run_options = together(
         "-o",
         required=True,
         type=click.Path(path_type=Path),
-        help="The .png, .webp (lossless) or .jpg file to write.",
+        help="The .png, .tiff, .webp (all lossless), .jpg or .avif file to write.",
     ),
     click.option(
         "--negative",

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,7 +91,7 @@ def read_embedded(image: Image.Image) -> Embedded:
     exif, damaged = None, False
     try:
         exif = _exif_of(image)
-    except Exception:
+    except Exception:  # Pillow raises many kinds for broken data, which must not spoil a sound image
         damaged = True
     xmp = image.info.get("xmp")
     xmp = xmp.encode() if isinstance(xmp, str) else xmp
@@ -261,8 +262,13 @@ def _dpi_of(dpi: Any) -> tuple[float, float] | None:
 
 def _texts_of(image: Image.Image) -> dict[str, str]:
     """Return the texts of a PNG file, as many as MAX_KEPT bytes hold, the shortest first; ours in any case."""
-    given = getattr(image, "text", None)
-    found = {key: str(value) for key, value in given.items()} if isinstance(given, dict) else {}
+    if image.format != "PNG":
+        return {}
+    given = image.info
+    if not getattr(image, "is_animated", False):  # which would decode all frames
+        with suppress(Exception):  # Pillow raises many kinds for broken data
+            given = getattr(image, "text", given)  # with those after the pixels
+    found = {str(key): str(value) for key, value in given.items() if isinstance(value, str)}
     kept, left = {}, MAX_KEPT
     for key, value in sorted(found.items(), key=lambda one: (one[0] not in OWN_TEXTS, len(one[1]))):
         left -= len(value)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO, TypeAlias, TypeGuard
 
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PLANAR_CONFIGURATION
 from sdinpaint_weights.door import Refusal, open_regular
 
 from sdinpaint.errors import ImageError, warn
@@ -56,6 +57,7 @@ DECODER_ERRORS = (
     SyntaxError,
     ValueError,
     EOFError,
+    AssertionError,
     LookupError,
     TypeError,
     ArithmeticError,
@@ -203,6 +205,11 @@ def require_usable(image: Image.Image, subject: str) -> None:
     check_pixels(subject, image.height, image.width)
     if image.mode not in MODES:
         raise ImageError("IMAGE_TYPE", subject, f"PIL mode {image.mode}", expected="RGB", hint="convert it to RGB")
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(BITSPERSAMPLE, (8,))
+    if tags.get(PLANAR_CONFIGURATION) == 2 and len(bits) > 1 and max(bits) > 8:  # Pillow decodes noise
+        found, hint = "a TIFF file of more than 8 bits in separate planes", "save it with interleaved channels"
+        raise ImageError("IMAGE_TYPE", subject, found, expected="interleaved channels", hint=hint)
 
 
 def check_pixels(subject: str, height: int, width: int) -> None:

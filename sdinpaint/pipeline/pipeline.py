@@ -81,7 +81,8 @@ class Pipeline(LatentDiffusion):
         for rounding.
 
         Args:
-            image: path, PIL image, uint8 array (H, W, 3) or float tensor in [-1, 1].
+            image: path, bytes of an image file, open file, PIL image, array (H, W, 3) of uint8, uint16 or floats in
+                [0, 1], or float tensor in [-1, 1].
             mask: the same kinds; white, or 1, is repainted.
             prompt: text, or a `Conditioning` that `encode_prompts` gave.
             negative_prompt: text, or a `Conditioning`; None is "", and for SDXL no text at all.

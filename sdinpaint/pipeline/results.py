@@ -358,9 +358,9 @@ class Result:
             if kind in DEEP:
                 samples = one.array
             if samples is None or samples.dtype == np.float32:
-                bits = 8 if samples is None else 16
-                kept = f"result.array({index}) has the source's own {given.samples.dtype} values"
-                warn(f"output {str(path)!r}: the file holds {bits} bits a sample; {kept}", index)
+                bits, better = (8, "save as .png or .tiff, or ") if samples is None else (16, "")
+                found = f"the file holds {bits} bits a sample, and the source is {given.samples.dtype}"
+                warn(f"output {str(path)!r}: {found}; {better}take result.array({index})", index)
         save_png(one.image, path, settings, source=given.embedded, samples=samples)
         return settings
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from sdinpaint.errors import ImageError
 from sdinpaint.images.boxes import Box
 from sdinpaint.images.canvas import extend
 from sdinpaint.images.deep import png_bytes, samples_of, scaled, tiff_bytes, to_8_bits
@@ -70,6 +71,15 @@ def test_sixteen_bit_colour_is_read_whole(encoder, channels, opened):
     assert np.array_equal(image.rgb, eight[..., :3])
     assert (image.alpha is None) == (channels == 3)
     assert channels == 3 or np.array_equal(image.alpha, eight[..., 3])
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_what_pillow_would_misread_is_refused(compression):
+    planes = np.ascontiguousarray(noise(3).transpose(2, 0, 1))
+    stream = io.BytesIO()
+    tifffile.imwrite(stream, planes, photometric="rgb", planarconfig="separate", compression=compression)
+    with pytest.raises(ImageError, match="separate planes"):
+        read_image(stream)
 
 
 def chunk(name: bytes, data: bytes) -> bytes:

@@ -6,6 +6,7 @@ import io
 import json
 import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -273,3 +274,10 @@ def test_settings_of_older_versions_are_read(tmp_path, suffix):
     exif[ExifTags.Base.ImageDescription] = json.dumps(OLDER)
     Image.fromarray(RGB).save(tmp_path / f"old.{suffix}", exif=exif)
     assert read_settings(tmp_path / f"old.{suffix}") == OLDER
+
+
+def test_texts_after_the_pixels_are_kept_too(tmp_path):
+    data = photo("PNG")
+    body = b"tEXtAuthor\0Ann"
+    late = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    assert saved(read_image(data[:-12] + late + data[-12:]), tmp_path / "out.png").text["Author"] == "Ann"
