@@ -156,5 +156,6 @@ def test_saving(two, one, tmp_path):
     assert "Steps: 2" in parameters
     assert "Size: 80x64" in parameters
     assert one.save(tmp_path / "new" / "out.png") == [tmp_path / "new" / "out.png"]
+    assert one.save(tmp_path / "new" / "folder" / "out.png")[0].is_file()
     with pytest.raises(ImageError):
         one.save(tmp_path / "out-1.png" / "out.png")
