@@ -255,7 +255,7 @@ def test_the_previous_folder_of_a_program_that_was_killed_between_two_renames_is
 
 
 def test_a_folder_of_many_files_is_not_listed_each_time(tmp_path, substitute, spy):
-    substitute(strays, SHORT=-1.0, REST=10**6)
+    substitute(strays, MANY=-1, REST=10**9)
     listed = spy(os, "listdir")
     for number in range(5):
         write(tmp_path / str(number))

@@ -52,13 +52,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                 os.fchmod(file.fileno(), stat.S_IMODE(previous.st_mode))
             file.flush()
             os.fsync(file.fileno())
-            if temporary is None and previous is None:
-                with contextlib.suppress(FileExistsError):  # made by another program in the meantime
-                    _link(file, target)
-                    return
             if temporary is None:
-                temporary = temporaries.enter_context(unfinished(new_name(target)))
-                _link(file, temporary)
+                _name(file, target, temporaries, replaces=previous is not None)
+                return
             if os.name != "posix":
                 file.close()  # before Windows renames it; elsewhere it is held until it has its name
             os.replace(temporary, target)
@@ -81,10 +77,18 @@ def _create(target: Path, temporaries: contextlib.ExitStack) -> tuple[BinaryIO, 
         file.close()  # another process found it before it was locked, and removes it
 
 
-def _link(file: BinaryIO, path: Path) -> None:
+def _name(file: BinaryIO, target: Path, temporaries: contextlib.ExitStack, *, replaces: bool) -> None:
     """Name a file that has no name yet."""
+    source, final = _by_handle(file), os.fspath(target)
     # Python asks for links to be followed if there is a folder's handle, which an absolute path does not need.
-    os.link(_by_handle(file), path, src_dir_fd=file.fileno(), follow_symlinks=True)
+    link = functools.partial(os.link, source, src_dir_fd=file.fileno(), follow_symlinks=True)
+    if not replaces:
+        with contextlib.suppress(FileExistsError):  # another program made one in the meantime
+            link(final)
+            return
+    temporary = os.fspath(temporaries.enter_context(unfinished(new_name(target))))
+    link(temporary)  # A link replaces nothing. A program that is killed before the next line leaves it behind.
+    os.replace(temporary, final)
 
 
 def _by_handle(file: BinaryIO) -> str:

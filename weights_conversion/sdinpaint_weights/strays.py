@@ -29,8 +29,8 @@ NAME = re.compile(r"\.sdinpaint-(?P<kernel>[0-9a-f]{8})-(?P<target>[0-9a-f]{8})-
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 DAY = 86400.0
 """Age in seconds at which a temporary is abandoned where no lock tells: on another machine, or without locks."""
-SHORT, REST = 0.001, 100
-"""A folder whose listing takes more seconds than SHORT is listed again after REST times as long: 1% of the time."""
+MANY, REST = 10_000, 100
+"""A folder of more than MANY files is listed again only after REST times as long as that takes: 1% of the time."""
 
 _unfinished: set[tuple[int, Path]] = set()
 """Process and path of each temporary; a forked process must not remove those of its parent."""
@@ -120,12 +120,12 @@ def sweep(target: Path) -> None:
     if started < _rested.get(folder, 0.0):
         return
     try:
-        found = [match for name in os.listdir(folder) if (match := NAME.fullmatch(name))]
+        names = os.listdir(folder)
     except OSError:
         return  # a folder that cannot be listed
-    if (taken := time.monotonic() - started) > SHORT:
-        _rested[folder] = started + REST * taken
-    for match in found:
+    if len(names) > MANY:
+        _rested[folder] = started + REST * (time.monotonic() - started)
+    for match in filter(None, map(NAME.fullmatch, names)):
         path = folder / match[0]
         if not _is_abandoned(path, match["kernel"]):
             continue
