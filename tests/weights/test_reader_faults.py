@@ -10,6 +10,7 @@ import random
 import re
 import struct
 import time
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -276,7 +277,7 @@ def test_every_flipped_byte_of_the_data_is_found(tmp_path):
 
 def test_pickles_are_bounded(tmp_path, substitute):
     save_zip(tmp_path / "a.ckpt", {"w": torch.arange(5.0)})
-    substitute(pickle_walker, MAX_OPCODES=20)
+    substitute(pickle_walker, MAX_WORK=20)
     assert refusal(tmp_path / "a.ckpt").code == "CKPT_BAD_PICKLE"
     substitute(pickle_file, MAX_PICKLE=20)
     assert refusal(tmp_path / "a.ckpt").code == "CKPT_BAD_ARCHIVE"
@@ -292,6 +293,10 @@ def test_pickles_are_bounded(tmp_path, substitute):
         b"\x8b\xff\xff\xff\x7f",  # a number of 2 GB
         b"\x8e" + b"\xff" * 7 + b"\x7f",  # bytes of 9 EB
         b"I" + b"9" * 5000 + b"\n",
+        b"N0" * 1_000_000,
+        b"(" + b"K\x01" * 100_000 + b"tq\x000" + b"ctorch\nSize\nq\x010" + b"h\x01h\x00R0" * 200_000,
+        b"ccollections\nOrderedDict\nq\x010(" + b"U\x01aN\x86" * 99_999 + b"lq\x000" + b"h\x01h\x00\x85R0" * 200_000,
+        b"".join(b"ca%d\nb\n0" % number for number in range(200_000)),  # classes
         b"0",
         b"R",
         b"t",
@@ -304,6 +309,52 @@ def test_hostile_pickles_cost_little(tmp_path, body):
     begin = time.process_time()
     refusal(tmp_path / "a.ckpt")
     assert time.process_time() - begin < 2
+
+
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n((U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK\x01tQK\x00)))tR"
+LONG_NAME = b"X" + struct.pack("<I", 10_000_000) + b"n" * 10_000_000
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"}" + LONG_NAME + b"q\x090" + b"".join(b"U\x06%06d}h\x09h\x05ss" % number for number in range(2000)),
+        b"}" + LONG_NAME + b"}" + b"".join(b"U\x06%06dh\x05s" % number for number in range(2000)) + b"s",
+    ],
+    ids=["inner", "outer"],
+)
+def test_long_names_are_not_joined_with_many(tmp_path, body):
+    save_zip(tmp_path / "a.ckpt", {"w": torch.ones(1)})
+    content = rewritten(tmp_path / "a.ckpt", lambda _: b"\x80\x02" + TENSOR + b"q\x050" + body + b".")
+    (tmp_path / "b.ckpt").write_bytes(content)
+    tracemalloc.start()
+    try:
+        assert "too long" in refusal(tmp_path / "b.ckpt").found
+        assert tracemalloc.get_traced_memory()[1] < 100_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_no_member_is_inflated(tmp_path):
+    save_zip(tmp_path / "a.ckpt", {"w": torch.ones(1)})
+    for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        content = io.BytesIO(rewritten(tmp_path / "a.ckpt", drop=["byteorder"]))
+        with zipfile.ZipFile(content, "a", method) as archive:
+            archive.writestr("a/byteorder", bytes(20_000_000))
+        (tmp_path / "b.ckpt").write_bytes(content.getvalue())
+        begin = time.process_time()
+        assert refusal(tmp_path / "b.ckpt").code == "CKPT_BAD_ARCHIVE"
+        assert time.process_time() - begin < 0.2
+
+
+def test_a_long_index_is_not_read(tmp_path):
+    member = struct.pack("<4s4B4HL2L5H2L", b"PK\x01\x02", 20, 3, 20, *(0,) * 8, 3, *(0,) * 6) + b"abc"
+    head, index = b"PK\x03\x04" + bytes(26), member * 200_000
+    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 65535, 65535, len(index), len(head), 0)
+    (tmp_path / "a.ckpt").write_bytes(head + index + end)
+    begin = time.process_time()
+    assert refusal(tmp_path / "a.ckpt").code == "CKPT_TOO_MANY_TENSORS"
+    assert time.process_time() - begin < 0.2
 
 
 def mutant(rng, content):

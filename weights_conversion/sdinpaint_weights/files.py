@@ -6,14 +6,14 @@ import hashlib
 import io
 import mmap
 import os
-import stat
 import threading
 import weakref
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
+from sdinpaint_weights.door import Refusal, open_regular
 from sdinpaint_weights.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -22,6 +22,37 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 20
 FETCH_AGAIN = "the download is incomplete or damaged: delete the file and fetch it again"
+
+
+class _OpenFile:
+    """A file that is open for reading, and what it was like when it was opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.file = open_regular(path)
+        except Refusal as refusal:
+            _refuse(path, refusal)
+        weakref.finalize(self, self.file.close)
+        self.status = os.fstat(self.file.fileno())
+
+    def require_unchanged(self, used: str) -> None:
+        """Check that nobody wrote to the file since; a new file under the same name is another one.
+
+        Args:
+            used: what the file was used for meanwhile, for the error.
+
+        Raises:
+            CheckpointError: the file was written to, or truncated.
+        """
+        now, then = os.fstat(self.file.fileno()), self.status
+        if (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
+            raise CheckpointError(
+                "CKPT_CHANGED",
+                self.path,
+                f"the file was changed while {used}: {size_text(then.st_size)} before, {size_text(now.st_size)} now",
+                hint="load again, once nothing writes to it; replace such a file by renaming a new one",
+            )
 
 
 class SourceFile:
@@ -36,16 +67,13 @@ class SourceFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        require_regular(self.path)
-        try:
-            self._file = io.FileIO(self.path, "rb")
-            self._opened = os.fstat(self._file.fileno())
-        except OSError as error:
-            raise CheckpointError("CKPT_NOT_READABLE", path, _reason(error), hint="check its permissions") from error
-        weakref.finalize(self, self._file.close)
-        self.size = self._opened.st_size
+        self._open = _OpenFile(self.path)
+        self._file = self._open.file
+        self.size = self._open.status.st_size
         if self.size == 0:
             raise CheckpointError("CKPT_EMPTY", path, "an empty file", expected="weights", hint=FETCH_AGAIN)
+        self.may_map = True
+        """False reads tensors into memory, where the file is on a drive that may vanish or change."""
         self._lock = threading.Lock()
         self._map: mmap.mmap | None = None
 
@@ -66,9 +94,16 @@ class SourceFile:
         self._read_into(memoryview(buffer), offset)
         return buffer
 
-    def second_handle(self) -> io.FileIO:
-        """Return a duplicate handle of the open file, which shares its position."""
-        return io.FileIO(os.dup(self._file.fileno()), "rb")
+    def second_handle(self, kind: type[io.FileIO]) -> io.FileIO:
+        """Return a duplicate handle of the open file, which shares its position.
+
+        Args:
+            kind: the class of the handle.
+
+        Returns:
+            The handle, which the caller closes.
+        """
+        return kind(os.dup(self._file.fileno()), "rb")
 
     def crc32(self, offset: int, count: int) -> int:
         """Compute the CRC-32 checksum of some bytes.
@@ -110,7 +145,7 @@ class SourceFile:
     def mapped(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
         """View elements in the file's private memory map; writes to the tensor do not reach the file.
 
-        Another program must not change or truncate the file while the tensor exists.
+        Another program must not change or truncate the file while the tensor exists; `Watched` notices it.
 
         Args:
             offset: first byte; a multiple of the dtype's size.
@@ -118,13 +153,15 @@ class SourceFile:
             dtype: dtype of the elements.
 
         Returns:
-            A view, (count,).
+            A view, (count,); new memory where the file may not be mapped.
 
         Raises:
             CheckpointError: the file changed since it was opened, or cannot be mapped.
         """
         import torch
 
+        if not self.may_map:
+            return self.loaded(offset, count, dtype)
         if count == 0:
             return torch.empty(0, dtype=dtype, device="cpu")
         return torch.frombuffer(self.map(), dtype=dtype, count=count, offset=offset)
@@ -157,9 +194,10 @@ class SourceFile:
         """
         import torch
 
-        if count == 0:
-            return torch.empty(0, dtype=dtype, device="cpu")
-        return torch.frombuffer(self.read(offset, count * dtype.itemsize), dtype=dtype)
+        values = torch.empty(count, dtype=dtype, device="cpu")  # aligned, other than the memory of a bytearray
+        if count:
+            self._read_into(values.view(torch.uint8).numpy().data, offset)
+        return values
 
     def map(self) -> mmap.mmap:
         """Return the private memory map of the whole file, which is made on first use."""
@@ -169,7 +207,7 @@ class SourceFile:
                 try:
                     self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
                 except OSError as error:
-                    hint = "free memory, or ask for another dtype so that the file is read instead of mapped"
+                    hint = "free memory, or load with mmap=False, which reads the file"
                     raise CheckpointError("CKPT_NOT_MAPPED", self.path, _reason(error), hint=hint) from error
             return self._map
 
@@ -199,43 +237,34 @@ class SourceFile:
                 raise CheckpointError("CKPT_NOT_READABLE", self.path, _reason(error), hint=hint) from error
 
     def _require_unchanged(self) -> None:
-        now = os.fstat(self._file.fileno())
-        if (now.st_size, now.st_mtime_ns) != (self._opened.st_size, self._opened.st_mtime_ns):
-            raise CheckpointError(
-                "CKPT_CHANGED",
-                self.path,
-                f"the file was changed while it was read: {size_text(self.size)} before, {size_text(now.st_size)} now",
-                hint="wait until the download or copy has ended, then load again",
-            )
+        self._open.require_unchanged("it was read")
 
 
-def require_regular(path: Path) -> None:
-    """Check that a path is a regular file, before it is opened: opening a FIFO would wait forever.
+class Watched:
+    """Files that weights are mapped from, which must not change while these are in use.
+
+    A file is watched for as long as a tensor is a view of it. Copies of a model, and what another process unpickles,
+    have their weights in memory of their own, and watch nothing.
 
     Args:
-        path: the path.
-
-    Raises:
-        CheckpointError: the path does not exist, is a folder or a device, or cannot be read.
+        files: files that were opened; those that nothing is mapped from are left out.
     """
-    try:
-        mode = os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-        if _is_link(path):
-            found, hint = "a link whose target does not exist", "fetch the file again, or repair the link"
-            raise CheckpointError("CKPT_NOT_REGULAR", path, found, hint=hint) from error
-        raise CheckpointError("CKPT_NOT_FOUND", path, "no such file", hint=_what_is_there(path)) from error
-    except OSError as error:
-        loop = _is_link(path)
-        code = "CKPT_NOT_REGULAR" if loop else "CKPT_NOT_READABLE"
-        found = "a link that leads back to itself" if loop else _reason(error)
-        raise CheckpointError(code, path, found, hint="give the path of a weights file") from error
-    if stat.S_ISDIR(mode):
-        hint = "give the weights file itself, or load the folder as a diffusers folder"
-        raise CheckpointError("CKPT_IS_DIRECTORY", path, "a folder", expected="a weights file", hint=hint)
-    if not stat.S_ISREG(mode):
-        found = "a pipe, socket or device"
-        raise CheckpointError("CKPT_NOT_REGULAR", path, found, expected="a regular file", hint="save it to disk first")
+
+    def __init__(self, files: Iterable[SourceFile] = ()) -> None:
+        self._files = [(weakref.ref(file._map), file._open) for file in files if file._map is not None]
+
+    def __reduce__(self) -> tuple[type[Watched], tuple[()]]:
+        return Watched, ()
+
+    def require_unchanged(self) -> None:
+        """Check every file, in about a microsecond each.
+
+        Raises:
+            CheckpointError: a file was written to or truncated, so that the weights are not those that were loaded.
+        """
+        for mapped, opened in self._files:
+            if mapped() is not None:
+                opened.require_unchanged("its weights were in use")
 
 
 def size_text(count: int) -> str:
@@ -253,19 +282,26 @@ def size_text(count: int) -> str:
     return f"{count} bytes"
 
 
+def _refuse(path: Path, refusal: Refusal) -> NoReturn:
+    """Raise the error for a path that is no weights file."""
+    if refusal.reason == "folder":
+        hint = "give the weights file itself, or load the folder as a diffusers folder"
+        raise CheckpointError("CKPT_IS_DIRECTORY", path, "a folder", expected="a weights file", hint=hint) from refusal
+    if refusal.reason == "missing" and refusal.found == "no such file":
+        raise CheckpointError("CKPT_NOT_FOUND", path, refusal.found, hint=_what_is_there(path)) from refusal
+    regular = "a regular file"
+    if refusal.reason == "special" or os.path.islink(path):
+        raise CheckpointError("CKPT_NOT_REGULAR", path, refusal.found, expected=regular, hint=refusal.hint) from refusal
+    code = "CKPT_NOT_FOUND" if refusal.reason == "missing" else "CKPT_NOT_READABLE"
+    raise CheckpointError(code, path, refusal.found, expected=regular, hint=refusal.hint) from refusal
+
+
 def _what_is_there(path: Path) -> str:
     try:
         beside = sorted(entry.name for entry in path.parent.iterdir())
     except (OSError, ValueError):
         return f"check the path: the folder {path.parent} does not exist either"
     return f"check the path; its folder holds: {', '.join(beside[:5]) or 'nothing'}"
-
-
-def _is_link(path: Path) -> bool:
-    try:
-        return path.is_symlink()
-    except (OSError, ValueError):
-        return False
 
 
 def _reason(error: OSError) -> str:

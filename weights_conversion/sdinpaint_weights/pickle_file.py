@@ -14,11 +14,16 @@ from typing import NoReturn
 from sdinpaint_weights.errors import CheckpointError
 from sdinpaint_weights.files import FETCH_AGAIN, SourceFile, size_text
 from sdinpaint_weights.pickle_objects import Names, PickledStorage, check_tensor, named_tensors, storage_of
-from sdinpaint_weights.pickle_walker import PickleFault, walk
-from sdinpaint_weights.weights import MAX_TENSORS, Entry, Storage, Weights
+from sdinpaint_weights.pickle_walker import PickleFault, Work, walk
+from sdinpaint_weights.weights import Entry, Storage, Weights
 
-MAX_PICKLE = 64_000_000
-MAX_MEMBERS = 100_000
+MAX_PICKLE = 16_000_000
+"""Bytes of a pickle without its storages at most; that of an SDXL checkpoint has half a million."""
+MAX_MEMBERS = 50_000
+MAX_DIRECTORY = 8_000_000
+"""Bytes of the index at the end of an archive at most."""
+MAX_WORD = 16
+"""Bytes of the member that names the byte order, at most."""
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 RESAVE = "load it with the program that made it, and save a plain dictionary of tensors, best as .safetensors"
 HINTS = {
@@ -47,7 +52,7 @@ def read_zip(file: SourceFile) -> Weights:
     """
     members, folder, data = _open_archive(file)
     names = Names()
-    top = _walk(file, io.BytesIO(data), names, storage_of)
+    top = _walk(file, io.BytesIO(data), names, storage_of, Work())
     prefix = f"{folder}data/"
 
     def find(key: str) -> Storage | None:
@@ -71,7 +76,7 @@ def read_legacy(file: SourceFile) -> Weights:
     """
     # Five pickles (magic number, version, machine, object, storage keys), then the storages, one after the other.
     stream = io.BytesIO(file.read(0, min(file.size, MAX_PICKLE)))
-    names = Names()
+    names, work = Names(), Work()
     seen: dict[str, PickledStorage] = {}
 
     def remember(identity: object) -> object:
@@ -80,37 +85,47 @@ def read_legacy(file: SourceFile) -> Weights:
             seen[storage.key] = storage
         return storage
 
-    if _walk(file, stream, names, storage_of) != LEGACY_MAGIC:
+    if _walk(file, stream, names, storage_of, work) != LEGACY_MAGIC:
         _refuse(file, "CKPT_NOT_TORCH", "a pickle that torch.save did not write")
-    _walk(file, stream, names, storage_of)
-    machine = _walk(file, stream, names, storage_of)
+    _walk(file, stream, names, storage_of, work)
+    machine = _walk(file, stream, names, storage_of, work)
     if isinstance(machine, dict) and machine.get("little_endian") is False:
         _refuse(file, "CKPT_BIG_ENDIAN", "weights saved on a big-endian machine")
-    top = _walk(file, stream, names, remember)
-    keys = _walk(file, stream, names, storage_of)
+    top = _walk(file, stream, names, remember, work)
+    keys = _walk(file, stream, names, storage_of, work)
     storages = _legacy_storages(file, stream.tell(), keys if isinstance(keys, list) else [], seen)
     return Weights(file.path, "legacy pickle", _entries(file, top, storages.get), ignored=tuple(sorted(names.unknown)))
+
+
+class _Bounded(io.FileIO):
+    """A file of which `zipfile` reads its index, and no more."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > MAX_DIRECTORY:
+            raise PickleFault("CKPT_TOO_MANY_TENSORS", f"an archive whose index has {size_text(size)}")
+        return super().read(MAX_DIRECTORY if size is None or size < 0 else size)
 
 
 def _open_archive(file: SourceFile) -> tuple[dict[str, zipfile.ZipInfo], str, bytes]:
     """Return the archive's members, the folder in it with the weights, and the bytes of the pickle there."""
     try:
-        with file.second_handle() as handle, zipfile.ZipFile(handle) as archive:
+        with file.second_handle(_Bounded) as handle, zipfile.ZipFile(handle) as archive:
             members = _members(file, archive.infolist())
-            folder = _weights_folder(file, members)
-            if f"{folder}byteorder" in members and archive.read(f"{folder}byteorder") != b"little":
-                _refuse(file, "CKPT_BIG_ENDIAN", "weights saved on a big-endian machine")
-            return members, folder, archive.read(f"{folder}data.pkl")
     except CheckpointError:
         raise
+    except PickleFault as fault:
+        _refuse(file, fault.code, fault.found, f"at most {size_text(MAX_DIRECTORY)}")
     except zipfile.BadZipFile as error:
-        if "CRC" in str(error):
-            raise CheckpointError("CKPT_BAD_CRC", file.path, str(error), hint=FETCH_AGAIN) from error
         found = f"the file has {size_text(file.size)}, but the index at the end of the archive is missing or damaged"
         raise CheckpointError("CKPT_TRUNCATED", file.path, found, hint=FETCH_AGAIN) from error
     except (OSError, ValueError, RuntimeError, EOFError, OverflowError, struct.error) as error:
         found = f"a damaged zip archive ({type(error).__name__})"
         raise CheckpointError("CKPT_BAD_ARCHIVE", file.path, found, hint=FETCH_AGAIN) from error
+    folder = _weights_folder(file, members)
+    order = f"{folder}byteorder"
+    if order in members and _member(file, members[order], MAX_WORD) != b"little":
+        _refuse(file, "CKPT_BIG_ENDIAN", "weights saved on a big-endian machine")
+    return members, folder, _member(file, members[f"{folder}data.pkl"], MAX_PICKLE)
 
 
 def _members(file: SourceFile, infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
@@ -132,15 +147,21 @@ def _weights_folder(file: SourceFile, members: Mapping[str, zipfile.ZipInfo]) ->
     folder = pickles[0].removesuffix("data.pkl")
     if f"{folder}constants.pkl" in members:
         _refuse(file, "CKPT_TORCHSCRIPT", "a TorchScript program", "a dictionary of tensors")
-    pickled = members[pickles[0]]
-    if pickled.compress_type != zipfile.ZIP_STORED or pickled.file_size > MAX_PICKLE:
-        found = f"data.pkl is compressed or too large: {size_text(pickled.file_size)}"
-        _refuse(file, "CKPT_BAD_ARCHIVE", found, f"not compressed, at most {size_text(MAX_PICKLE)}")
     return folder
 
 
+def _member(file: SourceFile, member: zipfile.ZipInfo, at_most: int) -> bytes:
+    """Read a member whole."""
+    storage = _member_storage(file, member)
+    if storage.size > at_most:
+        found = f"{member.filename!r} is too large: {size_text(storage.size)}"
+        _refuse(file, "CKPT_BAD_ARCHIVE", found, f"at most {size_text(at_most)}")
+    storage.verify()
+    return bytes(file.read(storage.offset, storage.size))
+
+
 def _member_storage(file: SourceFile, member: zipfile.ZipInfo) -> Storage:
-    """Find the bytes of a member, which follow a local header of variable length."""
+    """Find the bytes of a member, which follow a local header of variable length; nothing is ever inflated."""
     if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size or member.flag_bits & 1:
         _refuse(file, "CKPT_BAD_ARCHIVE", f"{member.filename!r} is compressed or encrypted", "not compressed")
     begin = member.header_offset
@@ -167,7 +188,7 @@ def _legacy_storages(
             found = f"its tensors need {size_text(position + size)} or more, the file has {size_text(file.size)}"
             _refuse(file, "CKPT_TRUNCATED", f"{found}: incomplete")
         if int.from_bytes(file.read(position - 8, 8), "little") != seen[key].total:
-            _refuse(file, "CKPT_BAD_PICKLE", f"the size of storage {key!r} is not the one that its tensors state")
+            _refuse(file, "CKPT_BAD_PICKLE", f"the size of storage {key[:40]!r} is not the one that its tensors state")
         storages[key] = Storage(file, position, size, name=key)
         position += size
     return storages
@@ -176,8 +197,6 @@ def _legacy_storages(
 def _entries(file: SourceFile, top: object, find: Callable[[str], Storage | None]) -> dict[str, Entry]:
     try:
         tensors = named_tensors(top)
-        if len(tensors) > MAX_TENSORS:
-            _refuse(file, "CKPT_TOO_MANY_TENSORS", f"{len(tensors)} tensors", f"at most {MAX_TENSORS}")
         for name, tensor in tensors.items():
             check_tensor(name, tensor)
     except PickleFault as fault:
@@ -197,9 +216,11 @@ def _entries(file: SourceFile, top: object, find: Callable[[str], Storage | None
     return entries
 
 
-def _walk(file: SourceFile, stream: io.BytesIO, names: Names, persistent: Callable[[object], object]) -> object:
+def _walk(
+    file: SourceFile, stream: io.BytesIO, names: Names, persistent: Callable[[object], object], work: Work
+) -> object:
     try:
-        return walk(stream, names, persistent)
+        return walk(stream, names, persistent, work)
     except PickleFault as fault:
         # The stream of a legacy file is the file itself: a pickle that reaches its end was truncated.
         cut = fault.code == "CKPT_BAD_PICKLE" and stream.tell() == file.size

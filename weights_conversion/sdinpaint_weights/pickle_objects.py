@@ -13,10 +13,12 @@ from typing import TypeGuard
 from sdinpaint_weights.dtypes import STORED, StoredDtype
 from sdinpaint_weights.pickle_names import is_dangerous, is_harmless
 from sdinpaint_weights.pickle_walker import Arguments, Inert, Known, PickleFault
-from sdinpaint_weights.weights import extent_of, is_tensor_name
+from sdinpaint_weights.weights import MAX_NAME, MAX_TENSORS, extent_of, is_tensor_name
 
 MAX_DIMENSIONS = 16
 MAX_NESTING = 4
+MAX_CLASSES = 1000
+"""Unknown classes that a pickle may name; training frameworks name some dozens."""
 STORAGE_DTYPES = {
     "DoubleStorage": STORED["float64"],
     "FloatStorage": STORED["float32"],
@@ -92,6 +94,8 @@ class Names:
             raise PickleFault("CKPT_UNSUPPORTED_TENSOR", f"a tensor made by {name!r}: only dense tensors are supported")
         if not is_harmless(module, name):
             self.unknown.add(full)
+            if len(self.unknown) > MAX_CLASSES:
+                raise PickleFault("CKPT_PICKLED_OBJECT", f"objects of more than {MAX_CLASSES} classes")
         return Inert(full)
 
 
@@ -117,7 +121,7 @@ def storage_of(identity: object) -> PickledStorage | Inert:
         kind = dtype.name if isinstance(dtype, Inert) else "unknown"
         raise PickleFault("CKPT_UNSUPPORTED_TENSOR", f"a storage of the class {kind!r}")
     view = fields[5] if len(fields) == 6 and fields[5] is not None else (key, 0, total)
-    span = (*view[1:], total) if isinstance(view, tuple) else ()
+    span = (*view[1:], total) if isinstance(view, tuple) and len(view) == 3 else ()
     if not _are_counts(span) or len(span) != 3 or span[0] + span[1] > span[2]:
         raise PickleFault("CKPT_BAD_PICKLE", "a damaged pickle: a storage of no possible size")
     return PickledStorage(key, dtype, *span)
@@ -141,11 +145,15 @@ def named_tensors(top: object) -> dict[str, PickledTensor]:
     if isinstance(top, Inert):
         raise PickleFault("CKPT_PICKLED_OBJECT", f"a pickled object of the class {top.name!r}")
     table = top if isinstance(top, dict) else {}
-    # Each table counts once, because a pickle may name the same one a million times.
-    inner = {id(value): (name, value) for name, value in table.items() if isinstance(value, dict)}
-    tensors = _tensors_in(table) or {
-        f"{outer}.{name}": tensor for outer, value in inner.values() for name, tensor in _tensors_in(value).items()
-    }
+    groups = {"": _tensors_in(table)}
+    if not groups[""]:
+        # Each table counts once, because a pickle may name the same one a million times.
+        inner = {id(value): (name, value) for name, value in table.items() if isinstance(value, dict)}
+        groups = {f"{_clipped(name)}.": _tensors_in(value) for name, value in inner.values()}
+    count = sum(map(len, groups.values()))
+    if count > MAX_TENSORS:
+        raise PickleFault("CKPT_TOO_MANY_TENSORS", f"{count} tensors, where at most {MAX_TENSORS} are read")
+    tensors = {outer + _clipped(name): tensor for outer, found in groups.items() for name, tensor in found.items()}
     if not tensors:
         names = ", ".join(repr(name[:40]) for name in list(table)[:5])
         raise PickleFault("CKPT_NO_TENSORS", f"no tensors, but {names}" if names else "no tensors")
@@ -178,13 +186,18 @@ def _tensors_in(table: Mapping[str, object]) -> dict[str, PickledTensor]:
     return {name: value for name, value in table.items() if isinstance(value, PickledTensor)}
 
 
+def _clipped(name: str) -> str:
+    """Shorten a name that is too long for a tensor, which a pickle may recall often, but not so far that it is not."""
+    return name[: MAX_NAME + 1]
+
+
 def _is_count(value: object) -> TypeGuard[int]:
     # The bound keeps products and messages small: no file has 2 ** 62 elements.
     return type(value) is int and 0 <= value < 1 << 62
 
 
 def _are_counts(value: object) -> TypeGuard[tuple[int, ...]]:
-    return isinstance(value, tuple) and all(_is_count(item) for item in value)
+    return isinstance(value, tuple) and len(value) <= MAX_DIMENSIONS and all(_is_count(item) for item in value)
 
 
 def _tensor(arguments: Arguments) -> PickledTensor:
@@ -195,7 +208,6 @@ def _tensor(arguments: Arguments) -> PickledTensor:
         or not _is_count(offset)
         or not (_are_counts(shape) and _are_counts(stride))
         or len(shape) != len(stride)
-        or len(shape) > MAX_DIMENSIONS
     ):
         raise PickleFault("CKPT_BAD_PICKLE", "a damaged pickle: a tensor without a storage, shape or stride")
     return PickledTensor(storage, offset, shape, stride, storage.dtype)

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-MAX_OPCODES = 4_000_000
+MAX_WORK = 1_000_000
+"""Opcodes of a file's pickles at most, and items that their calls are given; 20,000 tensors need 760,000."""
 MAX_NAME = 256
 
 Arguments = tuple[object, ...]
@@ -54,26 +55,47 @@ class Known:
     build: Callable[[Arguments], object]
 
 
-def walk(stream: Stream, resolve: Callable[[str, str], object], persistent: Callable[[object], object]) -> object:
+class Work:
+    """The work that one file may still ask for; bounds of its depth and size alone do not end it soon."""
+
+    def __init__(self) -> None:
+        self.left = MAX_WORK
+
+    def spend(self, amount: int) -> None:
+        """Take some of what is left.
+
+        Args:
+            amount: opcodes carried out, or items looked at.
+
+        Raises:
+            PickleFault: nothing is left.
+        """
+        self.left -= amount
+        if self.left < 0:
+            raise PickleFault("CKPT_BAD_PICKLE", f"a pickle of more than {MAX_WORK} steps")
+
+
+def walk(
+    stream: Stream, resolve: Callable[[str, str], object], persistent: Callable[[object], object], work: Work
+) -> object:
     """Read the next pickle of a stream.
 
     Args:
         stream: the stream, at the beginning of a pickle.
         resolve: called as `resolve(module, name)` for each import.
         persistent: called as `persistent(id)` for each object that is stored outside of the pickle.
+        work: the work that the file may still ask for.
 
     Returns:
         The object described. Its dictionaries have only their text keys, and objects of unknown classes are `Inert`.
 
     Raises:
-        PickleFault: the pickle is damaged, too long or not supported; the two callbacks may raise others.
+        PickleFault: the pickle is damaged, not supported, or asks for too much work; the callbacks may raise others.
     """
-    machine = _Machine(resolve, persistent)
+    machine = _Machine(resolve, persistent, work)
     opcodes = pickletools.genops(stream)  # type: ignore[arg-type]
     try:
-        for count, (opcode, argument, _) in enumerate(opcodes):
-            if count >= MAX_OPCODES:
-                raise PickleFault("CKPT_BAD_PICKLE", f"more than {MAX_OPCODES} pickle opcodes")
+        for opcode, argument, _ in opcodes:
             machine.step(opcode.name, argument)
     except (ValueError, OverflowError) as error:
         raise PickleFault("CKPT_BAD_PICKLE", f"a damaged pickle: {str(error)[:100]}") from error
@@ -83,7 +105,10 @@ def walk(stream: Stream, resolve: Callable[[str, str], object], persistent: Call
 class _Machine:
     """The virtual machine that pickles are written for, with its stack, marks and memo."""
 
-    def __init__(self, resolve: Callable[[str, str], object], persistent: Callable[[object], object]) -> None:
+    def __init__(
+        self, resolve: Callable[[str, str], object], persistent: Callable[[object], object], work: Work
+    ) -> None:
+        self.work = work
         self.resolve = resolve
         self.persistent = persistent
         self.stack: list[object] = []
@@ -91,6 +116,7 @@ class _Machine:
         self.memo: dict[object, object] = {}
 
     def step(self, opcode: str, argument: object) -> None:
+        self.work.spend(1)
         if opcode in _PUSH_ARGUMENT:
             self.stack.append(argument)
         elif opcode in _PUSH_NEW:
@@ -207,6 +233,9 @@ class _Machine:
     def _call(self, function: object, arguments: object) -> None:
         if not isinstance(arguments, tuple):
             raise PickleFault("CKPT_BAD_PICKLE", "a damaged pickle: a call without its arguments")
+        # a pickle may recall one long list as often as it likes, and have it read each time
+        self.work.spend(len(arguments))
+        self.work.spend(sum(len(item) for item in arguments if isinstance(item, (list, tuple))))
         if isinstance(function, Known):
             self.stack.append(function.build(arguments))
         elif isinstance(function, Inert):
