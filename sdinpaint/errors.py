@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -17,13 +18,16 @@ __all__ = [
     "ImageError",
     "MaskError",
     "NumericError",
+    "OutOfMemoryError",
     "Remark",
     "SdInpaintError",
     "SdInpaintWarning",
     "SettingError",
     "TokenizerError",
     "already_warned",
+    "explaining_memory",
     "keeping_warnings",
+    "out_of_memory",
     "said",
     "shown",
     "shown_lines",
@@ -54,6 +58,10 @@ class NumericError(SdInpaintError, ArithmeticError):
     """A model produced NaN or infinity; no image is made of it."""
 
 
+class OutOfMemoryError(SdInpaintError, MemoryError):
+    """The machine or its GPU has less memory than was asked for."""
+
+
 class Cancelled(SdInpaintError):
     """A run that a callback has stopped: raise it from `on_step` or `on_event`, and nothing is made of the run."""
 
@@ -66,6 +74,48 @@ class Cancelled(SdInpaintError):
 
 class SdInpaintWarning(UserWarning):
     """Something was done that the caller may not have meant."""
+
+
+NO_MEMORY = re.compile(
+    "out of memory|allocate memory|not enough memory|unable to allocate|_ALLOC_FAILED", re.IGNORECASE
+)
+ASKED = re.compile(r"allocate ([0-9.]+ (?:bytes|[KMGT]?i?B))", re.IGNORECASE)
+FREE = re.compile(r"of which ([0-9.]+ [KMGT]?i?B) is free")
+"""The words of torch and numpy for memory that is not there, the amount asked for, and what was free on a GPU."""
+LOWER = "take a smaller image or batch_size=1, give tile=512, dtype=float16 or offload=True, or close other programs"
+
+
+def out_of_memory(error: Exception) -> OutOfMemoryError | None:
+    """Explain what Python, numpy and torch raise for want of memory.
+
+    Args:
+        error: any error.
+
+    Returns:
+        An error that says what was asked for and what to lower; None where the error is another.
+    """
+    text = str(error)
+    if not (isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(text))):
+        return None
+    asked, free = ASKED.search(text), FREE.search(text)
+    found = f"{asked[1]} more cannot be had" if asked else "there is no more memory"
+    found += f", {free[1]} are free" if free else ""
+    return OutOfMemoryError("OUT_OF_MEMORY", "memory", found, hint=LOWER)
+
+
+@contextmanager
+def explaining_memory() -> Iterator[None]:
+    """Raise `OutOfMemoryError` for whatever Python, numpy and torch raise for want of memory."""
+    try:
+        yield
+    except SdInpaintError:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        explained = out_of_memory(error)
+        if explained is None:
+            raise
+        error.__traceback__ = None  # its frames hold tensors, and the caller may try again with less
+        raise explained from error
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,13 @@ from sdinpaint.text.conditioning import PictureSize, TextConditioner
 from sdinpaint.text.tokenizer import Tokenizer
 
 
+class Mapped(Protocol):
+    """The files that weights are mapped from; a copy of it, whose weights are copies too, has none."""
+
+    def require_unchanged(self) -> None:
+        """Raise CheckpointError where one of them has changed."""
+
+
 class LatentDiffusion:
     """The networks of one checkpoint by name, and each step of latent diffusion with them.
 
@@ -37,6 +45,7 @@ class LatentDiffusion:
         offloading: where models stay between uses; None keeps them where they are.
         tile: side of the VAE's tiles in pixels; 0 for none, None for tiles from 1024 x 1024 pixels on.
         loaded: options by which the checkpoint was loaded, for manifests.
+        mapped: the files that weights are mapped from.
     """
 
     def __init__(
@@ -52,6 +61,7 @@ class LatentDiffusion:
         offloading: Offloading | None = None,
         tile: int | None = None,
         loaded: LoadOptions | None = None,
+        mapped: Mapped | None = None,
     ) -> None:
         let_children_compute()
         self.family = family
@@ -60,6 +70,7 @@ class LatentDiffusion:
         self.condition = TextConditioner(family, _encoders(text), tokenizer)
         self.source, self.loaded = source, loaded
         self.offloading, self.tile = offloading, tile
+        self._mapped = mapped
         # captured graphs hold the addresses of weights, which change whenever an offloaded model is loaded again
         capture = None if offloading is None else False
         self.graphs, self.control_graphs = Graphs(capture), Graphs(capture)
@@ -119,7 +130,12 @@ class LatentDiffusion:
 
         Returns:
             A context.
+
+        Raises:
+            CheckpointError: a file that weights are mapped from has changed.
         """
+        if self._mapped is not None:
+            self._mapped.require_unchanged()
         return nullcontext() if self.offloading is None else self.offloading.using(*models)
 
     def encode_prompts(

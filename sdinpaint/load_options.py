@@ -40,6 +40,7 @@ class LoadOptions:
         variant: a variant of a folder's files, such as "fp16".
         revision: a branch, tag or commit of `source` on the hub.
         local_files_only: whether the hub's cache is all that is used of the hub.
+        mmap: whether weights may stay mapped to their file.
 
     Raises:
         SettingError: a value is of the wrong type or out of its bounds.
@@ -60,6 +61,7 @@ class LoadOptions:
     variant: str | None = field(default=None, metadata=_RECORDED)
     revision: str | None = field(default=None, metadata=_RECORDED)
     local_files_only: bool = False
+    mmap: bool = True
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -71,7 +73,7 @@ class LoadOptions:
         for name in ("variant", "revision"):
             if getattr(self, name) is not None:
                 put(self, name, _name(name, getattr(self, name)))
-        for name in ("offload", "ema", "local_files_only"):
+        for name in ("offload", "ema", "local_files_only", "mmap"):
             put(self, name, check_switch(name, getattr(self, name)))
         if self.tile is not None:
             put(self, "tile", check_whole("tile", self.tile, 0, MAX_TILE))

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from sdinpaint_weights.atomic import atomic_folder, keep_others
 from sdinpaint_weights.export import write_diffusers
+from sdinpaint_weights.files import Watched
 from sdinpaint_weights.native import check_range, load_tensors
 from sdinpaint_weights.stream import not_written
 
@@ -15,7 +16,7 @@ from sdinpaint.checkpoints.converting import check_apart
 from sdinpaint.checkpoints.diffusers_configs import diffusers_configs
 from sdinpaint.checkpoints.opening import CONTROLNET, DEMO, open_checkpoint
 from sdinpaint.checks import check_call, check_path, check_switch, find_device
-from sdinpaint.errors import CheckpointError, SettingError, warn
+from sdinpaint.errors import CheckpointError, SettingError, explaining_memory, warn
 from sdinpaint.families import TOKENIZERS, Prediction
 from sdinpaint.latent_diffusion import LatentDiffusion
 from sdinpaint.load_options import LoadOptions
@@ -29,6 +30,7 @@ from sdinpaint.text.tokenizer import Tokenizer
 __all__ = ["load", "save_diffusers"]
 
 
+@explaining_memory()
 def load(
     source: str | Path | LoadOptions,
     *,
@@ -46,12 +48,14 @@ def load(
     variant: str | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
+    mmap: bool = True,
     progress: bool = True,
     on_event: Listener | None = None,
 ) -> Pipeline:
     """Load a Stable Diffusion 1, 2 or XL checkpoint.
 
-    Weights that are stored in `dtype` stay mapped to their file, which must not change while they are in use.
+    Weights that are stored in `dtype` stay mapped to their file, which must not change while they are in use: a run
+    after that is refused.
 
     Args:
         source: a .safetensors or .ckpt file, a diffusers folder, a model of the hub ("owner/name", or
@@ -73,6 +77,7 @@ def load(
         variant: a variant of the files, such as "fp16" for diffusion_pytorch_model.fp16.safetensors.
         revision: a branch, tag or commit of `source` on the hub.
         local_files_only: fetch nothing, and use what the hub's cache holds.
+        mmap: False reads weights into memory in place of mapping the file, for drives that change or vanish.
         progress: show bars in a terminal or a notebook.
         on_event: called with an `Event` of the stage "load" for every tensor.
 
@@ -83,6 +88,7 @@ def load(
         CheckpointError: the checkpoint cannot be found, understood or loaded.
         TokenizerError: CLIP's vocabulary is not found, or does not fit.
         SettingError: an option is of the wrong type or out of its bounds.
+        OutOfMemoryError: memory does not suffice.
     """
     given = locals()  # every argument by its name
     del given["progress"], given["on_event"]
@@ -103,6 +109,9 @@ def load(
     vocabulary = options.tokenizer or own_tokenizer(checkpoint)
     tokenizer = find_tokenizer(vocabulary, home, rows, offline=options.local_files_only or None)
     states = checkpoint.states
+    files = {file for state in states.values() for file in state.weights.files}
+    for file in files:
+        file.may_map = options.mmap
     total = sum(len(state.sources) for state in states.values())
     done = 0
     # plain tensors, whatever the caller's mode: they serve inside of inference mode and outside
@@ -142,6 +151,7 @@ def load(
         offloading=offloading,
         tile=options.tile,
         loaded=options,
+        mapped=Watched(files),
     )
 
 

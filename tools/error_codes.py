@@ -22,8 +22,9 @@ WHEN = {
     "MaskError": "A mask does not fit its image, or its meaning is unclear. Change the mask.",
     "SettingError": "An argument, an option or an environment variable is outside of what it may be. Change its value.",
     "TokenizerError": "The vocabulary of a text encoder is missing or does not belong to it. Give another tokenizer.",
+    "OutOfMemoryError": "The machine or its GPU has too little memory. It is a `MemoryError`, too.",
     "NumericError": "A model returned NaN or infinity. No image is made of it. Take float32, or other weights.",
-    "SdInpaintError": "The machine is short of memory or disk space, or a process of a benchmark failed.",
+    "SdInpaintError": "The disk is full, or a process of a benchmark failed.",
 }
 """Class -> when it is raised and what to do."""
 HEAD = """# Error codes

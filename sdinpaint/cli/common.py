@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import re
 import signal
 import sys
 import threading
@@ -19,7 +18,7 @@ from sdinpaint_weights.targets import resolved
 from tqdm import tqdm
 
 from sdinpaint.cli.wording import Wording
-from sdinpaint.errors import ImageError, SdInpaintError, SdInpaintWarning
+from sdinpaint.errors import ImageError, SdInpaintError, SdInpaintWarning, out_of_memory
 from sdinpaint.images.files import check_output_path
 
 __all__ = [
@@ -49,7 +48,6 @@ ENVIRONMENT_CODES = {
     "HUB_CACHE",
     "HUB_UNREACHABLE",
 }
-NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory", re.IGNORECASE)
 JSON = "sdinpaint.json"
 CALLED = "sdinpaint.called"
 
@@ -233,13 +231,9 @@ def _explained(error: Exception) -> SdInpaintError | None:
     """Return an error as the library explains it; None where neither an input nor the machine is at fault."""
     if isinstance(error, SdInpaintError):
         return error
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))):
-        reason = (str(error).splitlines() or ["out of memory"])[0]
-        hint = "close other programs, take a smaller image, or on a GPU give --dtype float16 or --device cpu"
-        return SdInpaintError("OUT_OF_MEMORY", "memory", reason, hint=hint)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return SdInpaintError("DISK_FULL", error.filename or "disk", str(error.strerror), hint="free some space")
-    return None
+    return out_of_memory(error)
 
 
 @contextmanager

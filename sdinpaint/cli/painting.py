@@ -193,6 +193,12 @@ machine_options = together(
         help="Run the VAE on row strips of PIXELS squared, which takes less memory; 0 never does.  "
         "[default: strips from 1024 x 1024 pixels on]",
     ),
+    click.option(
+        "--mmap/--no-mmap",
+        default=True,
+        help="Map weights from their file, or read them into memory, for a drive that may change or vanish.  "
+        "[default: map]",
+    ),
 )
 """Options of where the models run, and in how much memory."""
 

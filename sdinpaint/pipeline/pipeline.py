@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdinpaint.checks import check_call, check_choice, check_switch
-from sdinpaint.errors import SettingError, keeping_warnings, warn
+from sdinpaint.errors import SettingError, explaining_memory, keeping_warnings, warn
 from sdinpaint.images.blending import Blend
 from sdinpaint.images.canvas import OVERLAP, Anchor, ExtendingFill
 from sdinpaint.images.fills import Fill
@@ -130,6 +130,8 @@ class Pipeline(LatentDiffusion):
             MaskError: a mask cannot be read or does not fit its image.
             SettingError: a value is of the wrong type or out of its bounds; it names the argument.
             NumericError: a model overflows.
+            CheckpointError: a file that weights are mapped from has changed.
+            OutOfMemoryError: memory does not suffice.
         """
         return self._asked("inpaint", locals())
 
@@ -231,6 +233,7 @@ class Pipeline(LatentDiffusion):
         given = locals()
         return self._asked("outpaint", given | given.pop("options"))
 
+    @explaining_memory()
     @torch.no_grad()
     def run(
         self,
@@ -253,7 +256,8 @@ class Pipeline(LatentDiffusion):
             The images, with the settings that make them again.
 
         Raises:
-            SdInpaintError: the request does not fit the model, or a model overflows.
+            SdInpaintError: the request does not fit the model, a model overflows, a file that weights are mapped from
+                has changed, or memory does not suffice.
         """
         if not isinstance(request, Request):
             raise SettingError("SETTING_REQUEST", "request", f"a {type(request).__name__}", expected="a Request")
@@ -310,6 +314,7 @@ class Pipeline(LatentDiffusion):
         all_of_it = self.sample_latents(pixels, draws) if latents else None
         return Known(to_latent(hole, cover), self.sample_latents(masked_image(pixels, hole), draws), all_of_it)
 
+    @explaining_memory()
     def _asked(self, kind: Kind, arguments: dict[str, Any]) -> Result:
         """Run the request that a method's arguments make, all of them by name."""
         watching = {name: arguments.pop(name) for name in WATCHING if name in arguments}

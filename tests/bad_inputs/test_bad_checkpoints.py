@@ -236,6 +236,32 @@ def test_weights_that_are_not_finite(folder, file, value):
     refused(CheckpointError, "CKPT_NONFINITE", lambda: load(folder), folder / file, key, "1 of")
 
 
+BLANK = {
+    UNET_FILE: ("conv_in.weight", "mid_block.resnets.0.norm1.weight", "down_blocks.0.attentions.0.proj_out.weight"),
+    VAE_FILE: ("decoder.conv_out.weight", "quant_conv.weight"),
+    TEXT_FILE: ("text_model.embeddings.position_embedding.weight", "text_model.final_layer_norm.weight"),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "float16"}, {"offload": True}, {"mmap": False}])
+@pytest.mark.parametrize(("file", "key"), [(file, key) for file, keys in BLANK.items() for key in keys])
+def test_weights_that_are_zero_throughout(folder, file, key, options):
+    rewrite(folder / file, lambda tensors: tensors | {key: torch.zeros_like(tensors[key])})
+    refused(CheckpointError, "CKPT_BLANK", lambda: load(folder, **options), folder / file, key, "zero")
+
+
+def test_zeros_that_training_may_leave(folder):
+    def blank(tensors):
+        biases = {name: torch.zeros_like(tensor) for name, tensor in tensors.items() if name.endswith("bias")}
+        rows = tensors["conv_in.weight"].clone()
+        rows[:, 4:] = 0  # the new channels of a model that is yet to be trained for inpainting
+        rows[0] = 0
+        return tensors | biases | {"conv_in.weight": rows}
+
+    rewrite(folder / UNET_FILE, blank)
+    inpaint(load(folder))
+
+
 def test_integer_weights(folder):
     rewrite(folder / UNET_FILE, lambda tensors: {name: tensor.to(torch.int8) for name, tensor in tensors.items()})
     refused(CheckpointError, "CKPT_INTEGER_WEIGHTS", lambda: load(folder), folder / UNET_FILE, "int8")

@@ -1,4 +1,4 @@
-"""Find weights with NaN or infinity, and weights that a smaller dtype cannot represent."""
+"""Find weights that cannot be right: NaN, infinity, what a smaller dtype cannot represent, and zeros throughout."""
 
 from __future__ import annotations
 
@@ -24,6 +24,49 @@ def is_finite(tensor: Tensor) -> bool:
     # Neither supports 8-bit floats.
     tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
     return tensor.numel() == 0 or math.isfinite(tensor.sum()) or all(map(math.isfinite, torch.aminmax(tensor)))
+
+
+MAY_BE_ZERO = {"controlnet": ("zero_convs.", "middle_block_out.", "input_hint_block.14.")}
+"""Component -> beginnings of the names of layers that begin as zeros, and in a ControlNet that is new still are."""
+FEW = 8
+
+
+def is_blank(component: str, name: str, tensor: Tensor) -> bool:
+    """Tell whether a tensor is zero throughout although training never leaves it so.
+
+    Args:
+        component: component of the model, such as "unet".
+        name: native name of the tensor; biases may be zero.
+        tensor: the tensor.
+
+    Returns:
+        True where every value is zero and none of the released models has zeros there.
+    """
+    if name.endswith("bias") or name.startswith(MAY_BE_ZERO.get(component, ())):
+        return False
+    # one other value is proof enough, so that all of them are read only where the first ones are zero
+    return tensor.numel() > 0 and not (_any(tensor.view(-1)[:FEW]) or _any(tensor))
+
+
+def _any(tensor: Tensor) -> bool:
+    return bool((tensor.float() if tensor.dtype.itemsize == 1 else tensor).any())
+
+
+def blank_error(subject: object, name: str, tensor: Tensor) -> CheckpointError:
+    """Make the error for a tensor that is zero throughout.
+
+    Args:
+        subject: the file that the error names.
+        name: name of the tensor in it.
+        tensor: the tensor.
+
+    Returns:
+        An error to raise, CKPT_BLANK.
+    """
+    found = f"{name}: all {tensor.numel()} values are zero"
+    expected = "trained weights, which are zero throughout in no released model"
+    hint = f"{FETCH_AGAIN}; `sdinpaint inspect --verify` finds every such tensor"
+    return CheckpointError("CKPT_BLANK", subject, found, expected=expected, hint=hint)
 
 
 def stays_finite(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -209,9 +209,9 @@ def load_tensors(
         Native name -> tensor on the CPU.
 
     Raises:
-        CheckpointError: bytes are damaged, or values are not finite in `dtype`.
+        CheckpointError: bytes are damaged, values are not finite in `dtype`, or weights are zero throughout.
     """
-    from sdinpaint_weights.finite import is_finite, nonfinite_error
+    from sdinpaint_weights.finite import blank_error, is_blank, is_finite, nonfinite_error
 
     tensors: dict[str, Tensor] = {}
     names: dict[str, list[str]] = {}
@@ -228,6 +228,8 @@ def load_tensors(
                 raise nonfinite_error(state.weights.path, key, tensor, state.weights.tensor(key))
             for name in names[key]:
                 tensors[name] = apply(state.sources[name].edit, [tensor]).contiguous()
+                if is_blank(state.component, name, tensors[name]):
+                    raise blank_error(state.weights.path, key, tensors[name])
                 if on_tensor is not None:
                     on_tensor(name)
     return tensors

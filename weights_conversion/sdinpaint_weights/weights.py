@@ -212,7 +212,8 @@ class Weights(Mapping[str, "Tensor"]):
             dtype: dtype of the result; None keeps the stored one.
 
         Returns:
-            The tensor on the CPU: a view of the mapped file, or a cast copy for another dtype.
+            The tensor on the CPU: a view of the mapped file, or a copy: cast to another dtype, or because the file is
+            not to be mapped.
 
         Raises:
             KeyError: there is no such tensor.
@@ -227,12 +228,14 @@ class Weights(Mapping[str, "Tensor"]):
             keys: names of tensors.
 
         Returns:
-            The names in the order of their bytes, in runs of about `RUN` bytes at most.
+            The names in the order of their bytes, in runs of about `RUN` bytes at most; each alone where the file is
+            not to be mapped.
         """
         runs: list[list[str]] = []
         for key in sorted(keys, key=lambda key: self.entries[key].place):
             entry, before = self.entries[key], self.entries[runs[-1][-1]] if runs else None
-            if before is not None and entry.follows(before) and entry.begin < self.entries[runs[-1][0]].begin + RUN:
+            joins = before is not None and entry.storage.file.may_map and entry.follows(before)
+            if joins and entry.begin < self.entries[runs[-1][0]].begin + RUN:
                 runs[-1].append(key)
             else:
                 runs.append([key])
