@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["DTYPES", "as_list", "check_call", "check_choice", "check_number", "check_path", "check_prompt"]
 __all__ += ["check_switch", "check_tensor", "check_whole", "dtype_name", "find_device", "quietly", "require_extra"]
 
+MAX_PROMPT = 100_000
+"""Characters of a prompt at most; ten thousand words, which take a quarter of a second."""
+
 
 def require_extra(module: str, *, extra: str, what: str) -> Any:
     """Import a module that an extra installs.
@@ -324,12 +327,16 @@ def check_prompt(name: str, prompt: Any) -> str:
         The prompt.
 
     Raises:
-        SettingError: it is no string, or not valid Unicode.
+        SettingError: it is no string, not valid Unicode, or far longer than any model can read.
     """
     if prompt is None:
         return ""
     if not isinstance(prompt, str):
         raise SettingError("SETTING_PROMPT", name, f"a {type(prompt).__name__}", expected="a string")
+    if len(prompt) > MAX_PROMPT:
+        found, expected = f"a text of {len(prompt)} characters", f"at most {MAX_PROMPT}"
+        hint = "a model sees the first 75 tokens, some 300 characters"
+        raise SettingError("SETTING_PROMPT", name, found, expected=expected, hint=hint)
     try:
         prompt.encode()
     except UnicodeEncodeError as error:

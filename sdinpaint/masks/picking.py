@@ -23,8 +23,8 @@ __all__ = ["by_alpha", "by_color", "by_label", "by_luminance"]
 
 LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N")
 TABLES = (".txt", ".csv")
-MAX_TABLE = 1 << 28
-"""Bytes of a text file of labels."""
+MAX_TABLE = 32_000_000
+"""Bytes of a table of ids at most: 16 million pixels of one digit each, which take two seconds."""
 LISTED = 20
 """Largest number of ids that an error lists."""
 
@@ -159,6 +159,8 @@ def _read_text(path: str) -> str:
 
 
 def _table(text: str) -> NDArray[np.integer[Any]]:
+    if len(text) > MAX_TABLE:
+        raise _no_map(f"a text of {len(text)} characters", f"give at most {MAX_TABLE}, or an image of ids")
     lines = io.StringIO(text.replace(",", " "))
     try:
         return np.loadtxt(lines, dtype=np.int64, ndmin=2)

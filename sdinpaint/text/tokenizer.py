@@ -17,6 +17,7 @@ from sdinpaint_weights.atomic import atomic_write
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
+from sdinpaint.checks import check_prompt
 from sdinpaint.errors import SettingError, warn
 from sdinpaint.text.vocabulary import (
     END,
@@ -255,11 +256,6 @@ def _doubt(prompt: str, encoding: tokenizers.Encoding) -> str | None:
 
 
 def _require_text(prompt: object) -> None:
-    if not isinstance(prompt, str):
-        raise SettingError("SETTING_PROMPT", "prompt", f"a {type(prompt).__name__}", expected="a string")
-    lone = next((i for i, character in enumerate(prompt) if "\ud800" <= character <= "\udfff"), None)
-    if lone is not None:
-        found = f"character {lone} is the lone surrogate U+{ord(prompt[lone]):04X}"
-        raise SettingError(
-            "SETTING_PROMPT", "prompt", found, expected="valid Unicode text", hint="remove that character"
-        )
+    if prompt is None:
+        raise SettingError("SETTING_PROMPT", "prompt", "None", expected="a string")
+    check_prompt("prompt", prompt)

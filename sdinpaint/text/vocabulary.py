@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
+import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, count, pairwise, repeat
 from operator import eq
 from pathlib import Path
+
+from sdinpaint_weights.door import Refusal, read_whole
 
 from sdinpaint.errors import TokenizerError
 
@@ -29,7 +33,13 @@ CLIP_MERGES = CLIP_ROWS - 2 * 256 - 2
 CLIP_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
 """`merges_sha256` of the vocabulary that all released Stable Diffusion text encoders were trained with."""
 
-MAX_BYTES = 64 * 2**20
+MAX_BYTES = 16 * 2**20
+"""Bytes of a file at most, also after unpacking; CLIP's have up to 4 million."""
+MAX_TOKENS = 500_000
+MAX_TOKEN = 1000
+"""Characters of a token at most."""
+MAX_REBUILDING = 10_000_000
+"""Work of rebuilding merges from tokens at most: the sum of squares of their lengths, which for CLIP is 3 million."""
 
 
 def byte_symbols() -> list[str]:
@@ -137,45 +147,56 @@ def _in_clip_order(vocab: Mapping[str, int], merges: Sequence[Merge]) -> bool:
 def _clip_files(path: Path) -> Vocabulary | None:
     """Read CLIP's own vocab.json and merges.txt, if they are these by sha256, without checking each merge."""
     beside = path.with_name("merges.txt")
-    if path.suffix != ".json" or not beside.is_file() or max(path.stat().st_size, beside.stat().st_size) > MAX_BYTES:
+    if path.suffix != ".json" or not os.path.lexists(beside):
         return None
-    text = beside.read_text(encoding="utf-8").partition("\n")[2].strip("\n")  # without the #version line
+    text = _read(beside).decode().partition("\n")[2].strip("\n")  # without the #version line
     if hashlib.sha256(text.encode()).hexdigest() != CLIP_SHA256:
         return None
-    vocab = json.loads(path.read_text(encoding="utf-8"))
+    vocab = json.loads(_read(path))
+    if not isinstance(vocab, dict):
+        return None
     own = dict(zip(vocab, vocab, strict=True))
     parts = text.replace("\n", " ").split(" ")
     parts = list(map(own.get, parts, parts))  # sharing the vocabulary's strings saves memory
     merges = list(zip(parts[::2], parts[1::2], strict=True))
-    return (vocab, merges) if isinstance(vocab, dict) and _in_clip_order(vocab, merges) else None
+    return (vocab, merges) if _in_clip_order(vocab, merges) else None
 
 
 def _file_in(folder: Path) -> Path:
     files = (folder / "vocab.json", folder / "tokenizer.json")
-    if found := next((file for file in files if file.is_file()), None):
+    if found := next(filter(os.path.lexists, files), None):
         return found
     raise ValueError("a folder with neither vocab.json nor tokenizer.json")
 
 
+def _read(path: Path) -> bytes:
+    try:
+        return read_whole(path, MAX_BYTES)
+    except Refusal as refusal:
+        raise ValueError(f"{path.name}: {refusal.found}") from refusal
+
+
 def _from_gzip(path: Path) -> Vocabulary:
-    with gzip.open(path) as stream:
-        lines = stream.read(MAX_BYTES).decode().split("\n")
+    with gzip.open(io.BytesIO(_read(path))) as stream:
+        text = stream.read(MAX_BYTES + 1)
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"more than {MAX_BYTES} bytes when unpacked")
+    lines = text.decode().split("\n")
     merges = _merges_of_lines(lines[1 : CLIP_MERGES + 1])
     return clip_layout(merges), merges
 
 
 def _from_json(path: Path) -> Vocabulary:
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path.stat().st_size} bytes, where a vocabulary has about a million")
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(_read(path))
     if not isinstance(content, dict):
         raise ValueError(f"a JSON {type(content).__name__}")
     if isinstance(content.get("model"), dict):
         added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
         return {**content["model"]["vocab"], **added}, _merges_of_lines(content["model"]["merges"])
     beside = path.with_name("merges.txt")
-    if beside.is_file():
-        return content, _merges_of_lines(beside.read_text(encoding="utf-8").split("\n"))
+    if os.path.lexists(beside):
+        return content, _merges_of_lines(_read(beside).decode().split("\n"))
+    _require_short(content)
     return content, list(_rebuilt_merges(content))
 
 
@@ -183,6 +204,8 @@ def _merges_of_lines(lines: Sequence[str | Sequence[str]]) -> list[Merge]:
     """Parse merges from "left right" lines or [left, right] lists; skip a #version line and blank lines."""
     rows = [line if isinstance(line, str) else " ".join(line) for line in lines if line]
     rows = rows[1:] if rows and rows[0].startswith("#version:") else rows
+    if len(rows) > MAX_TOKENS:
+        raise ValueError(f"{len(rows)} merges, where at most {MAX_TOKENS} are read")
     # all at once: one by one, 48,894 lines take longer than reading a checkpoint
     spaces = list(map(str.count, rows, repeat(" ")))
     if spaces.count(1) != len(rows):
@@ -194,6 +217,8 @@ def _merges_of_lines(lines: Sequence[str | Sequence[str]]) -> list[Merge]:
 
 def _rebuilt_merges(vocab: Mapping[str, int]) -> Iterator[Merge]:
     """Rebuild merges from a list of tokens: under the merges before it, each token splits into exactly two parts."""
+    if sum(len(token) ** 2 for token in vocab) > MAX_REBUILDING:
+        raise ValueError("no merges.txt beside it, and its tokens are too long to rebuild that from them")
     ranks: dict[Merge, int] = {}
     for token in sorted(set(vocab) - {START, END}, key=lambda token: vocab[token]):
         parts = _parts(token, ranks)
@@ -215,7 +240,17 @@ def _parts(token: str, ranks: Mapping[Merge, int]) -> list[str]:
     return parts
 
 
+def _require_short(vocab: Mapping[str, int]) -> None:
+    if len(vocab) > MAX_TOKENS:
+        raise ValueError(f"{len(vocab)} tokens, where at most {MAX_TOKENS} are read")
+    if "" in vocab:
+        raise ValueError("an empty token")
+    if (longest := max(map(len, vocab), default=0)) > MAX_TOKEN:
+        raise ValueError(f"a token of {longest} characters, where at most {MAX_TOKEN} are read")
+
+
 def _require_complete(vocab: Mapping[str, int], merges: Sequence[Merge]) -> None:
+    _require_short(vocab)
     needed = {START, END}.union(*merges, map("".join, merges))
     if lost := needed - vocab.keys():
         raise ValueError(f"{len(vocab)} tokens and {len(merges)} merges, but no token {min(lost)!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
+import os
 import pickle
 
 import numpy as np
@@ -416,6 +417,7 @@ BAD = {
     "fractions as labels": (MaskError, "MASK_LABELS", lambda: Mask.from_labels(np.zeros(SIZE), 0)),
     "words as labels": (MaskError, "MASK_LABELS", lambda: Mask.from_labels("sky sky\nsea sea\n", 1)),
     "ragged layout": (MaskError, "MASK_LABELS", lambda: Mask.from_labels("1 2\n3\n", 1)),
+    "long layout": (MaskError, "MASK_LABELS", lambda: Mask.from_labels("1 2\n" * 8_500_000, 1)),
     "no layout file": (MaskError, "MASK_LABELS", lambda: Mask.from_labels("none.csv", 1)),
     "no label image": (ImageError, "IMAGE_NOT_FOUND", lambda: Mask.from_labels("none.png", 1)),
     "no ids": (MaskError, "MASK_UNKNOWN_LABEL", lambda: Mask.from_labels(LAYOUT, [])),
@@ -428,6 +430,11 @@ BAD = {
 @pytest.mark.parametrize(("kind", "code", "call"), BAD.values(), ids=BAD)
 def test_bad_input(kind, code, call):
     refused(kind, code, call)
+
+
+def test_a_label_map_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "labels.txt")
+    refused(MaskError, "MASK_LABELS", lambda: Mask.from_labels(tmp_path / "labels.txt", 1), "a pipe")
 
 
 def test_far_coordinates_are_drawn_right():

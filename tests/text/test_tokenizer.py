@@ -6,9 +6,11 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import os
 import random
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -424,8 +426,101 @@ def test_cut_bpe_file_is_refused(bpe_file, tmp_path, keep):
 
 
 def test_missing_path_is_refused(nowhere, tmp_path):
-    with pytest.raises(TokenizerError, match="No such file"):
+    with pytest.raises(TokenizerError, match="no such file"):
         find_tokenizer(tmp_path / "absent.json")
+
+
+def fifo(folder):
+    os.mkfifo(folder / "vocab.json")
+    return folder
+
+
+def fifo_beside(folder):
+    (folder / "vocab.json").write_text(json.dumps({START: 0, END: 1}))
+    os.mkfifo(folder / "merges.txt")
+    return folder / "vocab.json"
+
+
+def long_token(folder):
+    (folder / "vocab.json").write_text(json.dumps({"a": 0, "x" * 3_000_000: 1, START: 2, END: 3}))
+    return folder
+
+
+def long_tokens(folder):
+    (folder / "vocab.json").write_text(json.dumps({f"{number:0900}": number for number in range(15_000)}))
+    return folder
+
+
+def many_merges(folder):
+    (folder / "vocab.json").write_text(json.dumps({START: 0, END: 1}))
+    (folder / "merges.txt").write_text("a b\n" * 4_000_000)
+    return folder
+
+
+def bomb(folder):
+    (folder / "bomb.txt.gz").write_bytes(gzip.compress(bytes(50_000_000)))
+    return folder / "bomb.txt.gz"
+
+
+def large(folder):
+    (folder / "vocab.json").write_bytes(b" " * 20_000_000)
+    return folder
+
+
+def nested(folder):
+    (folder / "tokenizer.json").write_bytes(b'{"a":' * 2_000_000)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (fifo, "pipe"),
+        (fifo_beside, "merges.txt: a pipe"),
+        (long_token, "a token of 3000000 characters, where at most 1000"),
+        (long_tokens, "too long to rebuild"),
+        (many_merges, "4000000 merges, where at most 500000"),
+        (bomb, "more than 16777216 bytes when unpacked"),
+        (large, "more than 16777216 bytes"),
+        (nested, "Recursion"),
+        (lambda _: "/dev/zero", "a pipe, socket or device"),
+    ],
+)
+def test_hostile_vocabularies_cost_little(tmp_path, make, says):
+    path = make(tmp_path)
+    begin = time.monotonic()
+    with pytest.raises(TokenizerError, match=says) as caught:
+        find_tokenizer(path)
+    assert time.monotonic() - begin < 1
+    assert caught.value.code == "TOKENIZER_BROKEN"
+
+
+HUGE = {
+    "words": "a red fox " * 1_000_000,
+    "one word": "abcdefghij" * 1_000_000,
+    "accents": "e" + "\u0301" * 10_000_000,
+    "spaces": " " * 10_000_000,
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+@pytest.mark.parametrize("read", [lambda small, text: small(text), lambda small, text: small.doubt(text)])
+def test_a_prompt_of_megabytes_is_refused_at_once(small, name, read):
+    begin = time.monotonic()
+    with pytest.raises(SettingError, match=f"{len(HUGE[name])} characters") as caught:
+        read(small, HUGE[name])
+    assert time.monotonic() - begin < 0.1
+    assert caught.value.code == "SETTING_PROMPT"
+    assert "at most 100000" in caught.value.expected
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_the_longest_prompt_takes_less_than_a_second(small, name):
+    begin = time.monotonic()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SdInpaintWarning)
+        assert small(HUGE[name][:100_000]).shape == (1, 77)
+    assert time.monotonic() - begin < 1
 
 
 def test_flipped_bytes_never_pass(clip, tmp_path):
