@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from sdinpaint_weights.weights import Weights
 
 from sdinpaint.checkpoints.configs import check_fit
 from sdinpaint.checkpoints.embedded import VOCABULARY
+from sdinpaint.checkpoints.findings import Finding
 from sdinpaint.checkpoints.known_shapes import has_known_shapes
 from sdinpaint.checkpoints.opening import CONTROLNET, Checkpoint, open_checkpoint
 from sdinpaint.checkpoints.sources import COMPONENTS, as_path, open_parts
@@ -25,9 +26,12 @@ from sdinpaint.checks import check_path, check_switch
 from sdinpaint.errors import SdInpaintError, shown, shown_lines
 from sdinpaint.families import KINDS, deviations
 from sdinpaint.load_options import LoadOptions
+from sdinpaint.progress import progress_bar
 
 __all__ = ["Report", "inspect"]
 
+SHOWN = 20
+"""Findings that are printed at most."""
 Tensors = list[tuple[tuple[int, ...], StoredDtype]]
 
 
@@ -61,11 +65,15 @@ class Report:
     """The error that prevents loading it as a model; empty where there is none."""
     serves_as: str = ""
     """The argument of `load` by which it can be used nevertheless, in words; empty where there is none."""
+    verified: int = 0
+    """Number of tensors that were read through; 0 unless requested."""
+    findings: tuple[Finding, ...] = ()
+    """Tensors among them that cannot be right, and unusual ones."""
 
     @property
     def usable(self) -> bool:
         """Tell whether something can be done with it."""
-        return not self.problem or bool(self.serves_as)
+        return (not self.problem or bool(self.serves_as)) and not any(finding.wrong for finding in self.findings)
 
     @property
     def dtype(self) -> str:
@@ -97,6 +105,12 @@ class Report:
             lines.append(f"  junk        {len(self.junk)} tensors of no model, e.g. {', '.join(self.junk[:5])}")
         lines += [f"  sha256      {digest}  {file}" for file, digest in self.sha256.items()]
         lines += [f"  because     {sentence}" for sentence in self.why if sentence not in self.problem]
+        if self.verified:
+            wrong = sum(finding.wrong for finding in self.findings)
+            lines.append(f"  verified    {self.verified} tensors were read: {wrong or 'none'} of them cannot be right")
+            lines += [f"    {finding}" for finding in self.findings[:SHOWN]]
+            if (more := len(self.findings) - SHOWN) > 0:
+                lines.append(f"    and {more} more, which --json lists")
         if self.serves_as:
             lines.append(f"  loads       {self.serves_as}")
         elif self.problem:
@@ -110,20 +124,25 @@ def inspect(
     source: str | Path,
     *,
     hash: bool = False,
+    verify: bool = False,
     variant: str | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
+    progress: bool = True,
 ) -> Report:
     """Describe a checkpoint: family, layout, components and dtypes, with the reasons, and what prevents loading it.
 
-    Only headers are read, unless `hash` is set.
+    Only headers are read, unless `hash` or `verify` is set.
 
     Args:
         source: a file, a folder, a model on the hub, or "demo".
         hash: also compute the SHA-256 of each weights file, which reads all of it.
+        verify: also read every tensor, and report what cannot be right (NaN, infinity, zeros throughout, a checksum
+            that does not match) and what is unusual (blocks of zeros, outliers); the SHA-256, too.
         variant: weights variant of a folder, such as "fp16".
         revision: branch, tag or commit of a model on the hub.
         local_files_only: do not use the network.
+        progress: show a bar in a terminal or a notebook.
 
     Returns:
         The report.
@@ -138,8 +157,19 @@ def inspect(
     try:
         checkpoint = open_checkpoint(options)
     except SdInpaintError as error:
-        return _report_foreign(path, variant, error, hash)
-    return _report(checkpoint, _problem(checkpoint), hash)
+        report, opened, states = _report_foreign(path, variant, error), _readable(path, variant), {}
+    else:
+        report, path, states = _report(checkpoint, _problem(checkpoint)), checkpoint.path, checkpoint.states
+        opened = {name: state.weights for name, state in states.items()}
+    if verify and opened:
+        from sdinpaint.checkpoints.verifying import verify as read_through  # noqa: PLC0415 - needs torch
+
+        files = {id(weights): len(weights) for weights in opened.values()}
+        findings = read_through(opened, states, report.junk, progress=progress)
+        report = replace(report, verified=sum(files.values()), findings=findings)
+    if hash or verify:
+        report = replace(report, sha256=_sha256(path, opened.values(), progress=progress))
+    return report
 
 
 def _problem(checkpoint: Checkpoint) -> str:
@@ -156,7 +186,7 @@ def _problem(checkpoint: Checkpoint) -> str:
     return ""
 
 
-def _report(checkpoint: Checkpoint, problem: str, hashed: bool) -> Report:
+def _report(checkpoint: Checkpoint, problem: str) -> Report:
     family, unet, states = checkpoint.family, checkpoint.layouts["unet"], checkpoint.states
     tensors = {
         name: [(shape, state.weights.stored_dtype(state.sources[key].key)) for key, shape in state.shapes().items()]
@@ -177,13 +207,13 @@ def _report(checkpoint: Checkpoint, problem: str, hashed: bool) -> Report:
         has_tokenizer=(checkpoint.path / "tokenizer").is_dir() or VOCABULARY in states["text_encoder"].weights.metadata,
         **_counts(tensors),
         junk=checkpoint.outside,
-        sha256=_sha256(checkpoint.path, [state.weights for state in states.values()]) if hashed else {},
+        sha256={},
         why=(*reasons, *notes),
         problem=problem,
     )
 
 
-def _report_foreign(path: Path, variant: str | None, error: SdInpaintError, hashed: bool) -> Report:
+def _report_foreign(path: Path, variant: str | None, error: SdInpaintError) -> Report:
     """Describe a source that can be read but not loaded; raise `error` where it cannot be read."""
     parts = _readable(path, variant)
     if not parts:
@@ -215,7 +245,7 @@ def _report_foreign(path: Path, variant: str | None, error: SdInpaintError, hash
             if layouts[name].prefixes
             for key in outside_keys(weights, layouts[name])
         ),
-        sha256=_sha256(path, parts.values()) if hashed else {},
+        sha256={},
         why=tuple(sentence for layout in layouts.values() for sentence in layout.why),
         problem=problem,
         serves_as=serves_as,
@@ -298,7 +328,8 @@ def _counts(tensors: Mapping[str, Tensors]) -> dict[str, Any]:
     }
 
 
-def _sha256(root: Path, parts: Iterable[Weights]) -> dict[str, str]:
-    files = {entry.storage.file.path: entry.storage.file for weights in parts for entry in weights.entries.values()}
-    names = {path: str(path.relative_to(root)) if path != root else path.name for path in sorted(files)}
-    return {name: files[path].sha256() for path, name in names.items()}
+def _sha256(root: Path, parts: Iterable[Weights], *, progress: bool) -> dict[str, str]:
+    files = {file.path: file for weights in parts for file in weights.files}
+    with progress_bar(sum(file.size for file in files.values()), "sha256", "B", show=progress, unit_scale=True) as bar:
+        digests = {path: files[path].sha256(bar.update) for path in sorted(files)}
+    return {str(path.relative_to(root)) if path != root else path.name: digest for path, digest in digests.items()}

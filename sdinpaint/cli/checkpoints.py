@@ -20,13 +20,18 @@ __all__ = ["convert", "inspect", "merge"]
 @click.command()
 @click.argument("path")
 @click.option("--hash", is_flag=True, help="Also compute the SHA-256 of the weights files, which reads them through.")
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Read all weights, and say what cannot be right (NaN, zeros, checksums) or is unusual; also --hash.",
+)
 @hub_options
 @json_option
 def inspect(path: str, as_json: bool, **options: Any) -> None:
     """Say what a checkpoint is, why, and whether it loads.
 
-    PATH is a weights file, a diffusers folder, owner/name on the hub, or demo; only headers are read, of what is
-    fetched if need be. For an image that sdinpaint wrote, the settings that it was made with are shown.
+    PATH is a weights file, a diffusers folder, owner/name on the hub, or demo. Only headers are read, unless --hash or
+    --verify is given. For an image that sdinpaint wrote, the settings that it was made with are shown.
 
     \b
     Examples:
