@@ -129,7 +129,7 @@ def _is_auto(value: Any) -> bool:
 
 
 def _tokenizer(value: Any) -> Any:
-    if value is None or callable(value):
+    if value is None or (callable(value) and hasattr(value, "vocab")):
         return value
     if isinstance(value, str | os.PathLike):
         return check_path("tokenizer", value)

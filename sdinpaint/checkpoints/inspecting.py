@@ -151,6 +151,7 @@ def inspect(
         CheckpointError: the source is not a readable weights file or folder.
     """
     path, hash = as_path(check_path("source", source)), check_switch("hash", hash)
+    verify = check_switch("verify", verify)
     if path.name == "config.json" and path.is_file():
         source = path = path.parent
     options = LoadOptions(source=source, variant=variant, revision=revision, local_files_only=local_files_only)

@@ -16,6 +16,7 @@ from PIL import Image, features
 from sdinpaint_weights.atomic import atomic_write
 from sdinpaint_weights.targets import check_writable
 
+from sdinpaint.checks import check_path
 from sdinpaint.errors import ImageError, warn
 from sdinpaint.images.deep import Samples, png_bytes, samples_of, tiff_bytes
 from sdinpaint.images.embedded import MAX_SEGMENT, Embedded, png_options, settings_exif, to_record
@@ -68,7 +69,7 @@ def check_output_path(path: Path | str) -> Path:
     Raises:
         ImageError: the ending is unknown, the path is no file's, or the file or its folder is not writable.
     """
-    path = Path(path)
+    path = Path(check_path("path", path))
     subject = f"output {str(path)!r}"
     if path.suffix.lower() not in SUFFIXES:
         found = f"the extension {path.suffix!r}" if path.suffix else "no extension"

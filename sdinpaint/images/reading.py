@@ -78,9 +78,8 @@ def is_file(source: object) -> TypeGuard[File]:
     Returns:
         True for one that `open_image` reads.
     """
-    return isinstance(source, str | os.PathLike | bytes | bytearray | memoryview) or callable(
-        getattr(source, "read", None)
-    )
+    in_memory = isinstance(source, bytes | bytearray | memoryview) or callable(getattr(source, "read", None))
+    return in_memory or path_of(source) is not None
 
 
 def path_of(source: object) -> str | None:
@@ -92,7 +91,12 @@ def path_of(source: object) -> str | None:
     Returns:
         The path; None where the value is no path.
     """
-    return os.fsdecode(source) if isinstance(source, str | os.PathLike) else None
+    if not isinstance(source, str | os.PathLike):
+        return None
+    try:
+        return os.fsdecode(source)
+    except Exception:  # whatever a class of the caller's does there
+        return None
 
 
 def name_of(source: object, argument: str) -> str:
