@@ -69,7 +69,9 @@ def check_output_path(path: Path | str) -> Path:
     Raises:
         ImageError: the ending is unknown, the path is no file's, or the file or its folder is not writable.
     """
-    path = Path(check_path("path", path))
+    if not isinstance(path, str | Path):
+        check_path("path", path)
+    path = Path(path)
     subject = f"output {str(path)!r}"
     if path.suffix.lower() not in SUFFIXES:
         found = f"the extension {path.suffix!r}" if path.suffix else "no extension"
