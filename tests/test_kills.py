@@ -27,11 +27,11 @@ def test_a_careless_writer_is_found_out(tmp_path, monkeypatch):
     def careless(path, version):
         new_name(path).touch()
         path.unlink(missing_ok=True)
-        time.sleep(0.001)
+        time.sleep(0.005)
         with path.open("wb", buffering=0) as file:
             for _ in range(4):
                 file.write(b"%d" % version)
-                time.sleep(0.001)
+                time.sleep(0.005)
 
     monkeypatch.setitem(killing.KINDS, "careless", ("a", careless))
     found = kill_writers("careless", tmp_path, KILLS)
