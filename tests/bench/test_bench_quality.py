@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -240,8 +239,8 @@ def test_a_plot_that_cannot_be_drawn_leaves_the_old_one(quality, tmp_path, monke
     target.write_bytes(b"an older plot")
 
     def fails(self, path, **options):
-        if isinstance(path, Path):
-            path.write_bytes(b"half of it")
+        if options.get("optimize"):  # the plot itself, which the drawing library has made in memory
+            path.write(b"half of it")
             raise OSError("no space left on device")
         save(self, path, **options)
 
