@@ -194,7 +194,6 @@ def _report(checkpoint: Checkpoint, problem: str) -> Report:
         for name, state in states.items()
     }
     reasons = dict.fromkeys(sentence for layout in checkpoint.layouts.values() for sentence in layout.why)
-    notes = dict.fromkeys(note for state in states.values() for note in state.notes)
     return Report(
         path=str(checkpoint.path),
         title=unet.title if checkpoint.folder is None else f"a {KINDS[family.kind]} model in a diffusers folder",
@@ -209,7 +208,7 @@ def _report(checkpoint: Checkpoint, problem: str) -> Report:
         **_counts(tensors),
         junk=checkpoint.outside,
         sha256={},
-        why=(*reasons, *notes),
+        why=(*reasons, *checkpoint.notes[bool(checkpoint.outside) :]),  # those outside have a line of their own
         problem=problem,
     )
 

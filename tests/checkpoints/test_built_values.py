@@ -434,6 +434,11 @@ def test_a_manifest_tells_other_values(source, folder):
     assert "vae.scaling_factor: made with 0.21, here the released value" in said
 
 
+def test_inspect_tells_keys_that_nobody_knows(folder):
+    changed(folder, "unet", an_unknown_key=3)
+    assert any("an_unknown_key" in sentence for sentence in sdinpaint.inspect(folder).why)
+
+
 def test_clipping_is_told(folder):
     with pytest.warns(SdInpaintWarning, match=r"ddim clip what it predicts to 1, which latents exceed"):
         load(changed(folder, "scheduler", clip_sample=True))

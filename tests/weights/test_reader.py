@@ -363,3 +363,9 @@ def test_peak_memory(tmp_path):
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         assert int(result.stdout) <= limit, dtype
+
+
+def test_an_index_of_many_megabytes_is_named_with_its_bound(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(" " * 17_000_000)
+    error = refusal(tmp_path / "model.safetensors.index.json", lambda path: open_folder_component(path.parent))
+    assert (error.code, "16.00 MB" in error.expected) == ("CKPT_BAD_INDEX", True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sdinpaint_weights.errors import CheckpointError
-from sdinpaint_weights.files import FETCH_AGAIN, SourceFile
+from sdinpaint_weights.files import FETCH_AGAIN, SourceFile, size_text
 from sdinpaint_weights.reader import open_weights
 from sdinpaint_weights.weights import Entry, Weights
 from sdinpaint_weights.wrappers import unwrapped
@@ -146,7 +146,10 @@ def _open(folder: Path, name: str) -> Weights:
 def _read_index(path: Path) -> dict[str, str]:
     """Return {tensor name: shard name}; a shard's name may not lead out of the folder."""
     file = SourceFile(path)
-    text = file.read(0, min(file.size, MAX_INDEX))
+    if file.size > MAX_INDEX:
+        found, expected = f"an index of {size_text(file.size)}", f"at most {size_text(MAX_INDEX)}"
+        raise CheckpointError("CKPT_BAD_INDEX", path, found, expected=expected, hint=FETCH_AGAIN)
+    text = file.read(0, file.size)
     try:
         index = json.loads(text)
         table = index["weight_map"]
