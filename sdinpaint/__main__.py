@@ -34,6 +34,11 @@ def main() -> NoReturn:
         code: object = 0
     except SystemExit as end:
         code = end.code
+    except (ImportError, MemoryError) as error:  # before there is a command line that could explain it
+        if isinstance(error, ImportError) and "map segment" not in str(error):
+            raise
+        sys.stderr.write(f"error: memory: there is no more memory: {error}\n")
+        code = ENVIRONMENT
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     # Unloading torch takes a tenth of a second, in which a signal would change the exit code of what is done.

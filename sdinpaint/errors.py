@@ -77,7 +77,9 @@ class SdInpaintWarning(UserWarning):
 
 
 NO_MEMORY = re.compile(
-    "out of memory|allocate memory|not enough memory|unable to allocate|_ALLOC_FAILED", re.IGNORECASE
+    "out of memory|allocate memory|not enough memory|unable to allocate|_ALLOC_FAILED"
+    "|could not create a (?:primitive|memory object)$|failed to map segment",  # oneDNN; shared libraries
+    re.IGNORECASE,
 )
 ASKED = re.compile(r"allocate ([0-9.]+ (?:bytes|[KMGT]?i?B))", re.IGNORECASE)
 FREE = re.compile(r"of which ([0-9.]+ [KMGT]?i?B) is free")
@@ -95,7 +97,8 @@ def out_of_memory(error: Exception) -> OutOfMemoryError | None:
         An error that says what was asked for and what to lower; None where the error is another.
     """
     text = str(error)
-    if not (isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(text))):
+    told = isinstance(error, RuntimeError | ImportError) and NO_MEMORY.search(text)
+    if not (told or isinstance(error, MemoryError)):
         return None
     asked, free = ASKED.search(text), FREE.search(text)
     found = f"{asked[1]} more cannot be had" if asked else "there is no more memory"
@@ -110,7 +113,7 @@ def explaining_memory() -> Iterator[None]:
         yield
     except SdInpaintError:
         raise
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ImportError) as error:
         explained = out_of_memory(error)
         if explained is None:
             raise

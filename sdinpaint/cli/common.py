@@ -114,7 +114,7 @@ class Commands(Group):
         try:
             with _notes(ctx):
                 return super().invoke(ctx)
-        except (SdInpaintError, MemoryError, OSError, RuntimeError) as error:
+        except (SdInpaintError, MemoryError, OSError, RuntimeError, ImportError) as error:
             explained = _explained(error)
             if explained is None:
                 raise

@@ -10,6 +10,7 @@ import click
 
 from sdinpaint.cli.common import check_output, given, replacing
 from sdinpaint.cli.painting import LOADING, model_options
+from sdinpaint.errors import shown_lines
 
 __all__ = ["replay"]
 
@@ -76,5 +77,6 @@ def replay(
         click.echo(json.dumps({**found, "differences": again.differences}, indent=2))
     elif not quiet:
         pixels = f"{again.changed} pixels differ, by {again.largest} of 255 levels at most"
-        click.echo("\n".join([f"{path}: {'identical' if again.identical else pixels}", *again.differences]))
+        lines = [f"{path}: {'identical' if again.identical else pixels}", *again.differences]
+        click.echo(shown_lines("\n".join(lines)))
     ctx.exit(0 if again.identical else DIFFERENT)

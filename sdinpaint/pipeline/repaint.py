@@ -18,6 +18,7 @@ from sdinpaint.images.boxes import Box
 from sdinpaint.images.crops import Crop, crop_box, regions, working_size
 from sdinpaint.latent_diffusion import LatentDiffusion
 from sdinpaint.pipeline.events import Listener, Reporter, Stage
+from sdinpaint.pipeline.memory import require_memory
 from sdinpaint.pipeline.patch_sampling import PatchSampling
 from sdinpaint.pipeline.patches import Patch, cut_patch, of_one_size, whole
 from sdinpaint.pipeline.requests import Item, Request, require_noise
@@ -86,6 +87,8 @@ class Repaint:
                     self.canvases[index] = self._canvas(item)
                 except SdInpaintError as error:
                     request.refuse(index, error)
+        shown = [self._crop(region).size for canvas in self.canvases.values() for region in canvas.todo[:1]]
+        require_memory(pipe, shown, settings)
         units = schedules.steps_run(settings.steps, settings.strength) + 1
         self._report = Reporter(listeners, units * sum(len(canvas.todo) for canvas in self.canvases.values()))
 
