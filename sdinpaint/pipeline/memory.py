@@ -71,7 +71,8 @@ def free_bytes(device: torch.device) -> int | None:
     if limit != resource.RLIM_INFINITY:
         free.append(limit - _field(PROCESS, "VmSize"))
     with suppress(OSError, ValueError):  # no group, or none with a limit
-        free.append(int((GROUP / "memory.max").read_text()) - int((GROUP / "memory.current").read_text()))
+        limit, used = (int((GROUP / name).read_text("ascii")) for name in ("memory.max", "memory.current"))
+        free.append(limit - used)
     return max(0, min(free))
 
 

@@ -20,7 +20,7 @@ CUDA = (
 )
 ERRORS = [
     (MemoryError(), "no more memory"),
-    (np._core._exceptions._ArrayMemoryError((1 << 30, 4), np.dtype("float32")), "16.0 GiB more cannot be had"),
+    (MemoryError("Unable to allocate 16.0 GiB for an array with shape (1073741824, 4)"), "16.0 GiB more cannot be had"),
     (torch.OutOfMemoryError(CUDA), "2.50 GiB more cannot be had, 1.25 GiB are free"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7549 bytes."), "7549 bytes more"),
     (RuntimeError("could not create a primitive"), "no more memory"),
