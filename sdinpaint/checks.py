@@ -286,7 +286,8 @@ def check_path(name: str, value: Any) -> str | Path:
     except UnicodeEncodeError:
         encoded = b"\0"
     except Exception as error:  # whatever a class of the caller's does there
-        raise SettingError(code, name, f"a {type(value).__name__}", expected=expected) from error
+        why = f" that gives no path: {type(error).__name__}: {error}" if isinstance(value, os.PathLike) else ""
+        raise SettingError(code, name, f"a {type(value).__name__}{why}", expected=expected) from error
     if not encoded:  # "" would be the current folder
         raise SettingError(code, name, said(path), expected=expected)
     if len(encoded) > MAX_PATH or any(len(part) > MAX_PART for part in encoded.split(b"/")):

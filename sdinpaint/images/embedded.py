@@ -91,7 +91,7 @@ def read_embedded(image: Image.Image) -> Embedded:
     exif, damaged = None, False
     try:
         exif = _exif_of(image)
-    except Exception:  # Pillow raises many kinds for broken data, which must not spoil a sound image
+    except Exception:  # Pillow raises many kinds; whoever reads or saves the image tells that it is damaged
         damaged = True
     xmp = image.info.get("xmp")
     xmp = xmp.encode() if isinstance(xmp, str) else xmp

@@ -90,13 +90,17 @@ def path_of(source: object) -> str | None:
 
     Returns:
         The path; None where the value is no path.
+
+    Raises:
+        ImageError: the value is a path-like object that fails to give its path.
     """
     if not isinstance(source, str | os.PathLike):
         return None
     try:
         return os.fsdecode(source)
-    except Exception:  # whatever a class of the caller's does there
-        return None
+    except Exception as error:  # whatever a class of the caller's does there
+        found = f"a {type(source).__name__} that gives no path: {type(error).__name__}: {error}"
+        raise ImageError("IMAGE_TYPE", "path", found, expected="a path", hint="give the path as text") from error
 
 
 def name_of(source: object, argument: str) -> str:
@@ -270,7 +274,7 @@ def orientation(image: Image.Image) -> int | None:
     """
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:
+    except Exception:  # Pillow raises many kinds for broken data; `upright` tells that they cannot be read
         return None
     return 1 if value == 0 else value if value in (1, *TURNS) else None  # some cameras write 0
 

@@ -143,7 +143,8 @@ def _label_map(labels: Any) -> NDArray[np.integer[Any]]:
     try:
         array = np.asarray(labels)
     except Exception as error:  # whatever a class of the caller's does there
-        raise _no_map(f"a {type(labels).__name__}", "give an array (height, width)") from error
+        found = f"a {type(labels).__name__} that gives no array: {type(error).__name__}: {error}"
+        raise _no_map(found, "give an array (height, width)") from error
     if array.ndim != 2 or not array.size or array.dtype.kind not in "iub":
         raise _no_map(f"an array {array.shape} of {array.dtype}", "labels.astype(int), one id per pixel")
     return array

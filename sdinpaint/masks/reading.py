@@ -96,18 +96,18 @@ def read_own_size(source: Source, argument: str) -> Soft:
         require_plain(source, "MASK_TYPE", argument, MaskError)
         values = source.detach().cpu().resolve_neg()
         return _from_array((values.float() if values.is_floating_point() else values).numpy(), argument)
-    array = _as_array(source) if isinstance(source, HasArray) else None
-    if array is not None:
-        return _from_array(array, argument)
+    if isinstance(source, HasArray):
+        return _from_array(_as_array(source, argument), argument)
     expected = "a path, bytes of an image file, an open file, a PIL image, an array, a tensor or a Mask"
     raise MaskError("MASK_TYPE", argument, f"a {type(source).__name__}", expected=expected, hint="convert it first")
 
 
-def _as_array(source: HasArray) -> NDArray[Any] | None:
+def _as_array(source: HasArray, argument: str) -> NDArray[Any]:
     try:
         return np.asarray(source)
-    except Exception:  # whatever a class of the caller's does there
-        return None
+    except Exception as error:  # whatever a class of the caller's does there
+        found = f"a {type(source).__name__} that gives no array: {type(error).__name__}: {error}"
+        raise MaskError("MASK_TYPE", argument, found, expected="an array", hint="convert it first") from error
 
 
 def binarize(mask: Soft) -> Hole:

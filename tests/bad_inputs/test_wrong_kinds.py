@@ -256,6 +256,29 @@ def test_odd_values_together(table, odd):
     assert outcome(lambda values: call(**values), "values", named(odd)) == ""
 
 
+@pytest.mark.parametrize(
+    ("function", "name", "kind"),
+    [("Request", "image", "fspath"), ("Mask", "values", "fspath"), ("LoadOptions", "source", "fspath")],
+)
+def test_the_callers_own_error_is_told(table, function, name, kind):
+    call, _ = table[function]
+    with pytest.raises(SdInpaintError, match=f"RuntimeError: {kind}"):
+        call(**{name: Hostile()})
+
+
+def test_an_array_that_cannot_be_had_says_why():
+    class OnDevice:
+        shape = (64, 64)
+
+        def __array__(self, *_, **__):
+            raise TypeError("implicit conversion is not allowed, use .get()")
+
+    with pytest.raises(SdInpaintError, match=r"OnDevice that gives no array: TypeError: implicit .* use .get"):
+        Mask(OnDevice())
+    with pytest.raises(SdInpaintError, match=r"use .get"):
+        Mask.from_labels(OnDevice(), 0)
+
+
 def test_an_unknown_keyword_is_pythons_error_with_the_near_name(table):
     call, _ = table["Request"]
     with pytest.raises(TypeError, match="did you mean 'sampler'"):
