@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -126,9 +127,7 @@ def kill_writers(kind: str, folder: Path, kills: int, seed: int = 0) -> Found:
         whole.add(_digest(target))
     assert len(whole) == 2, "the versions are not always the same, or do not differ"
     for _ in range(kills):
-        process = os.fork()
-        if process == 0:
-            _write_until_killed(write, target)
+        process = _start_writer(write, target)
         until = time.perf_counter() + chance.uniform(0, 3 * min(durations))
         while time.perf_counter() < until:
             found.looks += 1
@@ -143,13 +142,25 @@ def kill_writers(kind: str, folder: Path, kills: int, seed: int = 0) -> Found:
     return found
 
 
-def _write_until_killed(write: Callable[[Path, int], None], target: Path) -> None:
-    try:
-        while True:
+def _start_writer(write: Callable[[Path, int], None], target: Path) -> int:
+    """Fork a process that writes until it is killed, and wait until it has written once: it may be slow to start."""
+    listens, tells = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
             write(target, 0)
-            write(target, 1)
-    finally:
-        os._exit(1)  # nothing of the process that was forked may run again
+            os.write(tells, b"1")
+            while True:
+                write(target, 1)
+                write(target, 0)
+        finally:
+            os._exit(1)  # nothing of the process that was forked may run again
+    os.close(tells)
+    with open(listens, "rb", buffering=0) as told:
+        ready, _, _ = select.select([told], [], [], MOST_SECONDS)
+        assert ready, f"the writer has written nothing within {MOST_SECONDS} s"
+        assert told.read(1), "the writer failed"
+    return process
 
 
 def _digest(target: Path) -> str:
