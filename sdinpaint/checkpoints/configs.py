@@ -46,7 +46,9 @@ __all__ = [
 HEAD_DIM = 64
 """Width of each attention head in every CLIP text encoder."""
 SCALING = (0.01, 10.0)
-"""Bounds of a VAE's scaling factor; released ones have 0.08 to 1.53."""
+"""Bounds of a VAE's scaling factor, also divided by `latents_std`; released ones have 0.06 to 1.53."""
+FURTHEST = 3.0
+"""Bound of `latents_mean` in scaled latents, whose standard deviation is about 1; released ones have up to 0.24."""
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v"}
 """Name of a prediction in diffusers -> name here."""
 ACTIVATIONS = get_args(Activation)
@@ -167,17 +169,18 @@ def vae_config(shapes: Shapes, json: Json, base: VAEConfig, where: Path) -> VAEC
     groups = whole_number(json, "norm_num_groups", base.norm_groups, where)
     _check_divides(where, "norm_num_groups", groups, [config.channels * mult for mult in config.channel_mult])
     factor = _positive(json, "scaling_factor", base.scaling_factor, where)
-    if not SCALING[0] <= factor <= SCALING[1]:
+    middle, spread = (json.get(key, getattr(base, key)) for key in ("latents_mean", "latents_std"))
+    config = _fitting(config, where, norm_groups=groups, scaling_factor=factor, latents_mean=middle, latents_std=spread)
+    scales = [factor / one for one in config.latents_std or (1.0,)]
+    if not SCALING[0] <= min(scales) <= max(scales) <= SCALING[1]:
         expected = f"{SCALING[0]} to {SCALING[1]}, which gives latents a variance near 1"
-        _refuse(where, "scaling_factor", factor, expected)
-    return _fitting(
-        config,
-        where,
-        norm_groups=groups,
-        scaling_factor=factor,
-        latents_mean=json.get("latents_mean", base.latents_mean),
-        latents_std=json.get("latents_std", base.latents_std),
-    )
+        if config.latents_std is None:
+            _refuse(where, "scaling_factor", factor, expected)
+        _refuse(where, "scaling_factor divided by latents_std", scales, expected)
+    if any(abs(one * scale) > FURTHEST for one, scale in zip(config.latents_mean or (0.0,), scales, strict=True)):
+        expected = f"numbers of at most {FURTHEST:g} after scaling, which gives latents a mean near 0"
+        _refuse(where, "latents_mean", middle, expected)
+    return config
 
 
 def _vae_sizes(shapes: Shapes, base: VAEConfig) -> VAEConfig:

@@ -17,6 +17,7 @@ from sdinpaint.images.input_image import to_uint8
 from sdinpaint.latent_diffusion import LatentDiffusion
 from sdinpaint.masks import masked_image, to_latent
 from sdinpaint.pipeline.control import Control, inpaint_hint
+from sdinpaint.pipeline.doubts import result_doubts
 from sdinpaint.pipeline.patches import Patch
 from sdinpaint.pipeline.settings import Settings
 from sdinpaint.sampling import (
@@ -93,6 +94,8 @@ class PatchSampling:
             filled = self._to_latent((self._amount >= 0.5).to(hole.dtype))
             latents = torch.where(filled > 0, draws(like), cast(Tensor, latents))
         self.known = Known(mask, masked_latents, latents)
+        self.doubts: list[str | None] = []
+        """After the call, a sentence for each patch that is probably no image."""
 
     def __call__(self) -> NDArray[np.uint8]:
         """Sample and decode: what the models make of the patches, uint8 (B, 8H, 8W, 3)."""
@@ -106,7 +109,9 @@ class PatchSampling:
             x = schedules.start(self._noise, sigmas, unit_variance=spacing.unit_variance)
         latents = self._sampled(x, sigmas)
         self._watch("decode", 0, 1)
-        images = to_uint8(self.pipe.decode(latents))
+        decoded = self.pipe.decode(latents)
+        self.doubts = result_doubts(latents, self.known.mask, decoded, self._amount)
+        images = to_uint8(decoded)
         self._watch("decode", 1, 1)
         return images
 

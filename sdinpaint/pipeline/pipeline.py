@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast, get_args
 
 import torch
@@ -16,6 +16,7 @@ from sdinpaint.images.fills import Fill
 from sdinpaint.images.input_image import paste
 from sdinpaint.latent_diffusion import LatentDiffusion
 from sdinpaint.masks import Cover, masked_image, to_latent
+from sdinpaint.pipeline.doubts import request_doubts
 from sdinpaint.pipeline.events import Listener, event_bars
 from sdinpaint.pipeline.patches import cut_patch, whole
 from sdinpaint.pipeline.repaint import Canvas, Repaint
@@ -27,10 +28,7 @@ from sdinpaint.provenance.manifest import Manifest, check_again, environment
 from sdinpaint.sampling import Conditioning, Known
 from sdinpaint.sampling.noise import Draws
 from sdinpaint.sampling.samplers import OnStep
-from sdinpaint.text.foreign import foreign_syntax
-from sdinpaint.text.tokenizer import Tokenizer
 
-HIGH_GUIDANCE = 30.0
 Prompts = str | Conditioning | Sequence[str | Conditioning]
 NegativePrompts = str | Conditioning | None | Sequence[str | Conditioning | None]
 
@@ -274,7 +272,7 @@ class Pipeline(LatentDiffusion):
         made_with = environment(self)  # now: weights may change after the run, and the images are made of these
         with keeping_warnings() as warnings, event_bars(request.kind, show=progress) as bars:
             repaint = Repaint(self, request, settings, [bars, *filter(None, [on_event])], on_step)
-            for index, message in _doubts(request, settings, self.tokenizer):
+            for index, message in request_doubts(request, settings, self.tokenizer):
                 warn(message, index)
             canvases = repaint()
             if on_step is not None and weights_of(self) != made_with["weights"]:
@@ -329,30 +327,3 @@ def _made(canvas: Canvas | None, settings: Settings) -> Repainted | None:
     replaced = canvas.replaced(whole=not settings.paste_back)
     image = paste(canvas.item.image, canvas.rgb, replaced)
     return Repainted(image, canvas.item, settings.cover, tuple(canvas.boxes), replaced)
-
-
-def _doubts(request: Request, settings: Settings, tokenizer: Tokenizer) -> Iterator[tuple[int | None, str]]:
-    """Say what the caller may not have meant: of the settings, and of each image by its index."""
-    if settings.guidance_scale > HIGH_GUIDANCE:
-        yield None, f"guidance_scale {settings.guidance_scale:g} is very high: colours will burn out; 5 to 10 is usual"
-    if 0 < settings.strength * settings.steps < 1:
-        share = f"strength {settings.strength:g} of {settings.steps} steps is less than one step"
-        yield None, f"{share}: one is run, as with strength {1 / settings.steps:g}"
-    for index, item in enumerate(request.items):
-        if item is None:
-            continue
-        name = f"image {index + 1} of {len(request)}: " if len(request) > 1 else ""
-        if settings.strength == 0:
-            yield index, f"{name}strength is 0, so the image comes back unchanged"
-        elif not item.hole.any():
-            reason = item.mask.report().warnings[0]
-            yield index, f"{name}the mask is empty, so the image comes back unchanged: {reason}"
-        else:
-            prompts = {"prompt": item.prompt, "negative_prompt": item.negative_prompt}
-            for argument, prompt in prompts.items():
-                if isinstance(prompt, str):
-                    for doubt in (*filter(None, [tokenizer.doubt(prompt)]), *foreign_syntax(prompt)):
-                        yield index, f"{name}{argument} {doubt}"
-            if item.image.old is None and not settings.soft:
-                for warning in item.mask.report(settings.cover).warnings:
-                    yield index, f"{name}mask: {warning}"

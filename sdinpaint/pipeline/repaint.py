@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sdinpaint.checks import require_extra
-from sdinpaint.errors import SdInpaintError, SettingError
+from sdinpaint.errors import SdInpaintError, SettingError, warn
 from sdinpaint.images.blending import compose
 from sdinpaint.images.boxes import Box
 from sdinpaint.images.crops import Crop, crop_box, regions, working_size
@@ -21,7 +21,7 @@ from sdinpaint.pipeline.events import Listener, Reporter, Stage
 from sdinpaint.pipeline.memory import require_memory
 from sdinpaint.pipeline.patch_sampling import PatchSampling
 from sdinpaint.pipeline.patches import Patch, cut_patch, of_one_size, whole
-from sdinpaint.pipeline.requests import Item, Request, require_noise
+from sdinpaint.pipeline.requests import Item, Request, image_name, require_noise
 from sdinpaint.pipeline.settings import Settings
 from sdinpaint.sampling import schedules
 from sdinpaint.sampling.noise import Draws
@@ -123,6 +123,9 @@ class Repaint:
         )
         for index, generated in zip(batch, sampling(), strict=True):
             self._join(self.canvases[index], batch[index], generated)
+        for index, doubt in zip(batch, sampling.doubts, strict=True):
+            if doubt:
+                warn(image_name(index, len(self.request)) + doubt, index)
 
     def _crop(self, region: Hole) -> Crop:
         """Return the part of an image that the model sees around a region (H, W)."""

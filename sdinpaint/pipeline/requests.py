@@ -34,7 +34,7 @@ from sdinpaint.pipeline.settings import (
 from sdinpaint.provenance.manifest import Manifest, as_given, as_manifests
 from sdinpaint.sampling import Conditioning
 
-__all__ = ["GivenMask", "Item", "Kind", "OnError", "Request", "require_noise"]
+__all__ = ["GivenMask", "Item", "Kind", "OnError", "Request", "image_name", "require_noise"]
 __all__ += ["stored_names", "unbatched"]
 
 Kind = Literal["inpaint", "vary", "outpaint"]
@@ -371,11 +371,22 @@ def _canvas_names(kind: str) -> tuple[str, ...]:
     return names_of(CanvasSettings) if kind == "outpaint" else ()
 
 
+def image_name(index: int, count: int) -> str:
+    """Name an image of a batch at the beginning of a sentence.
+
+    Args:
+        index: its index.
+        count: the number of images.
+
+    Returns:
+        "image 2 of 3: ", empty where there is one.
+    """
+    return f"image {index + 1} of {count}: " if count > 1 else ""
+
+
 def _named(error: SdInpaintError, index: int, count: int) -> SdInpaintError:
     """Return the error with the image in its subject, where it is one of several."""
-    if count == 1:
-        return error
-    subject = f"image {index + 1} of {count}: {error.subject}"
+    subject = f"{image_name(index, count)}{error.subject}"
     return type(error)(error.code, subject, error.found, expected=error.expected, hint=error.hint)
 
 

@@ -444,8 +444,17 @@ def test_clipping_is_told(folder):
         load(changed(folder, "scheduler", clip_sample=True))
 
 
-@pytest.mark.parametrize("factor", [1e-5, 0.005, 11, 1e4])
-def test_a_scaling_factor_of_no_vae_is_refused(folder, factor):
-    with pytest.raises(CheckpointError, match="scaling_factor") as caught:
-        load(changed(folder, "vae", scaling_factor=factor))
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"scaling_factor": factor} for factor in (1e-5, 0.005, 11, 1e4)),
+        {"latents_mean": [0] * 4, "latents_std": [1, 1, 1, 100]},
+        {"latents_mean": [0] * 4, "latents_std": [1e-3] * 4},
+        {"latents_mean": [0, 0, -50, 0], "latents_std": [1] * 4},
+    ],
+    ids=str,
+)
+def test_a_scaling_of_no_vae_is_refused(folder, change):
+    with pytest.raises(CheckpointError, match="|".join(change)) as caught:
+        load(changed(folder, "vae", **change))
     assert caught.value.code == "CKPT_BAD_CONFIG"

@@ -25,6 +25,11 @@ def run(pipe, *given, **options):
     return pipe.run(Request(*given, **{**SHORT, **options}), progress=False)
 
 
+def told(result):
+    """The warnings of a run, without those that random networks make no images."""
+    return [one for one in result.warnings if "probably burnt" not in one.message]
+
+
 # a request without a model
 
 
@@ -300,14 +305,14 @@ def test_warnings_are_on_the_result_each_with_its_image(pipe):
     found = [(one.index, one.message) for one in result.warnings if "empty" in one.message or "guidance" in one.message]
     assert [index for index, _ in found] == [None, 1, 2]
     assert str(result.warnings[0]) == result.warnings[0].message
-    assert inpaint(pipe).warnings == []
+    assert told(inpaint(pipe)) == []
 
 
 def test_warnings_of_reading_are_there_too(pipe):
     small = IMAGE[:56, :48], MASK[:56, :48]
     with pytest.warns(SdInpaintWarning, match="very small"):
         result = inpaint(pipe, image=[IMAGE, small[0]], mask=[MASK, small[1]])
-    assert [(one.index, "very small" in one.message) for one in result.warnings] == [(1, True)]
+    assert [(one.index, "very small" in one.message) for one in told(result)] == [(1, True)]
 
 
 def test_a_prompt_that_is_too_long_is_told_once_for_each_image(pipe):
@@ -317,7 +322,7 @@ def test_a_prompt_that_is_too_long_is_told_once_for_each_image(pipe):
             result = inpaint(
                 pipe, image=images, prompt=[long, "a dog", long], negative_prompt=["", long, long], **options
             )
-        found = [(one.index, one.message.partition(" has ")[0]) for one in result.warnings]
+        found = [(one.index, one.message.partition(" has ")[0]) for one in told(result)]
         assert found == [
             (0, "image 1 of 3: prompt"),
             (1, "image 2 of 3: negative_prompt"),
@@ -332,15 +337,16 @@ def test_noise_that_is_no_noise_is_told(pipe, scale, shift):
     noise = scale * torch.randn(2, 4, IMAGE.shape[0] // 8, IMAGE.shape[1] // 8) + shift
     with pytest.warns(SdInpaintWarning, match="flat or burnt"):
         result = inpaint(pipe, image=[IMAGE, IMAGE], noise=noise)
-    assert [one.index for one in result.warnings] == [0, 1]
+    assert [one.index for one in told(result)] == [0, 1]
 
 
 def test_syntax_of_other_programs_is_told_with_its_image(pipe):
     with pytest.warns(SdInpaintWarning, match="plain text"):
         result = inpaint(pipe, image=[IMAGE, IMAGE], prompt=["a fox", "a (fox:1.4)"], negative_prompt="<lora:x:1>")
-    assert [one.index for one in result.warnings] == [0, 1, 1]
-    assert "image 2 of 2: prompt has '(fox:1.4)'" in result.warnings[1].message
-    assert "image 2 of 2: negative_prompt has '<lora:x:1>'" in result.warnings[2].message
+    _, prompt, negative = told(result)
+    assert [one.index for one in told(result)] == [0, 1, 1]
+    assert "image 2 of 2: prompt has '(fox:1.4)'" in prompt.message
+    assert "image 2 of 2: negative_prompt has '<lora:x:1>'" in negative.message
 
 
 def test_images_that_are_not_repainted_have_no_prompt_to_warn_of(pipe):
