@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from sdinpaint.errors import SettingError, said
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "as_list", "check_call", "check_choice", "check_number", "check_path", "check_prompt"]
+__all__ = ["DTYPES", "as_list", "axes_of", "check_call", "check_choice", "check_number", "check_path", "check_prompt"]
 __all__ += ["check_switch", "check_tensor", "check_whole", "dtype_name", "find_device", "quietly", "require_extra"]
 
 MAX_PROMPT = 100_000
@@ -194,7 +194,7 @@ def check_number(
     return number
 
 
-def check_whole(name: str, value: Any, low: int, high: float = math.inf, *, of: str = "") -> int:
+def check_whole(name: str, value: Any, low: int, high: float = math.inf, *, code: str = "", of: str = "") -> int:
     """Check that an argument is a whole number from `low` to `high`, both included, of any type.
 
     Args:
@@ -202,6 +202,7 @@ def check_whole(name: str, value: Any, low: int, high: float = math.inf, *, of: 
         value: what was given; 3.0 is a whole number, and a bool is none.
         low: lowest value.
         high: highest value.
+        code: code of the error; by default SETTING_ and the argument's name.
         of: name of the function whose argument it is, where the argument's name alone would not tell.
 
     Returns:
@@ -214,7 +215,7 @@ def check_whole(name: str, value: Any, low: int, high: float = math.inf, *, of: 
     is_number = isinstance(value, Real) and not isinstance(value, bool | np.bool_)
     if not is_number or not low <= value <= min(high, sys.maxsize) or value != int(value):
         expected = f"a {_bounds('whole number', low, high)}"
-        raise SettingError(f"SETTING_{name.upper()}", _subject(name, of), said(value), expected=expected)
+        raise SettingError(code or f"SETTING_{name.upper()}", _subject(name, of), said(value), expected=expected)
     return int(value)
 
 
@@ -236,13 +237,16 @@ def check_call(name: str, value: Any) -> Any:
     return value
 
 
-def check_tensor(name: str, value: Any, axes: str) -> Any:
+def check_tensor(name: str, value: Any, axes: str, *, finite: bool = False, code: str = "", hint: str = "") -> Any:
     """Check that an argument is a dense tensor of floating-point numbers.
 
     Args:
         name: name of the argument.
         value: what was given.
         axes: names of its axes for people, such as "(B, 4, H, W)"; a number in it is the size of that axis.
+        finite: whether every value must be finite in float32.
+        code: code of the error; by default SETTING_ and the argument's name.
+        hint: hint of the error.
 
     Returns:
         The tensor.
@@ -252,18 +256,36 @@ def check_tensor(name: str, value: Any, axes: str) -> Any:
     """
     import torch  # noqa: PLC0415 - takes seconds, and other checks need not wait for it
 
-    code, expected = f"SETTING_{name.upper()}", f"a dense tensor {axes} of floating-point numbers"
-    if not isinstance(value, torch.Tensor):
-        raise SettingError(code, name, f"a {type(value).__name__}", expected=expected)
+    code = code or f"SETTING_{name.upper()}"
+    expected = f"a dense tensor {axes} of {'finite ' * finite}floating-point numbers, 16 bits or more"
+    if not isinstance(value, torch.Tensor) or value.is_nested:  # which has no shape
+        kind = "nested tensor" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise SettingError(code, name, f"a {kind}", expected=expected, hint=hint)
     sizes = [int(size) if size.isdigit() else None for size in axes.strip("()").split(", ")]
     fits = value.ndim == len(sizes) and all(
         size in (None, found) for size, found in zip(sizes, value.shape, strict=True)
     )
     dense = value.layout == torch.strided and not value.is_meta and not value.is_quantized
-    if not fits or not dense or not value.is_floating_point() or not value.numel():
+    floats = value.is_floating_point() and value.dtype.itemsize > 1  # nothing can be computed in less
+    if not fits or not dense or not floats or not value.numel():
         kind = f"dtype {value.dtype}, layout {value.layout}, on {value.device}"
-        raise SettingError(code, name, f"shape {tuple(value.shape)}, {kind}", expected=expected)
+        raise SettingError(code, name, f"shape {tuple(value.shape)}, {kind}", expected=expected, hint=hint)
+    if finite and (bad := int((~value.detach().float().isfinite()).sum())):
+        found = f"{bad} of {value.numel()} values are NaN or infinite in float32"
+        raise SettingError(code, name, found, expected=expected, hint=hint)
     return value
+
+
+def axes_of(tensor: torch.Tensor) -> str:
+    """Write the shape of a tensor as `check_tensor` takes it, to ask for another one of that shape.
+
+    Args:
+        tensor: the tensor, of one axis or more.
+
+    Returns:
+        The sizes, such as "(1, 4, 64, 64)".
+    """
+    return f"({', '.join(map(str, tensor.shape))})"
 
 
 def check_path(name: str, value: Any) -> str | Path:
@@ -348,7 +370,7 @@ def check_prompt(name: str, prompt: Any) -> str:
 
 
 def as_list(value: Any) -> list[Any]:
-    """Return a list or tuple as a list, and anything else as a list of that one.
+    """Return a list, a tuple, or an array or tensor with one axis as a list, and anything else as a list of that one.
 
     Args:
         value: any value.
@@ -356,7 +378,12 @@ def as_list(value: Any) -> list[Any]:
     Returns:
         A new list.
     """
-    return list(value) if isinstance(value, list | tuple) else [value]
+    if isinstance(value, list | tuple):
+        return list(value)
+    if getattr(value, "ndim", None) == 1 and hasattr(value, "dtype") and hasattr(value, "tolist"):
+        with suppress(RuntimeError):  # a tensor without values
+            return list(value.tolist())
+    return [value]
 
 
 def _plain(value: Any) -> Any:

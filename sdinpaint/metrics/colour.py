@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sdinpaint.errors import ImageError
+from sdinpaint.metrics.inputs import described
+
 __all__ = ["delta_e", "to_lab"]
 
 Lab = NDArray[np.float64]
@@ -36,7 +39,13 @@ def to_lab(rgb: NDArray[np.uint8]) -> Lab:
 
     Returns:
         float64 (..., 3): L in 0..100, a and b in about -100..100.
+
+    Raises:
+        ImageError: `rgb` is anything else.
     """
+    if not isinstance(rgb, np.ndarray) or rgb.dtype != np.uint8 or rgb.shape[-1:] != (3,):
+        expected, hint = "a uint8 array (..., 3)", "np.asarray(image.convert('RGB'))"
+        raise ImageError("IMAGE_TYPE", "rgb", described(rgb), expected=expected, hint=hint)
     lab = np.empty(rgb.shape)
     lines = max(AT_ONCE * len(rgb) // max(rgb.size, 1), 1)
     for start in range(0, len(rgb), lines):
@@ -63,6 +72,13 @@ def delta_e(one: Lab, other: Lab) -> NDArray[Any]:
     Returns:
         The distances (...).
 
+    Raises:
+        ImageError: one is no array of floats, or their shapes differ.
+
     Source: CIE 015; Mahy, van Eycken and Oosterlinck, 1994, for 2.3.
     """
+    for lab in (one, other):
+        if not isinstance(lab, np.ndarray) or not np.issubdtype(lab.dtype, np.floating) or lab.shape != one.shape:
+            expected, hint = "two arrays of floats (..., 3), of one shape", "to_lab(rgb) converts 8-bit pixels"
+            raise ImageError("IMAGE_TYPE", "lab", described(lab), expected=expected, hint=hint)
     return np.sqrt(((one - other) ** 2).sum(axis=-1))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sdinpaint.checks import require_extra
-from sdinpaint.errors import SettingError
+from sdinpaint.errors import SettingError, said
 from sdinpaint.metrics.inputs import check_images
 
 __all__ = ["fid", "lpips"]
@@ -64,7 +64,12 @@ def fid(references: Sequence[Bytes], images: Sequence[Bytes], features: int | nn
 
     Source: https://arxiv.org/abs/1706.08500.
     """
+    if not isinstance(features, int | nn.Module) or isinstance(features, bool):
+        expected = "64, 192, 768, 2048, or a module"
+        raise SettingError("SETTING_FEATURES", "features", said(features), expected=expected)
     for name, given in (("references", references), ("images", images)):
+        if not isinstance(given, Sequence | np.ndarray):
+            raise SettingError("SETTING_COUNTS", name, f"a {type(given).__name__}", expected="a list of images")
         if len(given) < 2:
             raise SettingError("SETTING_COUNTS", name, f"{len(given)}", expected="at least two images")
         for image in given:

@@ -25,6 +25,8 @@ Hole = NDArray[np.bool_]
 
 NOTICEABLE = 2.3
 """The just noticeable difference of two colours in CIELAB."""
+MAX_WIDTH = 64
+"""Pixels of a boundary band at most; time and memory grow by its square."""
 ROWS = 256
 """Rows of an image that are measured at a time: intermediate values take about fifty times the image's memory."""
 BESIDE = (0, 1, 3, 4)
@@ -96,10 +98,10 @@ def ring_delta_e(image: Bytes, hole: Hole, width: int = 4) -> float | None:
     Raises:
         ImageError: the image is not uint8 (H, W, 3).
         MaskError: the hole is not bool (H, W) of the size of the image.
-        SettingError: `width` is not a whole number from 1 on.
+        SettingError: `width` is not a whole number from 1 to 64.
     """
     _check(image, hole)
-    check_whole("width", width, 1, of="ring_delta_e")
+    width = check_whole("width", width, 1, MAX_WIDTH, of="ring_delta_e")
     edge = _edge(hole)
     if not edge.any():
         return None

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sdinpaint.checks import check_whole
+from sdinpaint.errors import SettingError, said
 from sdinpaint.families import Family
 from sdinpaint.models.prepared_unet import timestep_embedding
 from sdinpaint.sampling import Conditioning
@@ -15,7 +17,8 @@ from sdinpaint.text.tokenizer import Tokenizer
 
 __all__ = ["PictureSize", "TextConditioner"]
 
-SIZES = 6
+SIZES, MAX_SIDE = 6, 2**24
+"""How many numbers SDXL is conditioned on, and the largest, which float32 holds exactly."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,15 @@ class PictureSize:
     """Height and width of the image before it was scaled and cropped; None is the same as `target`."""
     crop: tuple[int, int] = (0, 0)
     """Top and left of the crop."""
+
+    def __post_init__(self) -> None:
+        for name, low in {"target": 1, "original": 1, "crop": 0}.items():
+            sides = getattr(self, name)
+            if sides is None and name == "original":
+                continue
+            if not isinstance(sides, Sequence) or isinstance(sides, str) or len(sides) != 2:
+                raise SettingError("SETTING_SIZE", name, said(sides), expected="two numbers of pixels")
+            object.__setattr__(self, name, tuple(check_whole("size", side, low, MAX_SIDE, of=name) for side in sides))
 
     def numbers(self) -> list[int]:
         """Return the six numbers in the order of training."""

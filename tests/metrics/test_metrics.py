@@ -394,3 +394,14 @@ def test_fid_by_given_features_is_the_frechet_distance():
     assert metrics.fid(*sets, features=Means()) == pytest.approx(expected, rel=1e-4)
     assert metrics.fid(sets[0], sets[0], features=Means()) == pytest.approx(0, abs=1e-3)
     refused(SettingError, "SETTING_COUNTS", lambda: metrics.fid(sets[0], sets[1][:1]), "images", "at least two")
+
+
+def test_colours_of_8_bits_have_no_distance():
+    dark, light = np.uint8([[0, 0, 0]]), np.uint8([[255, 255, 255]])  # whose squared difference wraps around
+    refused(ImageError, "IMAGE_TYPE", lambda: metrics.delta_e(dark, light), "to_lab")
+
+
+def test_images_without_pixels_are_refused():
+    nothing = np.zeros((0, 5, 3), np.uint8)
+    refused(ImageError, "IMAGE_TYPE", lambda: metrics.psnr(nothing, nothing))
+    refused(ImageError, "IMAGE_TYPE", lambda: metrics.seam(nothing, nothing[..., 0] > 0))

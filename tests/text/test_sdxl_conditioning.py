@@ -11,6 +11,7 @@ from builders import as_sd2, as_sdxl, random_pipeline, small
 from closeness import close
 
 from sdinpaint import latent_diffusion
+from sdinpaint.errors import SettingError
 from sdinpaint.models.unet import timestep_embedding
 from sdinpaint.text.conditioning import PictureSize
 
@@ -124,3 +125,15 @@ def test_a_model_may_encode_no_prompt_as_the_empty_one(xl, vocabulary):
     assert close(none.context, empty.context)
     assert close(none.vector[:, :POOLED], empty.vector[:, :POOLED])
     assert not close(none.vector[:, :POOLED], fox.vector[:, :POOLED], 0.1)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [64, "64x64", (64,), (1, 2, 3), (0, 64), (-1, 64), (64.5, 64), (float("nan"), 64), (10**30, 64), [None, 64]],
+    ids=str,
+)
+def test_what_is_no_size_is_refused(xl, sd2, size):
+    for pipe in (xl, sd2):
+        with pytest.raises(SettingError) as caught:
+            pipe.encode_prompts("a red fox", size)
+        assert caught.value.code == "SETTING_SIZE"
