@@ -43,6 +43,9 @@ MIN_SIDE, SMALL_SIDE = 8, 64
 ROUNDING = 1e-5
 """Values that leave their range by less are rounding errors of what computed them, and are clamped."""
 
+TOPS = {"uint8": 255, "uint16": 65535, "float32": 1}
+"""Type of samples -> white."""
+
 Bytes = NDArray[np.uint8]
 Crop = tuple[slice, slice]
 
@@ -113,6 +116,10 @@ def read_image(source: Source, argument: str = "image") -> InputImage:
         raise ImageError(
             "IMAGE_TYPE", argument, f"a {type(source).__name__}", expected=expected, hint="convert it first"
         )
+    samples = image.rgb if image.samples is None else image.samples[..., :3]
+    if image.rgb.max(initial=0) <= 1 and samples.any():
+        highest = f"its highest sample is {samples.max():g} of {TOPS[samples.dtype.name]}"
+        warn(f"{argument}: {highest}, so it is almost black; scale values that are meant for another range")
     height, width = image.size
     found = f"{height} rows, {width} columns"
     if min(height, width) < MIN_SIDE:
@@ -263,9 +270,10 @@ def require_plain(tensor: Tensor, code: str, argument: str, error: type[SdInpain
         error: class of the error.
 
     Raises:
-        SdInpaintError: the tensor is sparse or quantized, or has no data.
+        SdInpaintError: the tensor is nested, sparse or quantized, or has no data.
     """
-    kind = "meta" if tensor.is_meta else "quantized" if tensor.is_quantized else str(tensor.layout)
+    kinds = {"nested": tensor.is_nested, "meta": tensor.is_meta, "quantized": tensor.is_quantized}
+    kind = next((name for name, is_one in kinds.items() if is_one), str(tensor.layout))
     if kind != "torch.strided":
         found, hint = f"a tensor of the kind {kind}", "make it an ordinary one, e.g. by to_dense()"
         raise error(code, argument, found, expected="a dense tensor with data", hint=hint)
@@ -326,14 +334,12 @@ def _deep_grey(image: Image.Image, subject: str) -> Samples:
     if not -slack <= low <= high <= top + slack:
         found = f"PIL mode {image.mode} with values {span(low, high)}"
         raise ImageError("IMAGE_BAD_VALUES", subject, found, expected=f"0 to {top:g}", hint="scale it, or give mode L")
-    if image.mode == "I" and 0 < high <= 255:
-        message = f"{subject}: PIL mode I is read as 16-bit, so values up to {high:g} are almost black; give mode L"
-        warn(message)
     grey = values.clip(0, 1).astype(np.float32) if image.mode == "F" else values.astype(np.uint16)
     return np.repeat(grey[..., None], 3, axis=2)
 
 
 def _from_array(array: NDArray[Any], argument: str) -> InputImage:
+    array = np.asarray(array)  # a matrix would keep two axes
     is_float = np.issubdtype(array.dtype, np.floating)
     low, high = _range(array)
     if array.dtype.name not in ("uint8", "uint16") and not is_float:
@@ -370,6 +376,7 @@ def _from_tensor(tensor: Tensor, argument: str) -> Bytes:
     if not tensor.is_floating_point():
         expected, hint = "float values in [-1, 1]", "give uint8 pixels as an array (H, W, 3): tensor.numpy()"
         raise ImageError("IMAGE_TYPE", argument, f"a tensor of {tensor.dtype}", expected=expected, hint=hint)
+    tensor = tensor.detach().float()
     image = tensor[None] if tensor.ndim == 3 else tensor
     if image.ndim != 4 or image.shape[:2] != (1, 3) or image.numel() == 0:
         expected = "(3, height, width), or (1, 3, height, width)"

@@ -28,8 +28,8 @@ File: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Bin
 # decoders in wide use; most of Pillow's security fixes concern the others
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
 MAX_PIXELS = 64 * 2**20
-MAX_FILE = 2**30
-"""Bytes of an image file: MAX_PIXELS of 16 bits with alpha need half of it."""
+MAX_FILE, AT_ONCE = 2**30, 2**24
+"""Bytes of an image file, MAX_PIXELS of 16 bits with alpha need half of it; and of what is read of it at a time."""
 
 DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", *DEEP_MODES)
@@ -119,20 +119,23 @@ def name_of(source: object, argument: str) -> str:
     return f"{argument} {path!r}" if len(path) <= SHOWN else f"{argument} {path[:SHOWN]!r}... ({len(path)} characters)"
 
 
-def in_memory(source: Any) -> Any:
-    """Read an open file that cannot be rewound, so that it can be used for several images.
+def in_memory(source: Any, argument: str) -> Any:
+    """Read an open file, so that it can be used for several images.
 
     Args:
         source: any value.
+        argument: name of the argument that it was given for.
 
     Returns:
-        The content of such a file; anything else as it is.
-
-    Raises:
-        ImageError: the file cannot be read, or is too large.
+        The content of such a file, or the error that explains why it cannot be read, which whoever needs the image
+        raises; anything else as it is.
     """
-    is_open_file = is_file(source) and not isinstance(source, str | os.PathLike | bytes | bytearray | memoryview)
-    return _stream(source, "file object") if is_open_file else source
+    if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview) or not is_file(source):
+        return source
+    try:
+        return _content(source, argument)
+    except ImageError as error:
+        return error
 
 
 def open_image(source: File, argument: str) -> Image.Image:
@@ -328,21 +331,30 @@ def _stream(source: File, subject: str) -> BinaryIO:
     """Return what can be read and rewound."""
     if isinstance(source, str | os.PathLike):
         return _open_path(os.fsdecode(source), subject)
-    if isinstance(source, bytes | bytearray | memoryview):
-        return io.BytesIO(source)
+    return io.BytesIO(_content(source, subject))
+
+
+def _content(source: Any, subject: str) -> bytes:
+    """Return what bytes hold, or an open file from its beginning, where it can be rewound, to its end."""
+    parts: list[memoryview] = []
+    part: Any = b""
+    size = 0
     try:
-        seekable = source.seekable() if hasattr(source, "seekable") else hasattr(source, "seek")
-        size = source.seek(0, os.SEEK_END) if seekable else 0
-        data = source.read(0) if seekable else source.read(MAX_FILE + 1)
-    except DECODER_ERRORS as error:
-        hint = "open it with open(path, 'rb'), and close it later"
-        raise ImageError("IMAGE_UNREADABLE", subject, f"the file object: {_reason(error)}", hint=hint) from error
-    if not isinstance(data, bytes):
-        found, hint = "a file that was opened as text", "open it with open(path, 'rb')"
-        raise ImageError("IMAGE_UNREADABLE", subject, found, expected="a binary file", hint=hint)
-    if max(size or 0, len(data)) > MAX_FILE:
+        if isinstance(source, bytes | bytearray | memoryview):
+            return bytes(source)
+        if source.seekable() if hasattr(source, "seekable") else hasattr(source, "seek"):
+            source.seek(0)
+        while size <= MAX_FILE and (part := source.read(AT_ONCE)):  # which may be less: a socket, a pipe
+            parts.append(memoryview(part))
+            size += parts[-1].nbytes
+    except Exception as error:  # whatever a class of the caller's does there
+        found, hint = f"the file object: {_reason(error)}", "open it with open(path, 'rb'), and close it later"
+        if isinstance(part, str):
+            found = "a file that was opened as text"
+        raise ImageError("IMAGE_UNREADABLE", subject, found, expected="a binary file", hint=hint) from error
+    if size > MAX_FILE:
         raise _too_large(f"more than {MAX_FILE} bytes", subject)
-    return source if seekable else io.BytesIO(data)
+    return b"".join(parts)
 
 
 def _open_path(path: str, subject: str) -> BinaryIO:

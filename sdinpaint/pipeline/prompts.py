@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
-from sdinpaint.checks import as_list, check_number, check_prompt
+from sdinpaint.checks import as_list, check_number, check_prompt, check_tensor
 from sdinpaint.errors import SettingError
 from sdinpaint.families import Family
 from sdinpaint.sampling import Conditioning
@@ -59,25 +57,17 @@ def _require_sound(name: str, given: Conditioning) -> None:
     """Refuse a conditioning that no model can have encoded. Raises: SettingError."""
 
     def check(what: str, value: Any, axes: str) -> None:
-        expected = f"a tensor {axes} of finite floating-point numbers"
-        if not isinstance(value, Tensor):
-            raise SettingError("SETTING_CONDITIONS", name, f"{what}: a {type(value).__name__}", expected=expected)
-        fits = value.ndim == axes.count(",") + 1 and value.numel() > 0 and len(value) == len(given.context)
-        if not fits or not value.is_floating_point() or value.is_meta:
-            found = f"{what}: shape {tuple(value.shape)} and dtype {value.dtype} on {value.device}"
-            raise SettingError("SETTING_CONDITIONS", name, found, expected=expected)
-        if not bool(value.isfinite().all()):
-            found = f"{what}: values that are NaN or infinite"
-            raise SettingError("SETTING_CONDITIONS", name, found, expected=expected)
+        check_tensor(f"{name}: {what}", value, axes, finite=True, code="SETTING_CONDITIONS")
 
     check("context", given.context, "(B, L, D)")
+    count = len(given.context)
     if given.vector is not None:
-        check("vector", given.vector, "(B, V)")
+        check("vector", given.vector, f"({count}, V)")
     if not isinstance(given.others, tuple) or not all(isinstance(one, tuple) and len(one) == 2 for one in given.others):
         expected = "a tuple of pairs of a tensor (B, L, D) and its weight"
         raise SettingError("SETTING_CONDITIONS", name, f"others: {given.others!r:.60}", expected=expected)
     for source, weight in given.others:
-        check("others", source, "(B, L, D)")
+        check("others", source, f"({count}, L, D)")
         check_number("weight of a source", weight, code="SETTING_CONDITIONS", of=name)
 
 

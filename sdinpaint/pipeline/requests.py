@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sdinpaint.checks import as_list, check_choice
+from sdinpaint.checks import as_list, check_choice, check_tensor
 from sdinpaint.errors import ImageError, Remark, SdInpaintError, SettingError, keeping_warnings, warn
 from sdinpaint.families import Family
 from sdinpaint.images.canvas import canvas_for
@@ -152,12 +152,12 @@ class Request:
         self.warnings: list[Remark] = []
         """Warnings that were issued while the images were read."""
         given = {
-            "images": unbatched(image),
-            "masks": unbatched(mask, is_mask=True),
+            "images": unbatched(image, "image"),
+            "masks": unbatched(mask, "mask", is_mask=True),
             "prompts": split_prompts("prompt", prompt),
             "negative prompts": split_prompts("negative_prompt", negative_prompt),
-            "seeds": seed.tolist() if isinstance(seed, np.ndarray | Tensor) and seed.ndim == 1 else as_list(seed),
-            "control images": unbatched(control_image),
+            "seeds": as_list(seed),
+            "control images": unbatched(control_image, "control_image"),
         }
         count = common_length(**given)
         columns = [values * (count // len(values)) for values in given.values()]
@@ -262,6 +262,9 @@ class Request:
 
     def _usable(self, index: int, count: int, reading: _Reading, row: Row) -> Item | None:
         try:
+            for unreadable in row:
+                if isinstance(unreadable, ImageError):
+                    raise unreadable
             with keeping_warnings() as kept:
                 item = reading(*row)
             self.warnings += [replace(remark, index=index) for remark in kept]
@@ -312,21 +315,24 @@ class _Reading:
         return Item(input_image, read, hole, text, negative, seed, noise, control, given.path)
 
 
-def unbatched(value: Any, *, is_mask: bool = False) -> list[Any]:
-    """Return a list as it is, and a batch in one array or tensor as a list of B.
+def unbatched(value: Any, argument: str, *, is_mask: bool = False) -> list[Any]:
+    """Return a list with open files read, and a batch in one array or tensor as a list of B.
 
     Args:
         value: what was given for images or masks: a batch is a tensor (B, C, H, W) or an array (B, H, W, C).
+        argument: name of the argument.
         is_mask: whether a stack (B, H, W) and an array (B, 1, H, W) are batches too.
 
     Returns:
-        One entry per image, or one for all.
+        One entry per image, or one for all; the error of an open file in its place, where it cannot be read.
     """
-    if isinstance(value, np.ndarray) or (isinstance(value, Tensor) and value.layout == torch.strided):
+    if isinstance(value, Tensor) and (value.is_nested or value.layout != torch.strided):
+        return [value]  # it has no shape, or cannot be cut, and is refused where it is read
+    if isinstance(value, np.ndarray | Tensor) and value.ndim != 1:
         channels_last = value.ndim > 2 and value.shape[-1] in (1, 2, 3, 4)
         stack = is_mask and value.ndim == 3 and not channels_last and len(value) > 1
         return list(value) if value.ndim == 4 or stack else [value]
-    return [in_memory(one) for one in as_list(value)]
+    return [in_memory(one, argument) for one in as_list(value)]
 
 
 def require_noise(noise: Tensor, size: tuple[int, int]) -> None:
@@ -403,16 +409,8 @@ def _noises(noise: Tensor | None, count: int) -> list[Tensor | None]:
     """Return the given initial noise, one (1, C, H, W) per image."""
     if noise is None:
         return [None] * count
-    expected = f"a tensor ({count}, 4, rows / 8, columns / 8) of finite values with unit variance"
-    if not isinstance(noise, Tensor):
-        raise SettingError("SETTING_NOISE", "noise", f"a {type(noise).__name__}", expected=expected)
-    if noise.ndim != 4 or len(noise) != count or not noise.is_floating_point() or noise.is_meta:
-        found = f"shape {tuple(noise.shape)} and dtype {noise.dtype} on {noise.device}"
-        raise SettingError("SETTING_NOISE", "noise", found, expected=expected)
+    check_tensor("noise", noise, f"({count}, C, rows / 8, columns / 8)", finite=True)
     noise = noise.detach().to("cpu", torch.float32)
-    if not bool(noise.isfinite().all()):
-        found = f"{int((~noise.isfinite()).sum())} of {noise.numel()} values are NaN or infinite in float32"
-        raise SettingError("SETTING_NOISE", "noise", found, expected=expected)
     # a copy, which does not change with what was given, and of which none holds the others' memory
     return [one.clone() for one in noise.split(1)]
 

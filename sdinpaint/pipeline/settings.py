@@ -235,9 +235,8 @@ def check_seed(seed: Any) -> int:
     Raises:
         SettingError: it is another number, or none.
     """
-    if seed is None or (isinstance(seed, int) and seed == -1):
-        return secrets.randbelow(2**32)
-    return check_whole("seed", seed, 0, MAX_SEED)
+    seed = -1 if seed is None else check_whole("seed", seed, -1, MAX_SEED)
+    return secrets.randbelow(2**32) if seed == -1 else seed
 
 
 def common_length(**lists: Sequence[Any]) -> int:

@@ -143,9 +143,31 @@ def test_sixteen_bit_file(grey, tmp_path):
     assert (read_image(path).rgb == grey[..., None]).all()
 
 
-def test_eight_bit_values_in_mode_i_are_pointed_out(grey):
-    with pytest.warns(SdInpaintWarning, match="16-bit"):
-        read_image(Image.fromarray(grey.astype(np.int32)))
+def test_values_of_a_smaller_range_are_pointed_out(grey):
+    mistaken = [
+        Image.fromarray(grey.astype(np.int32)),
+        Image.fromarray(grey.astype(np.uint16)),
+        grey.astype(np.uint16),
+        (grey > 127).astype(np.uint8),
+        grey / 255 / 255,
+    ]
+    for image in mistaken:
+        with pytest.warns(SdInpaintWarning, match="almost black"):
+            read_image(image)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for usual in (np.zeros_like(grey), grey, grey * np.uint16(257), grey / 255):
+            read_image(usual)
+
+
+def test_a_tensor_with_gradients_and_a_matrix_are_read_without_a_word(grey):
+    values = torch.from_numpy(np.stack([grey] * 3) / 127.5 - 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for tensor in (values.requires_grad_(), values.detach().half()):
+            assert np.abs(read_image(tensor).rgb.astype(int) - grey[..., None]).max() <= 1
+        assert (read_image(np.array(grey).view(np.matrix)).rgb == grey[..., None]).all()
+        assert read_image(values.detach().to(torch.float8_e4m3fn)).size == grey.shape
 
 
 def test_float_mode(grey):

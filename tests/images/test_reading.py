@@ -95,6 +95,44 @@ def test_files_in_memory_are_images_masks_and_control_images(form):
     assert np.array_equal(Mask(give(encoded(HOLE))).hole, HOLE > 0)
 
 
+class Slowly(io.RawIOBase):
+    """An open file that gives some bytes at a time, as a socket or a file in the cloud does."""
+
+    def __init__(self, data):
+        self.stream = io.BytesIO(data)
+
+    def readable(self):
+        return True
+
+    def read(self, size=-1):
+        return self.stream.read(min(size, 7) if size > 0 else 7)
+
+
+class SlowlyFromTheStart(Slowly):
+    """One that can be rewound."""
+
+    def seekable(self):
+        return True
+
+    def seek(self, offset, whence=0):
+        return self.stream.seek(offset, whence)
+
+
+@pytest.mark.parametrize("form", [Slowly, SlowlyFromTheStart])
+def test_open_files_that_give_little_at_a_time(form):
+    assert np.array_equal(read_image(form(encoded())).rgb, RGB)
+
+
+def test_a_file_that_cannot_be_read_is_named_with_its_argument_and_left_out():
+    closed = io.BytesIO(encoded())
+    closed.close()
+    with pytest.raises(ImageError, match=r"image 2 of 2: mask: the file object: ValueError"):
+        Request([RGB, RGB], [HOLE, closed], "a fox")
+    skipped = Request([RGB, closed, RGB], HOLE, "a fox", on_error="skip")
+    assert list(skipped.errors) == [1]
+    assert list(skipped.replace(steps=3).errors) == [1]
+
+
 @pytest.mark.parametrize("form", ["open file", "cannot be rewound"])
 def test_one_open_file_serves_a_batch(form):
     request = Request(FORMS[form](encoded()), FORMS[form](encoded(HOLE)), ["a fox", "a cube"])
@@ -288,14 +326,15 @@ def test_values_outside_are_shown_with_the_digits_that_tell(value):
         torch.zeros(1, 3, *SIZE).to_sparse(),
         torch.quantize_per_tensor(torch.zeros(3, *SIZE), 0.1, 0, torch.quint8),
         torch.zeros(3, *SIZE, dtype=torch.complex64),
+        torch.nested.nested_tensor([torch.zeros(3, *SIZE)] * 2, layout=torch.jagged),
     ],
-    ids=["meta", "sparse", "sparse batch", "quantized", "complex"],
+    ids=["meta", "sparse", "sparse batch", "quantized", "complex", "nested"],
 )
 def test_tensors_without_plain_values_are_refused(tensor):
-    assert len(unbatched(tensor)) == 1
+    assert len(unbatched(tensor, "image")) == 1
     refused(tensor, "IMAGE_TYPE")
     with pytest.raises(MaskError) as caught:
-        read_mask(tensor[0] if tensor.layout == torch.strided else tensor, SIZE)
+        read_mask(tensor[0] if tensor.layout == torch.strided and not tensor.is_nested else tensor, SIZE)
     assert caught.value.code == "MASK_TYPE"
 
 
