@@ -65,8 +65,8 @@ class OutOfMemoryError(SdInpaintError, MemoryError):
 class Cancelled(SdInpaintError):
     """A run that a callback has stopped: raise it from `on_step` or `on_event`, and nothing is made of the run."""
 
-    def __init__(self, reason: str = "a callback stopped it") -> None:
-        super().__init__("CANCELLED", "run", reason)
+    def __init__(self, reason: object = "a callback stopped it") -> None:
+        super().__init__("CANCELLED", "run", str(reason))
 
     def __reduce__(self) -> tuple[object, ...]:
         return Cancelled, (self.found,)

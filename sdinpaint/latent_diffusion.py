@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from sdinpaint.checks import as_list, check_tensor
-from sdinpaint.errors import SettingError
+from sdinpaint.checks import as_list, axes_of, check_call, check_tensor
+from sdinpaint.errors import SettingError, explaining_memory
 from sdinpaint.families import Family, deviations
 from sdinpaint.load_options import LoadOptions
 from sdinpaint.models.forking import let_children_compute
@@ -138,6 +138,7 @@ class LatentDiffusion:
             self._mapped.require_unchanged()
         return nullcontext() if self.offloading is None else self.offloading.using(*models)
 
+    @explaining_memory()
     def encode_prompts(
         self, prompts: Iterable[str | Sequence[str | None] | None], size: PictureSize | tuple[int, int] | None = None
     ) -> list[Conditioning]:
@@ -153,7 +154,8 @@ class LatentDiffusion:
             One Conditioning per entry, whose context is (B, 77, D).
 
         Raises:
-            SettingError: a prompt is no text.
+            SettingError: a prompt is no text, or `size` no size.
+            OutOfMemoryError: memory does not suffice.
         """
         if isinstance(prompts, str):
             prompts = [prompts]
@@ -196,8 +198,13 @@ class LatentDiffusion:
             The denoiser, which samplers take.
 
         Raises:
-            SettingError: the conditions do not fit together, or guidance is out of its bounds.
+            SettingError: an argument is of another kind, the conditions do not fit together, or guidance is out of its
+                bounds.
         """
+        if not isinstance(known, Known):
+            expected, hint = "a Known", "pipe.encode_image(image, mask) gives one"
+            raise SettingError("SETTING_KNOWN", "known", f"a {type(known).__name__}", expected=expected, hint=hint)
+        check_call("control", control)
         return Denoiser(
             self.unet,
             self.train_sigmas,
@@ -217,6 +224,7 @@ class LatentDiffusion:
             using=partial(self.using, self.unet),
         )
 
+    @explaining_memory()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents to an image; a VAE that overflows its dtype is run again in float32, with a warning.
 
@@ -227,12 +235,15 @@ class LatentDiffusion:
             The image, float32 (B, 3, 8H, 8W), about [-1, 1].
 
         Raises:
+            SettingError: `latents` are of another kind or shape.
             NumericError: the VAE overflows float32, too.
+            OutOfMemoryError: memory does not suffice.
         """
         check_tensor("latents", latents, f"(B, {self.family.vae.latent_channels}, H, W)")
         with self.using(self.vae):
             return self._through_vae().decode(latents, tile=self.tile)
 
+    @explaining_memory()
     def sample_latents(self, image: Tensor, draw: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Encode an image to latents.
 
@@ -242,11 +253,20 @@ class LatentDiffusion:
 
         Returns:
             Latents, float32 (B, 4, H, W).
+
+        Raises:
+            SettingError: `image` is of another kind or shape, or `draw` returns another shape.
+            NumericError: the VAE overflows float32, too.
+            OutOfMemoryError: memory does not suffice.
         """
         check_tensor("image", image, f"(B, {self.family.vae.in_channels}, H, W)")
+        check_call("draw", draw)
+        if image.shape[-2] % 8 or image.shape[-1] % 8:
+            found, hint = f"shape {tuple(image.shape)}", "pipe.encode_image pads an image"
+            raise SettingError("SETTING_IMAGE", "image", found, expected="sides that are multiples of 8", hint=hint)
         with self.using(self.vae):
             mean, std = self._through_vae().encode(image, tile=self.tile)
-        return mean if draw is None else mean + std * draw(mean)
+        return mean if draw is None else mean + std * check_tensor("draw", draw(mean), axes_of(mean))
 
     def _through_vae(self) -> GuardedVAE:
         """Return the guarded VAE, with what is known of its overflows; `vae` may have been replaced by another one."""

@@ -275,7 +275,7 @@ class Pipeline(LatentDiffusion):
             for index, message in request_doubts(request, settings, self.tokenizer):
                 warn(message, index)
             canvases = repaint()
-            if on_step is not None and weights_of(self) != made_with["weights"]:
+            if (on_step or on_event) is not None and weights_of(self) != made_with["weights"]:
                 warn("weights were changed during the run; the manifest names those that it began with")
         made = [_made(canvases.get(index), settings) for index in range(len(request))]
 

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from sdinpaint.checks import as_list, check_number, check_tensor
 from sdinpaint.errors import SettingError, said
 from sdinpaint.families import Prediction
 from sdinpaint.sampling import schedules
@@ -66,6 +67,13 @@ class Denoiser:
     ) -> None:
         if prediction not in _FACTORS:
             raise SettingError("SETTING_PREDICTION", "prediction", said(prediction), expected="'eps' or 'v'")
+        for name, given in {"cond": cond, "uncond": uncond}.items():
+            if not isinstance(given, Conditioning) and (given is not None or name == "cond"):
+                expected, hint = "a Conditioning", "pipe.encode_prompts(prompts) gives one for each prompt"
+                raise SettingError(
+                    "SETTING_CONDITIONS", name, f"a {type(given).__name__}", expected=expected, hint=hint
+                )
+        self._axes = "(B, C, {}, {})".format(*(extra[0].shape[-2:] if extra else "HW"))
         self._train_sigmas, self._sigmas, self._dtype = train_sigmas, sigmas, dtype
         self._factors = _FACTORS[prediction]
         self._guidance = Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_end)
@@ -103,8 +111,10 @@ class Denoiser:
             x0 (B, 4, H, W), in the dtype of x.
 
         Raises:
-            SettingError: the items are to have different noise levels, or fit no batch of the conditions.
+            SettingError: x is no such tensor, the items are to have different noise levels, or they fit no batch of the
+                conditions.
         """
+        check_tensor("x", x, self._axes)
         level = _number(sigma, len(x))
         guided = True in self._runners and self._guidance.is_on(level, self._sigmas)
         return self._runners[guided](x, level)
@@ -152,11 +162,9 @@ _FACTORS: dict[str, Callable[[float], tuple[float, float]]] = {"eps": _from_eps,
 
 
 def _number(sigma: float | Tensor, batch: int) -> float:
-    if not isinstance(sigma, Tensor):
-        return float(sigma)
-    values = sigma.detach().reshape(-1).tolist()
+    values = [check_number("sigma", one, 0) for one in as_list(sigma)]
     if len(values) not in (1, batch) or len(set(values)) > 1:
         found = f"{len(values)} values from {min(values, default=0):g} to {max(values, default=0):g} for {batch} items"
         hint = "call denoise for the items of each sigma by themselves"
         raise SettingError("SETTING_SIGMA", "sigma", found, expected="one value for all items", hint=hint)
-    return float(values[0])
+    return values[0]

@@ -8,12 +8,14 @@ x (B, 4, H, W) at sigmas[0] in, x at sigmas[-1] out, in x's own dtype. `noise(x)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from inspect import isawaitable
 from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 
+from sdinpaint.checks import as_list, axes_of, check_call, check_number, check_tensor
 from sdinpaint.errors import NumericError, SettingError, said
 from sdinpaint.on_demand import OnDemand
 
@@ -27,6 +29,9 @@ Denoise: TypeAlias = "Callable[[Tensor, float], Tensor]"
 Noise: TypeAlias = "Callable[[Tensor], Tensor]"
 OnStep: TypeAlias = "Callable[[int, Tensor, Tensor], object]"
 Advance: TypeAlias = "Callable[[Tensor, Tensor, float, float], Tensor]"
+
+
+ON_STEP_HINT = "let on_step return None, or the new latents alone"
 
 
 class SamplerFunction(Protocol):
@@ -85,7 +90,7 @@ def euler(
             x = x + (x0.clamp(-clip_range, clip_range) - x0)
         if noise is None or sigma_to * fresh == 0:
             return x
-        return x + sigma_to * fresh * noise(x)
+        return x + sigma_to * fresh * check_tensor("noise", noise(x), axes_of(x))
 
     return _run(denoise, x, sigmas, advance, on_step)
 
@@ -174,7 +179,7 @@ def dpmpp_2m(
 
     Source: Lu et al. 2022, DPM-Solver++, alg. 2 (multistep, midpoint).
     """
-    if eta != 0:
+    if check_number("eta", eta, 0) != 0:
         raise SettingError(
             "SETTING_ETA",
             "eta",
@@ -199,29 +204,29 @@ def dpmpp_2m(
 def _run(denoise: Denoise, x: Tensor, sigmas: Tensor, advance: Advance, on_step: OnStep | None) -> Tensor:
     """Denoise and advance along the schedule, as all samplers do."""
     path = _path(sigmas)
+    check_call("on_step", on_step)
+    check_tensor("x", x, "(B, C, H, W)")
+    axes, dtype, device = axes_of(x), x.dtype, x.device
+
     for step, (sigma, sigma_to) in enumerate(pairwise(path)):
-        x0 = denoise(x, sigma)
+        x0 = check_tensor("denoise", denoise(x, sigma), axes)
         if not bool(torch.isfinite(x0).all()):
             raise _not_finite(x0, step, len(path) - 1, sigma)
         x = advance(x, x0, sigma, sigma_to)
         if on_step is not None:
-            x = _stepped(on_step(step, x, x0), x)
+            # a copy of x0, which later steps may need, and on_step may scale for a preview
+            changed = _stepped(on_step(step, x, x0.clone()), x)
+            x = check_tensor("on_step", changed, axes, finite=True, hint=ON_STEP_HINT).to(device, dtype)
     return x
 
 
-def _stepped(changed: object, x: Tensor) -> Tensor:
-    """Return the latents that `on_step` gave back, or x where it gave none."""
-    if not isinstance(changed, torch.Tensor | np.ndarray):
-        return x
-    fits = isinstance(changed, torch.Tensor) and changed.is_floating_point() and not changed.is_meta
-    if not isinstance(changed, torch.Tensor) or not fits or changed.shape != x.shape:
-        expected = f"None, or a floating-point tensor of the latents' shape {tuple(x.shape)}"
-        found = f"a {type(changed).__name__} of shape {tuple(changed.shape)} and dtype {changed.dtype}"
-        raise SettingError("SETTING_ON_STEP", "on_step", found, expected=expected)
-    changed = changed.to(x)
-    if not bool(changed.isfinite().all()):
-        raise SettingError("SETTING_ON_STEP", "on_step", "latents that are NaN or infinite", expected="finite latents")
-    return changed
+def _stepped(given: object, x: Tensor) -> object:
+    """Return what `on_step` gave back in place of x, or x, which it may have changed, where it gave no latents."""
+    inner = given.values() if isinstance(given, Mapping) else given if isinstance(given, list | tuple) else ()
+    if isawaitable(given) or any(isinstance(one, torch.Tensor | np.ndarray) for one in inner):
+        found = f"a {type(given).__name__} was returned"
+        raise SettingError("SETTING_ON_STEP", "on_step", found, expected="a tensor, or None", hint=ON_STEP_HINT)
+    return given if isinstance(given, torch.Tensor | np.ndarray) else x
 
 
 def _towards(x0: Tensor, x: Tensor, sigma: float, sigma_to: float) -> Tensor:
@@ -230,9 +235,8 @@ def _towards(x0: Tensor, x: Tensor, sigma: float, sigma_to: float) -> Tensor:
 
 
 def _check_eta(eta: float, noise: Noise | None) -> None:
-    if not (math.isfinite(eta) and eta >= 0):
-        raise SettingError("SETTING_ETA", "eta", said(eta), expected="a finite number, at least 0")
-    if eta > 0 and noise is None:
+    check_call("noise", noise)
+    if check_number("eta", eta, 0) > 0 and noise is None:
         raise SettingError(
             "SETTING_NOISE",
             "noise",
@@ -244,7 +248,7 @@ def _check_eta(eta: float, noise: Noise | None) -> None:
 
 def _path(sigmas: Tensor) -> list[float]:
     """Return the sigmas as numbers, once they are known to fall strictly from a finite one to at least 0."""
-    path: list[float] = sigmas.tolist()
+    path = [check_number("sigmas", sigma) for sigma in as_list(sigmas)]
     falling = len(path) > 1 and all(high > low for high, low in pairwise(path))
     if not falling or not math.isfinite(path[0]) or path[-1] < 0:
         shown = ", ".join(f"{sigma:.4g}" for sigma in path[:4]) + (", ..." if len(path) > 4 else "")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from sdinpaint.checks import check_number, check_tensor, check_whole
 from sdinpaint.errors import SettingError, said
 from sdinpaint.families import ScheduleConfig
 from sdinpaint.on_demand import OnDemand
@@ -57,7 +58,7 @@ def leading(train_sigmas: Tensor, steps: int, *, steps_offset: int = 1, spare: i
     Raises:
         SettingError: `steps` is not a whole number from 1 to train_steps.
     """
-    count = _train_count(train_sigmas, steps)
+    count, steps = _counts(train_sigmas, steps)
     points = min(steps + spare, count)
     stride = count // points
     offset = min(steps_offset, count - 1 - (points - 1) * stride)
@@ -80,7 +81,7 @@ def linspace(train_sigmas: Tensor, steps: int, *, whole: bool = False, spare: in
     Raises:
         SettingError: `steps` is not a whole number from 1 to train_steps.
     """
-    count = _train_count(train_sigmas, steps)
+    count, steps = _counts(train_sigmas, steps)
     points = min(steps + spare, count)
     stride = (count - 1) / max(points - 1, 1)
     t = _falling(points, steps).double() * stride  # counted from 0 as numpy.linspace does: its rounding decides ties
@@ -107,7 +108,7 @@ def trailing(train_sigmas: Tensor, steps: int, *, end: float = 0.0) -> Tensor:
 
     Source: Lin et al. 2023, table 2.
     """
-    count = _train_count(train_sigmas, steps)
+    count, steps = _counts(train_sigmas, steps)
     stride = (count - count / steps) - count  # as numpy.arange computes it: its rounding decides ties
     t = (count + torch.arange(steps, dtype=torch.float64, device="cpu") * stride).round().long() - 1
     return _ending(train_sigmas[t], end)
@@ -130,7 +131,8 @@ def karras(train_sigmas: Tensor, steps: int, *, rho: float = 7.0, end: float = 0
 
     Source: Karras et al. 2022, eq. 5.
     """
-    _train_count(train_sigmas, steps)
+    _, steps = _counts(train_sigmas, steps)
+    rho = check_number("rho", rho, 0.1, 100)
     highest, lowest = train_sigmas[-1], train_sigmas[0]
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
     sigmas = torch.lerp(highest ** (1 / rho), lowest ** (1 / rho), ramp) ** rho
@@ -208,7 +210,7 @@ def for_strength(sigmas: Tensor, strength: float) -> Tensor:
     Raises:
         SettingError: the strength is out of its bounds.
     """
-    if not 0 < strength <= 1:
+    if check_number("strength", strength, 0, 1) == 0:
         raise SettingError("SETTING_STRENGTH", "strength", said(strength), expected="a number above 0, at most 1")
     steps = len(sigmas) - 1
     return sigmas[steps - steps_run(steps, strength) :]
@@ -262,12 +264,10 @@ def timestep(train_sigmas: Tensor, sigma: float) -> float:
     return above - math.log(high / sigma) / math.log(high / low)
 
 
-def _train_count(train_sigmas: Tensor, steps: int) -> int:
-    """Count the trained noise levels, once `steps` is known to be a whole number of at most that."""
-    count = len(train_sigmas)
-    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= count:
-        raise SettingError("SETTING_STEPS", "steps", said(steps), expected=f"a whole number from 1 to {count}")
-    return count
+def _counts(train_sigmas: Tensor, steps: int) -> tuple[int, int]:
+    """Count the trained noise levels, and the steps, a whole number of at most that."""
+    count = len(check_tensor("train_sigmas", train_sigmas, "(T)"))
+    return count, check_whole("steps", steps, 1, count)
 
 
 def _falling(points: int, steps: int) -> Tensor:
@@ -277,5 +277,6 @@ def _falling(points: int, steps: int) -> Tensor:
 
 def _ending(sigmas: Tensor, end: float) -> Tensor:
     """Append the end point: `end`, or 0 where the sigmas already reach that low and a last step would do nothing."""
+    end = check_number("end", end, 0)
     last = end if end < float(sigmas[-1]) else 0.0
     return torch.cat([sigmas, sigmas.new_tensor([last])])

@@ -8,7 +8,7 @@ import torch
 from painting import MASK, inpaint, pixels
 
 import sdinpaint
-from sdinpaint.errors import Cancelled, SdInpaintError, SettingError
+from sdinpaint.errors import Cancelled, SdInpaintError, SdInpaintWarning, SettingError
 from sdinpaint.pipeline.events import Reporter, event_bars
 
 TWO_HOLES = np.zeros_like(MASK)
@@ -88,13 +88,82 @@ def test_on_step_may_return_other_latents(pipe):
         torch.zeros(1, 4, 8, 9, device="meta"),
         torch.full((1, 4, 8, 9), torch.nan),
         torch.full((1, 4, 8, 9), 1e300, dtype=torch.float64),
+        torch.zeros(1, 4, 8, 9).to_sparse(),
+        torch.nested.nested_tensor([torch.zeros(4, 8, 9)] * 2, layout=torch.jagged),
+        {"latents": torch.zeros(1, 4, 8, 9)},
+        (torch.zeros(1, 4, 8, 9), None),
     ],
-    ids=["shape", "numpy", "whole numbers", "meta", "NaN", "too large"],
+    ids=[
+        *("shape", "numpy", "whole numbers", "meta", "NaN", "too large", "sparse", "nested"),
+        *("dict, as diffusers takes it", "tuple"),
+    ],
 )
 def test_other_things_than_latents_are_refused(pipe, changed):
     with pytest.raises(SettingError, match="latents") as caught:
         inpaint(pipe, on_step=lambda *_: changed)
     assert (caught.value.code, caught.value.subject) == ("SETTING_ON_STEP", "on_step")
+
+
+async def later(*_):
+    """Return nothing, once somebody waits for it."""
+
+
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
+def test_a_callback_that_would_have_to_be_awaited_is_refused(pipe):
+    with pytest.raises(SettingError, match="a coroutine was returned"):
+        inpaint(pipe, on_step=later)
+
+
+def spoilt(x):
+    x.fill_(torch.nan)
+
+
+def cut(x):
+    x.data = torch.zeros(1, 4, 2, 2)
+
+
+@pytest.mark.parametrize("change", [spoilt, cut])
+@pytest.mark.parametrize("last", [0, 2])
+def test_latents_that_were_spoilt_in_place_are_refused(pipe, change, last):
+    def on_step(step, x, x0):
+        if step == last:
+            change(x)
+
+    with pytest.raises(SettingError, match="on_step") as caught:
+        inpaint(pipe, steps=3, on_step=on_step)
+    assert caught.value.code == "SETTING_ON_STEP"
+
+
+@pytest.mark.parametrize("by", ["on_step", "on_event"])
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "euler_ancestral", "dpmpp_2m"])
+def test_a_preview_may_scale_its_latents_in_place(pipe, sampler, by):
+    watch = {
+        "on_step": lambda step, x, x0: x0.zero_() is None,
+        "on_event": lambda event: event.x0 is not None and event.x0.zero_() is None,
+    }
+    usual = inpaint(pipe, sampler=sampler, steps=4).image
+    assert np.array_equal(pixels(inpaint(pipe, sampler=sampler, steps=4, **{by: watch[by]}).image), pixels(usual))
+
+
+@pytest.mark.parametrize("by", ["on_step", "on_event"])
+def test_weights_that_a_callback_changes_are_told(pipe, by):
+    weight = next(pipe.unet.parameters())
+
+    def change(*_):
+        with torch.no_grad():
+            weight.mul_(1.01)
+
+    before = weight.detach().clone()
+    try:
+        with pytest.warns(SdInpaintWarning, match="weights were changed"):
+            inpaint(pipe, **{by: change})
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+
+
+def test_the_reason_of_a_cancelled_run_may_be_any_value():
+    assert str(Cancelled(3)) == "run: 3"
 
 
 @pytest.mark.parametrize("by", ["on_step", "on_event"])

@@ -375,3 +375,21 @@ def test_diffusers_own_wrong_spacings_are_not_copied():
         peers = peer_path(peer_scheduler("dpmpp_2m", "leading"), "dpmpp_2m", 999, noise, 0.0)
     assert not bool(torch.isfinite(peers[-1]).all())
     assert bool(torch.isfinite(our_path("dpmpp_2m", "leading", 999, noise, 0.0)[-1]).all())
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("predicted", [None, 0.5, torch.zeros(2, 2), torch.zeros(SHAPE).to_sparse()], ids=str)
+def test_a_denoiser_of_another_shape_is_refused(name, predicted):
+    with pytest.raises(SettingError, match="denoise"):
+        SAMPLERS[name].run(lambda x, sigma: predicted, unit_noise(1), SIGMAS, eta=0.0)
+
+
+def test_a_noise_of_another_shape_is_refused():
+    with pytest.raises(SettingError, match="noise"):
+        samplers.euler(gaussian_denoise, unit_noise(1), SIGMAS, eta=1.0, noise=lambda x: x[:1, :1])
+
+
+def test_sigmas_in_any_sequence():
+    expected = samplers.euler(gaussian_denoise, unit_noise(1), SIGMAS)
+    for given in (SIGMAS.tolist(), SIGMAS.numpy()):
+        assert torch.equal(samplers.euler(gaussian_denoise, unit_noise(1), given), expected)

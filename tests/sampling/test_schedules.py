@@ -154,7 +154,7 @@ def test_strength_outside_its_range_is_refused(strength):
     assert caught.value.code == "SETTING_STRENGTH"
 
 
-@pytest.mark.parametrize("steps", [0, -1, 1001, 2.0, True, "30", None])
+@pytest.mark.parametrize("steps", [0, -1, 1001, 2.5, True, "30", None])
 @pytest.mark.parametrize("spacing", [schedules.leading, schedules.linspace, schedules.trailing, schedules.karras])
 def test_steps_outside_their_range_are_refused(spacing, steps):
     with pytest.raises(SettingError) as caught:
