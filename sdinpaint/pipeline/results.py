@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sdinpaint.checks import check_choice
+from sdinpaint.checks import check_choice, check_whole
 from sdinpaint.errors import Remark, SdInpaintError, SettingError, already_warned, said, warn
 from sdinpaint.images.boxes import Box
 from sdinpaint.images.deep import Samples
@@ -266,8 +266,7 @@ class Result:
         Raises:
             SettingError: another n or name of a score.
         """
-        if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= MAX_TRIES:
-            raise SettingError("SETTING_BEST_OF", "n", said(n), expected=f"a whole number from 1 to {MAX_TRIES}")
+        n = check_whole("n", n, 1, MAX_TRIES, code="SETTING_BEST_OF")
         cost = _cost(score)
         if isinstance(self._run, _NoPipeline):
             self._run()
@@ -340,6 +339,7 @@ class Result:
             ImageError: the file cannot be written.
             SdInpaintError: the image could not be made.
         """
+        index = self._at(index)
         if index in self.errors:
             raise self.errors[index]
         one, settings = cast(Repainted, self.repainted[index]), self.settings_of(index)
@@ -377,6 +377,7 @@ class Result:
         Raises:
             SdInpaintError: the image could not be made.
         """
+        index = self._at(index)
         if index in self.errors:
             raise self.errors[index]
         return cast(Repainted, self.repainted[index]).array
@@ -390,9 +391,14 @@ class Result:
         Returns:
             As `settings`, of that image.
         """
+        index = self._at(index)
         if len(self) == 1:
             return self.settings
         return {name: value[index] if name in EACH else value for name, value in self.settings.items()}
+
+    def _at(self, index: int) -> int:
+        """Return an index from 0 on; -1 is the last image, as in a list."""
+        return check_whole("index", index, -len(self), len(self) - 1) % len(self)
 
     def _each(self, one: Repainted) -> dict[str, Any]:
         """Return the settings of one image; prompts that are no text cannot be stored."""
@@ -439,10 +445,10 @@ def _cost(score: str | Judge) -> Callable[[Repainted], float]:
     if callable(score):
 
         def judged(one: Repainted) -> float:
-            value: Any = score(one.image)
+            value: Any = score(one.image.copy())  # which it may scale or draw on
             try:
                 value = -float(value)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError, RuntimeError) as error:
                 found, expected = (
                     f"a function that returned {said(value)}",
                     "a function of an image that returns a number",

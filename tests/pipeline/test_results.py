@@ -90,6 +90,34 @@ def test_best_of_by_a_score_is_the_lowest(pipe, one, score):
     assert (pixels(best.again().image) == pixels(best.image)).all()
 
 
+def test_a_judge_may_change_what_it_is_shown(one):
+    before = pixels(one.image).copy()
+
+    def judge(image):
+        image.thumbnail((8, 8))
+        image.paste((0, 0, 0), (0, 0, 8, 8))
+        return 1.0
+
+    best = one.best_of(2, judge)
+    assert np.array_equal(pixels(best.image), before)
+    assert np.array_equal(pixels(one.image), before)
+
+
+def test_an_index_is_that_of_an_image(two):
+    assert np.array_equal(two.array(-1), two.array(np.int64(1)))
+    assert two.settings_of(-1) == two.settings_of(1)
+    for index in (2, -3, "1", None, 0.5, True, slice(1)):
+        for of in (two.array, two.settings_of, lambda index: two.save_one(index, "never.png")):
+            with pytest.raises(SettingError, match="index"):
+                of(index)
+
+
+def test_the_last_image_of_a_batch_that_failed_raises_its_error(pipe):
+    result = inpaint(pipe, [IMAGE, IMAGE[:7, :7]], seed=[1, 2], on_error="skip")
+    with pytest.raises(ImageError, match="image 2 of 2"):
+        result.array(-1)
+
+
 def test_best_of_by_a_function_is_the_highest(two):
     def brightness(image):
         return pixels(image).mean()
@@ -115,7 +143,7 @@ def test_a_judge_that_returns_no_number_is_refused(one, value):
     assert caught.value.code == "SETTING_SCORE"
 
 
-@pytest.mark.parametrize(("n", "score"), [(0, "seam"), (65, "seam"), (2.0, "seam"), (True, "seam"), (2, "beauty")])
+@pytest.mark.parametrize(("n", "score"), [(0, "seam"), (65, "seam"), (2.5, "seam"), (True, "seam"), (2, "beauty")])
 def test_best_of_bad_arguments(one, n, score):
     with pytest.raises(SettingError) as caught:
         one.best_of(n, score)
