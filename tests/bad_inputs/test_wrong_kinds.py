@@ -8,6 +8,7 @@ import time
 import warnings
 from decimal import Decimal
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sdinpaint
-from sdinpaint import LoadOptions, Mask, Request
+from sdinpaint import LoadOptions, Mask, Request, metrics
 from sdinpaint.errors import SdInpaintError
+from sdinpaint.sampling import SAMPLERS, schedules
 
 IMAGE = np.zeros((64, 64, 3), np.uint8)
 HOLE = np.zeros((64, 64), bool)
 HOLE[10:40, 10:40] = True
 SECONDS = 3
+
+
+class Broken(io.BytesIO):
+    """An open file of another library, whose errors are its own."""
+
+    def read(self, size=-1):
+        raise Exception("connection lost")
 
 
 class Hostile:
@@ -81,6 +90,7 @@ KINDS = {
     "a tuple": (1, 2, 3),
     "a generator": (one for one in range(3)),
     "an open file": io.BytesIO(b"zz"),
+    "an open file that breaks off": Broken(b"zz"),
     "/dev/zero": Path("/dev/zero"),
     "a pipe": "pipe",
     "a folder": ".",
@@ -99,6 +109,10 @@ KINDS = {
     "a sparse tensor": torch.eye(8).to_sparse(),
     "a complex tensor": torch.ones(1, 3, 64, 64, dtype=torch.complex64),
     "a meta tensor": torch.ones(1, 3, 64, 64, device="meta"),
+    "a nested tensor": torch.nested.nested_tensor([torch.ones(3, 64, 64)] * 2, layout=torch.jagged),
+    "a tensor of 8-bit floats": torch.ones(1, 4, 8, 8).to(torch.float8_e4m3fn),
+    "every other byte": memoryview(bytes(64))[::2],
+    "a matrix": np.zeros((64, 64), np.uint8).view(np.matrix),
 }
 
 
@@ -127,6 +141,9 @@ MAKERS = [
     *("from_alpha", "from_color", "from_luminance", "from_labels", "flood"),
 ]
 VERBS = ["grow", "shrink", "feather", "smooth", "fill_holes", "drop_specks", "resize", "on_lattice", "report", "save"]
+SPACINGS = ["leading", "linspace", "trailing", "karras"]
+METRICS = ["psnr", "ssim", "seam", "ring_delta_e", "changed", "known_error", "scores", "to_lab", "delta_e"]
+CALLED = ["on_step", "on_event", "score", "draw", "control", "noise"]
 SHOWN = ("progress", "on_step", "on_event")
 
 
@@ -135,6 +152,7 @@ def calls(pipe, source):
     painted = [*arguments(pipe.inpaint, *SHOWN), "kind", "on_error"]
     result = pipe.inpaint(IMAGE, HOLE, "x", steps=1, seed=1, progress=False)
     mask = Mask(HOLE)
+    known, (cond,), latents = pipe.encode_image(IMAGE, HOLE), pipe.encode_prompts("x"), torch.zeros(1, 4, 8, 8)
     found = {
         "Request": (lambda **kw: Request(**{"image": IMAGE, "mask": HOLE, "prompt": "x"} | kw), painted),
         "Request, outpaint": (
@@ -167,17 +185,47 @@ def calls(pipe, source):
             arguments(sdinpaint.save_diffusers),
         ),
         "replay": (lambda **kw: sdinpaint.replay(**{"path": "nothing.png"} | kw), ["path", "image", "mask"]),
-        "encode_prompts": (pipe.encode_prompts, ["prompts"]),
+        "encode_prompts": (lambda **kw: pipe.encode_prompts(**{"prompts": "x"} | kw), ["prompts", "size"]),
+        "denoiser": (
+            lambda **kw: pipe.denoiser(**{"known": known, "cond": cond} | kw),
+            arguments(pipe.denoiser, "sigmas"),
+        ),
+        "denoise": (lambda **kw: pipe.denoiser(known, cond)(**{"x": latents, "sigma": 1.0} | kw), ["x", "sigma"]),
         "encode_image": (
             lambda **kw: pipe.encode_image(**{"image": IMAGE, "mask": HOLE} | kw),
             ["image", "mask", "latents", "cover"],
         ),
         "decode": (pipe.decode, ["latents"]),
-        "sample_latents": (pipe.sample_latents, ["image"]),
+        "sample_latents": (
+            lambda **kw: pipe.sample_latents(**{"image": torch.zeros(1, 3, 64, 64)} | kw),
+            ["image", "draw"],
+        ),
+        "result.array": (result.array, ["index"]),
+        "result.settings_of": (result.settings_of, ["index"]),
+        "result.save_one": (lambda **kw: result.save_one(**{"index": 0, "path": "one.png"} | kw), ["index", "path"]),
+        "result.best_of": (lambda **kw: result.best_of(**{"n": 1} | kw), ["n", "score"]),
         "result.save": (result.save, ["path"]),
         "result.again": (lambda **kw: result.again(progress=False, strength=0, **kw), ["sampler", "seed", "steps"]),
         "Mask": (Mask, ["values"]),
     }
+    sampled = {"denoise": lambda x, sigma: x, "x": latents, "sigmas": torch.tensor([9.0, 1.0, 0.0])}
+    for name in SAMPLERS:
+        good = sampled | ({"noise": torch.zeros_like} if SAMPLERS[name].stochastic else {})
+        found[name] = (
+            partial(SAMPLERS[name].run, **good),
+            ["x", "sigmas", "eta", "noise", "on_step"],
+        )
+    for name in SPACINGS:
+        spaced = partial(getattr(schedules, name), **{"train_sigmas": pipe.train_sigmas, "steps": 3})
+        found[f"schedules.{name}"] = spaced, ["train_sigmas", "steps", "end"]
+    measured = {"reference": IMAGE, "original": IMAGE, "image": IMAGE, "hole": HOLE}
+    for name in METRICS[:-2]:
+        metric = getattr(metrics, name)
+        good = {key: value for key, value in measured.items() if key in arguments(metric)}
+        found[f"metrics.{name}"] = partial(metric, **good), arguments(metric)
+    found["metrics.to_lab"] = metrics.to_lab, ["rgb"]
+    lab = np.zeros((2, 3))
+    found["metrics.delta_e"] = partial(metrics.delta_e, **{"one": lab, "other": lab}), ["one", "other"]
     for name in VERBS:
         found[f"Mask.{name}"] = getattr(mask, name), arguments(getattr(mask, name))
     for name in MAKERS:
@@ -218,6 +266,9 @@ def outcome(function, name, value):
 FUNCTIONS = [
     *("Request", "Request, outpaint", "inpaint", "run", "LoadOptions", "load", "inspect", "convert", "to_inpainting"),
     *("save_diffusers", "replay", "encode_prompts", "encode_image", "decode", "sample_latents"),
+    *("denoiser", "denoise", "result.array", "result.settings_of", "result.save_one", "result.best_of"),
+    *("ddim", "euler", "euler_ancestral", "dpmpp_2m", *(f"schedules.{name}" for name in SPACINGS)),
+    *(f"metrics.{name}" for name in METRICS),
     *("result.save", "result.again", "Mask", *(f"Mask.{name}" for name in (*VERBS, *MAKERS))),
 ]
 
@@ -229,7 +280,7 @@ def test_values_of_wrong_kinds(table, function):
         f"{name}={kind}": outcome(call, name, value)
         for name in names
         for kind, value in KINDS.items()
-        if not (name.startswith("on_") and callable(value))  # which is called, and may raise what it likes
+        if not (name in CALLED and callable(value))  # which is called, and may raise what it likes
     }
     assert {given: said for given, said in met.items() if said} == {}
 
@@ -290,3 +341,16 @@ def test_whatever_means_a_number_is_one(value):
     request = Request(IMAGE, HOLE, "x", steps=value, guidance_scale=value, crop=value, seed=value)
     assert (request.settings.steps, request.settings.guidance_scale, request.settings.crop) == (3, 3.0, 3)
     assert request.items[0].seed == 3
+
+
+@pytest.mark.parametrize("drawn", [None, -1, np.int64(-1), torch.tensor(-1), [-1], np.array([-1])])
+def test_a_seed_of_none_or_minus_one_is_drawn(drawn):
+    seeds = {Request(IMAGE, HOLE, "x", seed=drawn).items[0].seed for _ in range(2)}
+    assert len(seeds) == 2
+    assert min(seeds) >= 0
+
+
+@pytest.mark.parametrize("make", [list, tuple, np.array], ids=["list", "tuple", "array"])
+def test_prompts_and_seeds_in_any_sequence(make):
+    items = Request(IMAGE, HOLE, make(["a", "b"]), make(["c", "d"]), seed=make([1, 2])).items
+    assert [(item.prompt, item.negative_prompt, item.seed) for item in items] == [("a", "c", 1), ("b", "d", 2)]
