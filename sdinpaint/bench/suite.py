@@ -22,7 +22,7 @@ from sdinpaint.bench.report.rows import Row, append
 from sdinpaint.bench.timing import first_round_told
 from sdinpaint.checkpoints.building import find_dtype
 from sdinpaint.checkpoints.opening import open_checkpoint
-from sdinpaint.checks import check_choice, dtype_name
+from sdinpaint.checks import check_choice, dtype_name, find_device
 from sdinpaint.errors import SdInpaintError, SettingError
 from sdinpaint.load_options import LoadOptions
 from sdinpaint.progress import progress_bar
@@ -87,6 +87,8 @@ class Options:
         object.__setattr__(self, "stored", self.stored and dtype_name(self.stored))
         if self.device == AUTO:
             object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
+        else:
+            find_device(self.device)  # now, and not after the parts that run on the CPU
         for name in ("steps", "rounds"):
             if (given := getattr(self, name)) is not None and given < 1:
                 raise SettingError("BENCH_COUNT", name, f"{given}", expected="1 or more")

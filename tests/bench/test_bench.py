@@ -401,6 +401,11 @@ def test_a_gpu_is_taken_where_there_is_one(tmp_path, monkeypatch, available, dev
     assert options(tmp_path, device="cpu").device == "cpu"
 
 
+def test_a_device_that_is_not_there_is_refused_before_anything_is_measured(tmp_path):
+    with pytest.raises(SettingError, match="without it"):
+        options(tmp_path, device="hpu")
+
+
 # Parts that run once
 
 

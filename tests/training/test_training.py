@@ -7,11 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from closeness import close
 from torch import nn
 
 from sdinpaint.models import VAE
 from sdinpaint.training import autoencoder, inpainting, loop
+from sdinpaint.training.__main__ import main
 from sdinpaint.training.loop import Trainer, learning_rate
 from sdinpaint.training.scenes import EMPTY_CAPTIONS
 
@@ -139,3 +141,20 @@ def test_both_stages_train_and_export(tmp_path):
     assert all(bool(p.isfinite().all()) for model in (unet, text, vae) for p in model.parameters())
     assert unet.config.in_channels == 9
     assert text.config.vocab_size == inpainting.vocabulary().vocab_size
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (("--device", "hpu"), 5, "this torch is built without it"),
+        (("--device", "gpu"), 5, "expected: 'cpu', 'cuda'"),
+        (("--steps", "-1"), 2, "not in the range"),
+        ((), 5, "Not a directory"),
+    ],
+)
+def test_what_training_cannot_use_ends_with_a_sentence(tmp_path, options, code, said):
+    (tmp_path / "file").touch()
+    outcome = CliRunner().invoke(main, ["--out", str(tmp_path / "file"), *options])
+    assert outcome.exit_code == code
+    assert said in outcome.output
+    assert "Traceback" not in outcome.output
