@@ -15,7 +15,7 @@ from sdinpaint.checkpoints.building import build, find_dtype, own_tokenizer
 from sdinpaint.checkpoints.converting import check_apart
 from sdinpaint.checkpoints.diffusers_configs import diffusers_configs
 from sdinpaint.checkpoints.opening import CONTROLNET, DEMO, open_checkpoint
-from sdinpaint.checks import check_call, check_path, check_switch, find_device
+from sdinpaint.checks import check_call, check_path, check_switch, find_device, knowing_keywords
 from sdinpaint.errors import CheckpointError, SettingError, explaining_memory, warn
 from sdinpaint.families import TOKENIZERS, Prediction
 from sdinpaint.latent_diffusion import LatentDiffusion
@@ -31,6 +31,7 @@ __all__ = ["load", "save_diffusers"]
 
 
 @explaining_memory()
+@knowing_keywords
 def load(
     source: str | Path | LoadOptions,
     *,
@@ -155,6 +156,7 @@ def load(
     )
 
 
+@knowing_keywords
 def save_diffusers(folder: str | Path, pipe: LatentDiffusion, dtype: str | torch.dtype | None = None) -> None:
     """Write a pipeline as a diffusers folder, which diffusers' own pipelines load too.
 

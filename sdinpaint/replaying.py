@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sdinpaint import loading
-from sdinpaint.checks import check_path
+from sdinpaint.checks import check_path, knowing_keywords
 from sdinpaint.errors import SettingError
 from sdinpaint.images.input_image import InputImage, read_image
 from sdinpaint.images.reading import read_settings
@@ -43,6 +43,7 @@ class Replay:
         return self.changed == 0
 
 
+@knowing_keywords
 def replay(
     path: Path | str,
     pipe: Pipeline | None = None,

@@ -24,7 +24,7 @@ from sdinpaint.checkpoints.diffusers_configs import controlnet_json, diffusers_c
 from sdinpaint.checkpoints.embedded import embedded
 from sdinpaint.checkpoints.opening import CONTROLNET, Checkpoint, open_checkpoint
 from sdinpaint.checkpoints.sources import COMPONENTS, Component, as_path, open_parts
-from sdinpaint.checks import check_choice, check_path, check_switch
+from sdinpaint.checks import check_choice, check_path, check_switch, knowing_keywords
 from sdinpaint.errors import CheckpointError, SettingError, TokenizerError, warn
 from sdinpaint.families import SD15, TOKENIZERS, TextConfig
 from sdinpaint.load_options import LoadOptions
@@ -62,6 +62,7 @@ class Model:
     """Further metadata of the written files."""
 
 
+@knowing_keywords
 def convert(
     source: str | Path,
     target: str | Path,

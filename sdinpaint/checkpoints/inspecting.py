@@ -22,7 +22,7 @@ from sdinpaint.checkpoints.findings import Finding
 from sdinpaint.checkpoints.known_shapes import has_known_shapes
 from sdinpaint.checkpoints.opening import CONTROLNET, Checkpoint, open_checkpoint
 from sdinpaint.checkpoints.sources import COMPONENTS, as_path, open_parts
-from sdinpaint.checks import check_path, check_switch
+from sdinpaint.checks import check_path, check_switch, knowing_keywords
 from sdinpaint.errors import SdInpaintError, shown, shown_lines
 from sdinpaint.families import KINDS, deviations
 from sdinpaint.load_options import LoadOptions
@@ -120,6 +120,7 @@ class Report:
         return shown_lines("\n".join(lines))
 
 
+@knowing_keywords
 def inspect(
     source: str | Path,
     *,

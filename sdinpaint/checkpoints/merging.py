@@ -22,7 +22,7 @@ from sdinpaint.checkpoints.converting import (
 from sdinpaint.checkpoints.diffusers_configs import diffusers_configs
 from sdinpaint.checkpoints.opening import open_checkpoint
 from sdinpaint.checkpoints.sources import Component, as_path, open_parts
-from sdinpaint.checks import check_path
+from sdinpaint.checks import check_path, knowing_keywords
 from sdinpaint.errors import CheckpointError, SettingError, said
 from sdinpaint.families import FAMILIES, Family
 from sdinpaint.load_options import LoadOptions
@@ -63,6 +63,7 @@ def widen_input(unet: UNet) -> UNet:
     return wide.train(unet.training)
 
 
+@knowing_keywords
 def to_inpainting(
     custom: str | Path,
     target: str | Path,

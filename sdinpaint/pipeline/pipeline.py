@@ -8,7 +8,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
-from sdinpaint.checks import check_call, check_choice, check_switch
+from sdinpaint.checks import check_call, check_choice, check_switch, knowing_keywords
 from sdinpaint.errors import SettingError, explaining_memory, keeping_warnings, warn
 from sdinpaint.images.blending import Blend
 from sdinpaint.images.canvas import OVERLAP, Anchor, ExtendingFill
@@ -36,6 +36,7 @@ NegativePrompts = str | Conditioning | None | Sequence[str | Conditioning | None
 class Pipeline(LatentDiffusion):
     """Inpainting, image to image and outpainting with the networks of one checkpoint."""
 
+    @knowing_keywords
     def inpaint(
         self,
         image: Any,
@@ -133,6 +134,7 @@ class Pipeline(LatentDiffusion):
         """
         return self._asked("inpaint", locals())
 
+    @knowing_keywords
     def vary(
         self,
         image: Any,
@@ -231,6 +233,7 @@ class Pipeline(LatentDiffusion):
         given = locals()
         return self._asked("outpaint", given | given.pop("options"))
 
+    @knowing_keywords
     @explaining_memory()
     @torch.no_grad()
     def run(

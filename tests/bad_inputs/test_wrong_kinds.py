@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sdinpaint
-from sdinpaint import LoadOptions, Mask, Request, metrics
+from sdinpaint import LoadOptions, Mask, Pipeline, Request, metrics
 from sdinpaint.errors import SdInpaintError
 from sdinpaint.sampling import SAMPLERS, schedules
 
@@ -330,10 +330,32 @@ def test_an_array_that_cannot_be_had_says_why():
         Mask.from_labels(OnDevice(), 0)
 
 
-def test_an_unknown_keyword_is_pythons_error_with_the_near_name(table):
-    call, _ = table["Request"]
-    with pytest.raises(TypeError, match="did you mean 'sampler'"):
-        call(smapler="ddim")
+@pytest.mark.parametrize(
+    ("function", "word", "near"),
+    [
+        (lambda **options: Request(IMAGE, HOLE, "x", **options), "smapler", "sampler"),
+        (Pipeline.inpaint, "smapler", "sampler"),
+        (Pipeline.inpaint, "num_inference_steps", "steps"),
+        (Pipeline.inpaint, "mask_image", "mask"),
+        (Pipeline.vary, "strenght", "strength"),
+        (lambda **options: Request(IMAGE, None, "x", kind="outpaint", **options), "lfet", "left"),
+        (Pipeline.run, "onstep", "on_step"),
+        (sdinpaint.load, "torch_dtype", "dtype"),
+        (sdinpaint.save_diffusers, "dtypes", "dtype"),
+        (sdinpaint.convert, "overwritten", "overwrite"),
+        (sdinpaint.to_inpainting, "progess", "progress"),
+        (sdinpaint.inspect, "verfy", "verify"),
+        (sdinpaint.replay, "images", "image"),
+    ],
+)
+def test_an_unknown_keyword_is_pythons_error_with_the_near_name(function, word, near):
+    with pytest.raises(TypeError, match=f"did you mean '{near}'"):
+        function(**{word: 1})
+
+
+def test_a_keyword_that_is_near_to_none_is_pythons_error_alone():
+    with pytest.raises(TypeError, match=r"load\(\) got an unexpected keyword argument 'xyz'$"):
+        sdinpaint.load(xyz=1)
 
 
 @pytest.mark.parametrize("value", [3, 3.0, np.int64(3), np.float32(3), np.array(3), torch.tensor(3), Fraction(3)])
