@@ -15,6 +15,7 @@ from sdinpaint.checkpoints.embedded import embedded_vocabulary
 from sdinpaint.checkpoints.opening import CONTROLNET, Checkpoint
 from sdinpaint.checkpoints.sources import COMPONENTS
 from sdinpaint.checks import dtype_name
+from sdinpaint.errors import CheckpointError
 from sdinpaint.models import VAE, CLIPText, ControlNet, UNet
 from sdinpaint.text.tokenizer import Tokenizer
 
@@ -24,6 +25,8 @@ MODELS: dict[str, Callable[[Any], nn.Module]] = dict(
     zip((*COMPONENTS, CONTROLNET), (UNet, VAE, CLIPText, CLIPText, ControlNet), strict=True)
 )
 """The network of each component."""
+SPARE = 2000
+"""Tensors that a file may lack so that each is looked for by its name; the largest released network has 1,680."""
 
 
 def find_dtype(dtype: object) -> torch.dtype:
@@ -42,11 +45,22 @@ def find_dtype(dtype: object) -> torch.dtype:
     return found
 
 
+class _TooLargeError(Exception):
+    pass
+
+
 class _Skeleton(TorchFunctionMode):
     """A mode in which new parameters are on the meta device and stay unfilled.
 
     Filling them there would import 800 modules of torch for nothing, and `torch.device("meta")` takes twice the time.
+
+    Args:
+        most: number of parameters after which building stops: numbers in the names of a file may tell any size.
     """
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.left = most
 
     FILLING = frozenset({nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_})
 
@@ -58,6 +72,9 @@ class _Skeleton(TorchFunctionMode):
             return kwargs["tensor"]
         if func is torch.empty:
             kwargs["device"] = "meta"
+            self.left -= 1
+            if self.left < 0:
+                raise _TooLargeError
         return func(*args, **kwargs)
 
 
@@ -92,11 +109,22 @@ def build_models(configs: Mapping[str, Any], states: Mapping[str, NativeState]) 
     Raises:
         CheckpointError: tensors are missing or do not fit.
     """
-    with _Skeleton():
-        models = {name: MODELS[name](config) for name, config in configs.items()}
+    models = {name: _built(name, config, states[name]) for name, config in configs.items()}
     for name, model in models.items():
         check_complete(states[name], {key: tuple(value.shape) for key, value in model.state_dict().items()})
     return models
+
+
+def _built(name: str, config: Any, state: NativeState) -> nn.Module:
+    """Build a network, of at most `SPARE` tensors more than the file has."""
+    held = len(state.sources)
+    try:
+        with _Skeleton(held + SPARE):
+            return MODELS[name](config)
+    except _TooLargeError:
+        found = f"{name}: numbers in its names tell a network of more than {held + SPARE} tensors, and it has {held}"
+        hint = "fetch the file again"
+        raise CheckpointError("CKPT_KEYS", state.weights.path, found, expected="all of them", hint=hint) from None
 
 
 def own_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:

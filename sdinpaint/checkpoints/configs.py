@@ -5,6 +5,7 @@ The weights decide: a number in a JSON file is used only where no shape tells it
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -31,6 +32,7 @@ Json = Mapping[str, Any]
 Config = TypeVar("Config", UNetConfig, VAEConfig, TextConfig)
 
 __all__ = [
+    "PAD_TOKENS",
     "check_fit",
     "controlnet_config",
     "pad_id",
@@ -54,6 +56,7 @@ PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v"}
 ACTIVATIONS = get_args(Activation)
 PADDING = {"<|endoftext|>": None, "!": 0}
 """Token that fills up prompts -> its id; None is the end token."""
+PAD_TOKENS = {number: token for token, number in PADDING.items()}
 
 
 def unet_config(shapes: Shapes, json: Json, base: UNetConfig, where: Path, table: Table = UNET) -> UNetConfig:
@@ -91,13 +94,14 @@ def unet_config(shapes: Shapes, json: Json, base: UNetConfig, where: Path, table
     heads = json.get("num_attention_heads") or json.get("attention_head_dim")  # the latter is the number of heads
     widths = [config.model_channels * mult for mult in config.channel_mult]
     _check_divides(where, "norm_num_groups", groups, widths)
+    if isinstance(heads, list) and heads and heads == heads[:1] * len(widths):
+        heads = heads[0]
     if isinstance(heads, list):
-        dims = {
-            width // count for width, count in zip(widths, heads, strict=False) if isinstance(count, int) and count > 0
-        }
-        if len(dims) != 1:
+        counted = len(heads) == len(widths) and all(type(count) is int and count > 0 for count in heads)
+        dims = {width / count for width, count in zip(widths, heads, strict=True)} if counted else {}
+        if len(dims) != 1 or any(width % count for width, count in zip(widths, heads, strict=True)):
             _refuse(where, "attention_head_dim", heads, "numbers of heads that give one head size")
-        return _fitting(config, where, norm_groups=groups, num_heads=None, head_dim=dims.pop(), **own)
+        return _fitting(config, where, norm_groups=groups, num_heads=None, head_dim=widths[0] // heads[0], **own)
     if heads is not None:
         count = whole_number({"attention_head_dim": heads}, "attention_head_dim", 0, where)
         _check_divides(where, "attention_head_dim", count, widths)
@@ -385,9 +389,10 @@ def check_fit(family: Family, where: Path) -> None:
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
-    """Return one more than the largest number that `pattern` finds, and 0 where it finds none."""
+    """Count how many of the numbers 0, 1, 2, ... the pattern finds, up to the first that it does not find."""
     compiled = re.compile(pattern)
-    return max((int(match[1]) + 1 for name in shapes if (match := compiled.match(name))), default=0)
+    found = {match[1] for name in shapes if (match := compiled.match(name))}
+    return next(number for number in itertools.count() if str(number) not in found)
 
 
 def whole_number(json: Json, name: str, default: int, where: Path, low: int = 1) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from builders import rewrite_json
+from builders import TEXT_FILE, UNET_FILE, rewrite, rewrite_json
 from closeness import same_image
 from refusals import INF, NAN, inpaint, load, refused
 
@@ -37,7 +38,8 @@ def test_configuration_of_many_megabytes(folder):
     ("component", "name", "values"),
     [
         ("unet", "norm_num_groups", [7, 0, -4, 2.5, "4", True, 2_000_000, [4]]),
-        ("unet", "attention_head_dim", [5, -3, 0.5, "3", {}, [], [3, 3, 3], [0, 0, 0], [-3, -6, -9], [None]]),
+        ("unet", "attention_head_dim", [5, -3, 0.5, "3", {}, [], [5, 5, 5], [0, 0, 0], [-3, -6, -9], [None]]),
+        ("unet", "attention_head_dim", [[3, 6], [3, 6, 9, 12], [3, 6, "9"], [3, 6, None], [5, 10, 15], [3, 6, 12]]),
         ("unet", "sample_size", [0, -1, [64, 64], 10**30]),
         ("unet", "in_channels", [4, 0, "9"]),
         ("vae", "norm_num_groups", [3, 0, 10**6]),
@@ -72,6 +74,29 @@ def test_sizes_in_a_configuration_are_not_believed(folder, usual):
     rewrite_json(folder / "vae/config.json", block_out_channels="none", latent_channels=10**9)
     rewrite_json(folder / "text_encoder/config.json", hidden_size=10**12, num_hidden_layers=10**6, vocab_size=-1)
     assert same_image(inpaint(load(folder)).image, usual)
+
+
+def test_one_number_of_heads_for_each_level(folder):
+    path = folder / "unet/config.json"
+    for heads, alike in (([3, 3, 3], 3), ([3, 6, 9], None)):
+        rewrite_json(path, attention_head_dim=heads)
+        assert load(folder).family.unet.num_heads == alike
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        (TEXT_FILE, "text_model.encoder.layers.{}.mlp.fc1.weight"),
+        (UNET_FILE, "down_blocks.0.attentions.0.transformer_blocks.{}.norm1.weight"),
+        (UNET_FILE, "mid_block.attentions.0.transformer_blocks.{}.norm1.weight"),
+    ],
+)
+@pytest.mark.parametrize("numbers", [[10**9], range(1, 4000)], ids=["one", "many"])
+def test_numbers_in_names_are_no_sizes(folder, file, name, numbers):
+    rewrite(folder / file, lambda state: state | {name.format(number): torch.ones(1) for number in numbers})
+    start = time.monotonic()
+    refused(CheckpointError, "CKPT_KEYS", lambda: load(folder), folder / file)
+    assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize("rows", [514, 600])
