@@ -71,11 +71,12 @@ def refuse_last_block(part: Component, text: TextConfig, path: Path) -> None:
         TABLES["text_encoder"].refuse(path, "num_hidden_layers", layers, f"{text.num_layers}, as it was trained")
 
 
-def tokenizer_configs(parts: Mapping[str, Component]) -> dict[str, tuple[Json, Json]]:
+def tokenizer_configs(parts: Mapping[str, Component], configs: Path | None) -> dict[str, tuple[Json, Json]]:
     """Read the files of the tokenizers in the text encoders' model.
 
     Args:
         parts: the components.
+        configs: a folder whose files are used instead of those of the model, where it has them; None without one.
 
     Returns:
         Name of a tokenizer -> tokenizer_config.json and special_tokens_map.json.
@@ -83,11 +84,14 @@ def tokenizer_configs(parts: Mapping[str, Component]) -> dict[str, tuple[Json, J
     Raises:
         CheckpointError: a file is no table.
     """
-    return {
-        name: (read_json(model / name / "tokenizer_config.json"), read_json(model / name / "special_tokens_map.json"))
-        for name, encoder in zip(TOKENIZERS, TEXT_ENCODERS, strict=True)
-        if encoder in parts and (model := parts[encoder].model) is not None
-    }
+    found: dict[str, tuple[Json, Json]] = {}
+    for name, encoder in zip(TOKENIZERS, TEXT_ENCODERS, strict=True):
+        if encoder in parts:
+            paths = f"{name}/tokenizer_config.json", f"{name}/special_tokens_map.json"
+            given = [] if configs is None else [read_json(configs / path) for path in paths]
+            settings, specials = given if any(given) else map(parts[encoder].table, paths)
+            found[name] = settings, specials
+    return found
 
 
 def config_notes(files: Mapping[str, Json], family: Family, trained: Family) -> Iterator[str]:

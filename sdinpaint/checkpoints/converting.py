@@ -20,6 +20,7 @@ from sdinpaint_weights.targets import nearest_folder, overlap
 
 from sdinpaint.checkpoints.alone import configured
 from sdinpaint.checkpoints.building import build, find_dtype, own_tokenizer
+from sdinpaint.checkpoints.configs import PAD_TOKENS
 from sdinpaint.checkpoints.diffusers_configs import controlnet_json, diffusers_configs
 from sdinpaint.checkpoints.embedded import embedded
 from sdinpaint.checkpoints.opening import CONTROLNET, Checkpoint, open_checkpoint
@@ -411,6 +412,8 @@ def _embedded(model: Model) -> dict[str, str]:
     """Return the metadata that hold what a folder has beside the weights; a file that has no room for them needs it."""
     alone = next(iter(model.components)) if _is_alone(model) else None
     tables = {name if alone is None else f"{alone}/{name}": table for name, table in model.tables.items()}
+    for name, (_, encoder) in model.tokenizers.items():
+        tables[f"{name}/special_tokens_map.json"] = {"pad_token": PAD_TOKENS[encoder.pad_id]}
     own, text = next(iter(model.tokenizers.values()), (None, None))
     foreign = text is not None and text.vocab_size != CLIP_ROWS
     if isinstance(own, Path):

@@ -29,7 +29,6 @@ from sdinpaint.checkpoints.configs import (
     vae_config,
     whole_number,
 )
-from sdinpaint.checkpoints.embedded import embedded_tables
 from sdinpaint.checkpoints.prediction import Evidence, find_prediction
 from sdinpaint.checkpoints.schedule_buffers import check_buffers
 from sdinpaint.checkpoints.sources import COMPONENTS, Component, Json, as_path, open_parts, read_json
@@ -95,10 +94,13 @@ def open_checkpoint(options: LoadOptions, *, progress: bool = True) -> Checkpoin
     first = next(iter(parts.values()))
     outside = () if path.is_dir() else outside_keys(first.state.weights, first.layout)
     places = dict.fromkeys(parts, path)
+    supplied: Mapping[str, Component] = {}
     if options.base is not None:
         place = find(options.base, tuple(name for name in COMPONENTS if name not in parts))
-        parts = open_parts(place, config=configs, ema=ema and "unet" not in parts, variant=variant) | parts
-        places = dict.fromkeys(parts, place) | places
+        supplied = open_parts(place, config=configs, ema=ema and "unet" not in parts, variant=variant)
+        supplied = {name: part for name, part in supplied.items() if name not in parts}
+        parts = parts | supplied
+        places |= dict.fromkeys(supplied, place)
     if options.vae is not None:
         place = find(options.vae, ("vae",))
         config = None if place.is_dir() else configs
@@ -106,12 +108,13 @@ def open_checkpoint(options: LoadOptions, *, progress: bool = True) -> Checkpoin
         places["vae"] = place
     _require(parts, ["unet"], path)
     unet = parts["unet"]
-    settings = configs or unet.model
     weights = unet.state.weights
-    inside = embedded_tables(weights)
 
     def table(name: str) -> Json:
-        return inside.get(name, {}) if settings is None else read_json(settings / name)
+        if configs is not None:
+            return read_json(configs / name)
+        # a UNet alone has no settings of its own; those of the model that supplies the rest are used, too
+        return next(filter(None, (part.table(name) for part in (unet, *supplied.values()))), {})
 
     scheduler, index = table("scheduler/scheduler_config.json"), table(INDEX)
     evidence = find_prediction(options.prediction, scheduler, weights.path, weights.metadata, weights)
@@ -119,7 +122,7 @@ def open_checkpoint(options: LoadOptions, *, progress: bool = True) -> Checkpoin
     _require(parts, list(trained.components), path)
     used = {name: parts[name] for name in trained.components}
     require_configs(used, places, scheduler)
-    tokenizers = {} if options.tokenizer is not None else tokenizer_configs(parts)
+    tokenizers = {} if options.tokenizer is not None else tokenizer_configs(parts, configs)
     family = _family(trained, parts, scheduler, index, tokenizers, evidence, path)
     control = None
     if options.controlnet is not None:

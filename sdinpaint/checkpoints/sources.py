@@ -39,6 +39,22 @@ class Component:
     model: Path | None
     """The diffusers folder of the model that it belongs to; None for other files."""
 
+    def table(self, name: str) -> Json:
+        """Read a JSON file of the model that it belongs to.
+
+        Args:
+            name: path of the file in a diffusers folder.
+
+        Returns:
+            The table in that folder, or else in the metadata of its own file; empty where neither has it.
+
+        Raises:
+            CheckpointError: the file is not JSON, not a table, or too large.
+        """
+        if self.model is not None:
+            return read_json(self.model / name)
+        return embedded_tables(self.state.weights).get(name, {})
+
 
 def as_path(source: str | Path) -> Path:
     """Return the path that a person writes, in which ~ is a home folder.
@@ -82,11 +98,12 @@ def open_parts(
     """
     if not path.is_dir():
         own = path.parent if weights_files([path.name]) and (path.parent / "config.json").is_file() else None
-        return _parts(open_weights(path), components, ema, config, own=own, beside=beside)
+        model = None if own is None else _model_around(own)
+        return _parts(open_weights(path), components, ema, config, own=own, beside=beside, model=model)
     folders = {name: path / name for name in components if (path / name).is_dir()}
     if not folders and weights_files([entry.name for entry in path.iterdir()], variant):
-        model = path.parent if (path.parent / "model_index.json").is_file() else None
-        return _parts(open_folder_component(path, variant), components, ema, config, own=path, model=model)
+        weights = open_folder_component(path, variant)
+        return _parts(weights, components, ema, config, own=path, model=_model_around(path))
     parts: dict[str, Component] = {}
     for name, folder in folders.items():
         parts |= _parts(open_folder_component(folder, variant), [name], ema, config or path, model=path)
@@ -94,6 +111,11 @@ def open_parts(
         found, expected = f"a folder without {', '.join(components)}", "a diffusers folder, or the file of a model"
         raise CheckpointError("CKPT_NO_COMPONENT", path, found, expected=expected, hint="give the model's own folder")
     return parts
+
+
+def _model_around(folder: Path) -> Path | None:
+    """Return the diffusers folder in which a component's own folder is; None where it is in none."""
+    return folder.parent if (folder.parent / "model_index.json").is_file() else None
 
 
 def read_json(path: Path) -> Json:

@@ -80,6 +80,11 @@ def changed(folder, component, **values):
     return folder
 
 
+def opened(source, **options):
+    """The family of a checkpoint of which no tensor is read."""
+    return open_checkpoint(LoadOptions(source=source, **options)).family
+
+
 # The tables are complete
 
 
@@ -301,6 +306,32 @@ def test_a_configuration_of_another_folder_serves(folder, source):
     refused(CheckpointError, "CKPT_NO_CONFIG", lambda: load(source, vae=folder / "vae"), folder / "vae")
 
 
+def test_padding_of_another_folder_serves(folder, source, tmp_path):
+    """Where it has no tokenizer, the padding of the model counts."""
+    sdinpaint.convert(source, tmp_path / "model.safetensors", progress=False)
+    changed(folder, "tokenizer", pad_token="!")
+    (folder / "tokenizer/special_tokens_map.json").unlink()
+    for model in (tmp_path / "model.safetensors", source):
+        assert opened(model, config=folder).text.pad_id == 0
+    shutil.move(folder / "tokenizer", tmp_path)
+    assert opened(source, config=folder).text.pad_id is None
+
+
+def test_a_unet_alone_has_the_schedule_of_its_base(folder, tmp_path):
+    """It has none of its own, other than a UNet in the folder of its model."""
+    changed(folder, "scheduler", prediction_type="v_prediction", beta_end=0.02)
+    shutil.copytree(folder / "unet", tmp_path / "alone")
+    sdinpaint.convert(folder, tmp_path / "base.safetensors", progress=False)
+    weights = "diffusion_pytorch_model.safetensors"
+    for unet in (tmp_path / "alone", tmp_path / "alone" / weights):
+        for base in (folder, tmp_path / "base.safetensors"):
+            assert opened(unet, base=base).schedule == opened(folder).schedule
+    other = shutil.copytree(folder, tmp_path / "other")
+    changed(other, "scheduler", prediction_type="epsilon")
+    for unet in ("unet", f"unet/{weights}"):
+        assert opened(folder / unet, base=other).schedule == opened(folder).schedule
+
+
 def test_a_file_has_no_configuration_by_nature(folder, source):
     """A file alone is taken as one of the released family; a folder's other files serve it."""
     weights = folder / "vae/diffusion_pytorch_model.safetensors"
@@ -421,8 +452,9 @@ def test_a_value_that_is_built(usual, folder, tmp_path, component, change, own):
     assert not np.array_equal(inpaint(pipe, steps=2).image, image)
     sdinpaint.save_diffusers(tmp_path / "saved", pipe)
     assert load(tmp_path / "saved").family == pipe.family
-    sdinpaint.convert(folder, tmp_path / "converted", progress=False)
-    assert load(tmp_path / "converted").family == pipe.family
+    for target in ("converted", "converted.safetensors"):
+        sdinpaint.convert(folder, tmp_path / target, progress=False)
+        assert load(tmp_path / target).family == pipe.family
 
 
 def test_a_manifest_tells_other_values(source, folder):
