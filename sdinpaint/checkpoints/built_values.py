@@ -2,7 +2,7 @@
 
 Every argument of the classes of diffusers 0.42 and transformers 5 that these files configure is in exactly one part of
 its table, which a test compares with their signatures. A value outside of its table is refused, a key outside of it is
-told, and null means the class's default.
+told, and null means the class's default, or false where that is true.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sdinpaint.errors import CheckpointError
+from sdinpaint.text.vocabulary import END, START
 
 __all__ = ["CONTROLNET", "SCHEDULER", "SCHEDULERS", "TABLES", "TEXT", "TOKENIZER", "UNET", "VAE", "Json", "Table"]
 
@@ -59,7 +60,9 @@ class Table:
         """
         for key, values in self.built.items():
             given = json.get(key)
-            absent = key not in json or (given is None and key not in self.null_is_a_value)
+            # null switches off what is on by default
+            is_value = key in self.null_is_a_value or values[0] is True
+            absent = key not in json or (given is None and not is_value)
             if not absent and not any(_same(given, value) for value in values):
                 self.refuse(where, key, given, " or ".join(map(_shown, values)))
         for key, members in self.rows.items():
@@ -368,7 +371,12 @@ TOKENIZER = Table(
     title="tokenizer",
     built={
         "add_prefix_space": (False,),
+        "additional_special_tokens": ([],),
+        "bos_token": (START,),
         "do_lower_case": (True,),
+        "eos_token": (END,),
+        "extra_special_tokens": ([], {}),
+        "split_special_tokens": (False,),
         "tokenizer_class": ("CLIPTokenizer", "CLIPTokenizerFast"),
     },
     read={"pad_token": None},
@@ -379,15 +387,11 @@ TOKENIZER = Table(
             "add_special_tokens",
             "add_eos_token",
             "added_tokens_decoder",
-            "additional_special_tokens",
             "backend",
-            "bos_token",
             "cache_dir",
             "chat_template",
             "clean_up_tokenization_spaces",
-            "eos_token",
             "errors",
-            "extra_special_tokens",
             "force_download",
             "from_slow",
             "init_inputs",
@@ -405,7 +409,6 @@ TOKENIZER = Table(
             "revision",
             "spaces_between_special_tokens",
             "special_tokens_map_file",
-            "split_special_tokens",
             "stride",
             "subfolder",
             "token",

@@ -130,6 +130,10 @@ def _unet_sizes(shapes: Shapes, base: UNetConfig) -> UNetConfig:
     contexts = [shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")]
     projections = [len(shape) for name, shape in shapes.items() if name.endswith(".proj_in.weight")]
     vector = shapes.get("label_emb.0.0.weight")
+    depths = tuple(_count(shapes, rf"input_blocks\.{level[0]}\.1\.transformer_blocks\.(\d+)\.") for level in levels)
+    middle = _count(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
+    if (depths, contexts[0]) == (base.transformer_depth, base.context_dim):
+        middle = max(middle, base.middle_depth)  # a released UNet lacks none; it would be a smaller one that is complete
     return replace(
         base,
         in_channels=first[1],
@@ -137,10 +141,8 @@ def _unet_sizes(shapes: Shapes, base: UNetConfig) -> UNetConfig:
         model_channels=first[0],
         channel_mult=tuple(width // first[0] for width in widths),
         num_res_blocks=len(levels[0]),
-        transformer_depth=tuple(
-            _count(shapes, rf"input_blocks\.{level[0]}\.1\.transformer_blocks\.(\d+)\.") for level in levels
-        ),
-        middle_depth=_count(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\."),
+        transformer_depth=depths,
+        middle_depth=middle,
         context_dim=contexts[0],
         linear_projection=projections[0] == 2,
         vector_dim=vector[1] if vector else None,
@@ -227,7 +229,7 @@ def text_config(shapes: Shapes, json: Json, base: TextConfig, where: Path) -> Te
             width=tokens[1],
             context_length=shapes["text_model.embeddings.position_embedding.weight"][0],
             mlp_width=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
-            num_layers=_count(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
+            num_layers=_layers(shapes, json, base),
             num_heads=1,
         )
         default = max(config.width // HEAD_DIM, 1)
@@ -260,6 +262,18 @@ def text_config(shapes: Shapes, json: Json, base: TextConfig, where: Path) -> Te
     )
 
 
+def _layers(shapes: Shapes, json: Json, base: TextConfig) -> int:
+    """Count the layers of a text encoder, of which a released one lacks none that its configuration does not leave out.
+
+    All sizes but this one would be those of a smaller text encoder that is complete.
+    """
+    held = _count(shapes, r"text_model\.encoder\.layers\.(\d+)\.")
+    if shapes["text_model.embeddings.token_embedding.weight"][1] != base.width:
+        return held
+    told = json.get("num_hidden_layers", base.num_layers)
+    return max(held, min(told, base.num_layers) if isinstance(told, int) else held)
+
+
 def pad_id(json: Json, specials: Json, base: TextConfig, where: Path) -> int | None:
     """Find the id that fills up prompts from the files of a tokenizer.
 
@@ -275,9 +289,9 @@ def pad_id(json: Json, specials: Json, base: TextConfig, where: Path) -> int | N
     Raises:
         CheckpointError: another kind of tokenizer, or of padding.
     """
-    json = TOKENIZER.settings(json, where)
-    token = specials.get("pad_token") or json.get("pad_token")
-    name = token.get("content") if isinstance(token, dict) else token
+    tokens = _without_nulls({**json, **_without_nulls(specials)})
+    named = {key: value.get("content", value) if isinstance(value, dict) else value for key, value in tokens.items()}
+    name = TOKENIZER.settings(named, where).get("pad_token")
     if name is None:
         return base.pad_id
     if not isinstance(name, str) or name not in PADDING:

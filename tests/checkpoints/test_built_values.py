@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect as signatures
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -13,12 +14,12 @@ import torch
 from builders import as_sdxl, fill, random_pipeline, rewrite_json, small, write_header
 from places import DATA
 from refusals import NAN, inpaint, load, refused
-from released import shapes_of
+from released import native_shapes, shapes_of
 from safetensors.torch import save_file
 
 import sdinpaint
 from sdinpaint.checkpoints.built_values import CONTROLNET, SCHEDULER, SCHEDULERS, TABLES, TEXT, UNET, VAE, Table
-from sdinpaint.checkpoints.configs import schedule_config
+from sdinpaint.checkpoints.configs import schedule_config, text_config, unet_config
 from sdinpaint.checkpoints.diffusers_configs import controlnet_json, diffusers_configs
 from sdinpaint.checkpoints.opening import open_checkpoint
 from sdinpaint.errors import CheckpointError, SdInpaintWarning
@@ -182,7 +183,7 @@ UNBUILT = {
         "dual_cross_attention": [True],
         "encoder_hid_dim": [4],
         "encoder_hid_dim_type": ["text_proj"],
-        "flip_sin_to_cos": [False, 0],
+        "flip_sin_to_cos": [False, 0, None],
         "freq_shift": [2, 7.5],
         "mid_block_only_cross_attention": [True],
         "mid_block_scale_factor": [1.4142, NAN],
@@ -203,10 +204,10 @@ UNBUILT = {
         "_class_name": ["AutoencoderTiny", "ConsistencyDecoderVAE"],
         "act_fn": ["gelu"],
         "down_block_types": [["AttnDownEncoderBlock2D"] * 4],
-        "mid_block_add_attention": [False],
+        "mid_block_add_attention": [False, None],
         "shift_factor": [0.1159, -1],
-        "use_post_quant_conv": [False],
-        "use_quant_conv": [False],
+        "use_post_quant_conv": [False, None],
+        "use_quant_conv": [False, None],
         "up_block_types": [["AttnUpDecoderBlock2D"] * 4],
     },
     "text_encoder": {
@@ -229,7 +230,11 @@ UNBUILT = {
         "variance_type": ["learned", "learned_range"],
     },
     "tokenizer": {
+        "additional_special_tokens": [["<cat>"]],
+        "bos_token": ["!", {"content": "<start>"}],
         "do_lower_case": [False],
+        "eos_token": ["<|startoftext|>"],
+        "split_special_tokens": [True],
         "pad_token": ["[PAD]", {"content": "other"}],
         "tokenizer_class": ["T5Tokenizer"],
     },
@@ -267,7 +272,8 @@ def test_a_value_that_is_not_built_alone(folder, tmp_path):
 def test_null_is_the_default_of_the_class(folder):
     built = {component: dict.fromkeys(keys) for component, keys in UNBUILT.items() if component != "tokenizer"}
     for component, keys in built.items():
-        for key in (*TABLES[component].null_is_a_value, "beta_schedule"):
+        switches = [key for key, values in TABLES[component].built.items() if values[0] is True]
+        for key in (*TABLES[component].null_is_a_value, *switches, "beta_schedule"):
             keys.pop(key, None)
         changed(folder, component, **keys)
     changed(folder, "vae", scaling_factor=None)
@@ -402,6 +408,18 @@ def test_sd2_ends_before_its_last_block(tmp_path):
     changed(tmp_path, "text_encoder", num_hidden_layers=24)
     way = lambda: open_checkpoint(LoadOptions(source=tmp_path))  # noqa: E731
     refused(CheckpointError, "CKPT_NOT_BUILT", way, "num_hidden_layers is 24")
+
+
+def test_the_last_of_a_row_of_blocks_is_missed():
+    """The others are a smaller network, which is complete."""
+    shapes = native_shapes("text_encoder", "sd15_base")
+    cut = {name: shape for name, shape in shapes.items() if ".layers.11." not in name}
+    for json, layers in (({}, 12), ({"num_hidden_layers": 12}, 12), ({"num_hidden_layers": 11}, 11)):
+        assert text_config(cut, json, SD15.text, "here").num_layers == layers
+    shapes = native_shapes("unet", "sdxl_base")
+    cut = {name: shape for name, shape in shapes.items() if not re.match(r"middle_block.*transformer_blocks\.9", name)}
+    assert len(cut) < len(shapes)
+    assert unet_config(cut, {}, SDXL.unet, "here").middle_depth == 10
 
 
 def test_pooled_text_needs_every_layer(xl_folder):
