@@ -192,6 +192,8 @@ class ScheduleConfig:
     """True if DDIM ends at sigma 0 (`set_alpha_to_one`), not at the first sigma of the training schedule."""
     clip_range: float | None = None
     """Largest absolute value of latents that DDIM predicts (`clip_sample`); None does not clip."""
+    zero_snr: bool = False
+    """True if it was trained down to no signal at all (zero terminal SNR); runs start a little above that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,7 +400,7 @@ _SHAPELESS: dict[str, tuple[str, ...]] = {
     "vae": ("scaling_factor", "latents_mean", "latents_std"),
     "text": ("activation", "pad_id", "skip_last", "norm_eps"),
     "text_2": ("activation", "pad_id", "skip_last", "norm_eps"),
-    "schedule": ("train_steps", "beta_start", "beta_end", "steps_offset", "end_at_zero", "clip_range"),
+    "schedule": ("train_steps", "beta_start", "beta_end", "steps_offset", "end_at_zero", "clip_range", "zero_snr"),
 }
 """Part of a family -> the fields that change results without changing a shape, and that its name stands for."""
 

@@ -133,7 +133,9 @@ def _unet_sizes(shapes: Shapes, base: UNetConfig) -> UNetConfig:
     depths = tuple(_count(shapes, rf"input_blocks\.{level[0]}\.1\.transformer_blocks\.(\d+)\.") for level in levels)
     middle = _count(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
     if (depths, contexts[0]) == (base.transformer_depth, base.context_dim):
-        middle = max(middle, base.middle_depth)  # a released UNet lacks none; it would be a smaller one that is complete
+        middle = max(
+            middle, base.middle_depth
+        )  # a released UNet lacks none; it would be a smaller one that is complete
     return replace(
         base,
         in_channels=first[1],

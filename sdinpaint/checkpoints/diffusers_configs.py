@@ -168,6 +168,7 @@ def _scheduler_json(family: Family) -> dict[str, object]:
         "timestep_spacing": "leading",
         "clip_sample": schedule.clip_range is not None,
         "clip_sample_range": 1.0 if schedule.clip_range is None else schedule.clip_range,
+        **({"rescale_betas_zero_snr": True} if schedule.zero_snr else {}),
     }
 
 

@@ -29,7 +29,7 @@ from sdinpaint.checkpoints.configs import (
     vae_config,
     whole_number,
 )
-from sdinpaint.checkpoints.prediction import Evidence, find_prediction
+from sdinpaint.checkpoints.prediction import Evidence, find_prediction, has_marker
 from sdinpaint.checkpoints.schedule_buffers import check_buffers
 from sdinpaint.checkpoints.sources import COMPONENTS, Component, Json, as_path, open_parts, read_json
 from sdinpaint.errors import CheckpointError
@@ -135,11 +135,12 @@ def open_checkpoint(options: LoadOptions, *, progress: bool = True) -> Checkpoin
         control = controlnet_config(part.state.shapes(), part.config, family.unet, place)
     rescaled = check_buffers(weights, family.schedule)
     _require_variant(variant, used, path)
-    to_zero = rescaled or bool(scheduler.get("rescale_betas_zero_snr")) or "ztsnr" in weights
+    to_zero = rescaled or bool(scheduler.get("rescale_betas_zero_snr")) or has_marker(weights, "ztsnr")
+    family = replace(family, schedule=replace(family.schedule, zero_snr=to_zero))
     files = {f"{name}/config.json": part.config for name, part in used.items()}
     files |= {"scheduler/scheduler_config.json": scheduler}
     files |= {f"{name}/tokenizer_config.json": table for name, (table, _) in tokenizers.items()}
-    notes = (*_notes(used, family, evidence, outside, to_zero=to_zero), *config_notes(files, family, trained))
+    notes = (*_notes(used, family, evidence, outside), *config_notes(files, family, trained))
     return Checkpoint(path, used, family, evidence, notes, outside, control)
 
 
@@ -203,16 +204,14 @@ def _require_variant(variant: str | None, parts: Mapping[str, Component], path: 
     raise CheckpointError("CKPT_VARIANT", path, found, expected=f"one of: {there}", hint="leave out variant=")
 
 
-def _notes(
-    parts: Mapping[str, Component], family: Family, evidence: Evidence, outside: Sequence[str], *, to_zero: bool
-) -> Iterator[str]:
+def _notes(parts: Mapping[str, Component], family: Family, evidence: Evidence, outside: Sequence[str]) -> Iterator[str]:
     """Yield a sentence for each choice that a caller may not have intended."""
     if outside:
         yield f"{len(outside)} tensors belong to no model and are ignored: {', '.join(outside[:5])}"
     yield from dict.fromkeys(note for part in parts.values() for note in part.state.notes)
     if evidence.prediction is None and family.kind == "sd2" and family.unet.in_channels == family.unet.out_channels:
         yield f"{evidence.why}; taken as noise. For a model trained at 768 pixels give prediction='v'"
-    if to_zero:
+    if family.schedule.zero_snr:
         yield "it was trained down to no signal at all, which is not built: runs start a little above that"
 
 

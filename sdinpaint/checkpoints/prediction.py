@@ -12,7 +12,7 @@ from sdinpaint.checkpoints.configs import prediction_in
 from sdinpaint.errors import CheckpointError, SettingError, said, warn
 from sdinpaint.families import Prediction
 
-__all__ = ["Evidence", "find_prediction"]
+__all__ = ["Evidence", "find_prediction", "has_marker"]
 
 EDM_MARKERS = {
     "edm_vpred.sigma_max": "CosXL, over the noise levels of EDM",
@@ -85,7 +85,7 @@ def find_prediction(
     """
     if asked not in (None, "eps", "v"):
         raise SettingError("SETTING_PREDICTION", "prediction", said(asked), expected="'eps' or 'v'")
-    if marker := next((name for name in EDM_MARKERS if name in keys), None):
+    if marker := next((name for name in EDM_MARKERS if has_marker(keys, name)), None):
         found = f"it holds a tensor {marker!r}: {EDM_MARKERS[marker]}, which is not built"
         raise CheckpointError("CKPT_NOT_BUILT", path, found, expected=BUILT, hint="give another checkpoint")
     if asked is not None:
@@ -102,17 +102,30 @@ def find_prediction(
     return first
 
 
+def has_marker(keys: Collection[str], name: str) -> bool:
+    """Tell whether a tensor has a name, alone or behind a prefix.
+
+    Args:
+        keys: names of tensors.
+        name: the name.
+
+    Returns:
+        True if one has.
+    """
+    return name in keys or any(key.endswith(f".{name}") for key in keys)
+
+
 def _evidence(
     scheduler: Mapping[str, Any], path: Path, metadata: Mapping[str, str], keys: Collection[str]
 ) -> Iterator[Evidence]:
     """Yield all that is said, the strongest first."""
-    if "v_pred" in keys:
+    if has_marker(keys, "v_pred"):
         yield Evidence("v", "it holds a tensor 'v_pred'")
     for key, meanings in METADATA.items():
         value = metadata.get(key, "")
         if value in meanings:
             yield Evidence(meanings[value], f"metadata: {key} {value}")
-        elif value and key in NOTHING_ELSE:
+        elif value not in ("", "None", "null") and key in NOTHING_ELSE:
             _refuse(path, f"metadata: {key} {said(value)}")
     if scheduler.get("prediction_type") is not None:
         name = scheduler["prediction_type"]

@@ -20,6 +20,7 @@ SGM = "model: {params: {denoiser_config: {params: {scaling_config: {target: sgm.
 # In their order: (what says v, what says eps), each as arguments of `say`.
 SOURCES = [
     ({"keys": {"v_pred"}}, None),
+    ({"keys": {"model.v_pred"}}, None),
     ({"metadata": {"modelspec.prediction_type": "v"}}, {"metadata": {"modelspec.prediction_type": "epsilon"}}),
     ({"metadata": {"modelspec.predict_key": "v"}}, {"metadata": {"modelspec.predict_key": "epsilon"}}),
     ({"metadata": {"ss_v_parameterization": "True"}}, {"metadata": {"ss_v_parameterization": "False"}}),
@@ -38,6 +39,7 @@ SILENT = [
     {"yaml": "model: &m\n  params: *m\n"},
     {"yaml": ""},
     {"metadata": {"ss_v_parameterization": "None", "modelspec.prediction_type": ""}},
+    {"metadata": {"modelspec.prediction_type": "None"}},
     {"keys": {"ztsnr"}},
 ]
 
@@ -94,6 +96,7 @@ def test_two_that_contradict_are_named(say, higher, lower):
         ({"keys": {"edm_vpred.sigma_max"}}, "CosXL"),
         ({"keys": {"edm_vpred.sigma_min"}}, "CosXL"),
         ({"keys": {"edm_mean", "edm_std"}}, "Playground 2.5"),
+        ({"keys": {"model.diffusion_model.edm_mean"}}, "Playground 2.5"),
         ({"metadata": {"modelspec.prediction_type": "rectified_flow"}}, "rectified_flow"),
         ({"metadata": {"modelspec.predict_key": "sample"}}, "sample"),
         ({"scheduler": {"prediction_type": "sample"}}, "sample"),
