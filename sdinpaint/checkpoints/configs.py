@@ -270,7 +270,7 @@ def _layers(shapes: Shapes, json: Json, base: TextConfig) -> int:
     All sizes but this one would be those of a smaller text encoder that is complete.
     """
     held = _count(shapes, r"text_model\.encoder\.layers\.(\d+)\.")
-    if shapes["text_model.embeddings.token_embedding.weight"][1] != base.width:
+    if shapes["text_model.embeddings.token_embedding.weight"] != (base.vocab_size, base.width):
         return held
     told = json.get("num_hidden_layers", base.num_layers)
     return max(held, min(told, base.num_layers) if isinstance(told, int) else held)

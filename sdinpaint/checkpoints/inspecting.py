@@ -30,6 +30,8 @@ from sdinpaint.progress import progress_bar
 
 __all__ = ["Report", "inspect"]
 
+OF_A_FOLDER = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "merges.txt")
+"""Files that tell something only together with the others in their folder, which is described instead."""
 SHOWN = 20
 """Findings that are printed at most."""
 Tensors = list[tuple[tuple[int, ...], StoredDtype]]
@@ -153,7 +155,7 @@ def inspect(
     """
     path, hash = as_path(check_path("source", source)), check_switch("hash", hash)
     verify = check_switch("verify", verify)
-    if path.name == "config.json" and path.is_file():
+    if (path.name in OF_A_FOLDER or path.name.endswith(".index.json")) and path.is_file():
         source = path = path.parent
     options = LoadOptions(source=source, variant=variant, revision=revision, local_files_only=local_files_only)
     try:

@@ -414,8 +414,8 @@ def test_the_last_of_a_row_of_blocks_is_missed():
     """The others are a smaller network, which is complete."""
     shapes = native_shapes("text_encoder", "sd15_base")
     cut = {name: shape for name, shape in shapes.items() if ".layers.11." not in name}
-    for json, layers in (({}, 12), ({"num_hidden_layers": 12}, 12), ({"num_hidden_layers": 11}, 11)):
-        assert text_config(cut, json, SD15.text, "here").num_layers == layers
+    for table, layers in (({}, 12), ({"num_hidden_layers": 12}, 12), ({"num_hidden_layers": 11}, 11)):
+        assert text_config(cut, table, SD15.text, "here").num_layers == layers
     shapes = native_shapes("unet", "sdxl_base")
     cut = {name: shape for name, shape in shapes.items() if not re.match(r"middle_block.*transformer_blocks\.9", name)}
     assert len(cut) < len(shapes)

@@ -234,6 +234,9 @@ PARTS = {
     "scheduler/scheduler_config.json": "--config FOLDER",
     "tokenizer": "--tokenizer PATH",
     "tokenizer/vocab.json": "--tokenizer PATH",
+    "tokenizer/merges.txt": "--tokenizer PATH",
+    "tokenizer/tokenizer_config.json": "--tokenizer PATH",
+    "tokenizer/special_tokens_map.json": "--tokenizer PATH",
     "model_index.json": "every tensor is accounted for",
     "": "every tensor is accounted for",
 }
@@ -243,6 +246,13 @@ PARTS = {
 def test_inspect_says_what_a_part_serves_as(model, part):
     code, told = inspected(model[1] / part)
     assert (code, PARTS[part] in told) == (0, True), told
+
+
+@pytest.mark.parametrize("part", ["unet/config.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json"])
+def test_settings_are_no_web_page(model, part):
+    with pytest.raises(CheckpointError) as caught:
+        load(model[1] / part)
+    assert (caught.value.code, caught.value.hint) == ("CKPT_UNKNOWN_FORMAT", "give the folder that it is in")
 
 
 @pytest.mark.parametrize(

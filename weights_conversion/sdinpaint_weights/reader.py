@@ -81,6 +81,9 @@ def _refuse_text(file: SourceFile, head: bytes) -> NoReturn:
         stands_for = f" that stands for a file of {size_text(int(size[1]))}" if size else ""
         hint = "run `git lfs pull` in its folder, or download the file itself"
         raise CheckpointError("CKPT_LFS_POINTER", file.path, f"a git-lfs pointer{stands_for}", hint=hint)
+    if file.path.suffix == ".json" and text[:1] == "{":
+        found, hint = "a JSON file, which holds settings and no weights", "give the folder that it is in"
+        raise CheckpointError("CKPT_UNKNOWN_FORMAT", file.path, found, expected=KINDS, hint=hint)
     if text.lower().startswith(("<!doctype", "<html", "<head", "<body", "<?xml")) or text[:1] in ("{", "["):
         title = re.search(r"<title>\s*([^<]{1,80})", text, re.IGNORECASE)
         says = repr(title[1].strip() if title else text[:80])
