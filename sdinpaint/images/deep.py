@@ -5,16 +5,17 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, PLANAR_CONFIGURATION, SAMPLEFORMAT
 
 from sdinpaint.images.exif import Entry, Exif, Ifd, ifd_bytes, long, rational, short, undefined
 
-__all__ = ["Samples", "png_bytes", "read_colour", "samples_of", "scaled", "tiff_bytes", "to_8_bits"]
+__all__ = ["Samples", "misread", "png_bytes", "read_colour", "samples_of", "scaled", "tiff_bytes", "to_8_bits"]
 
 Samples: TypeAlias = NDArray[Any]
 """Pixels (H, W, 3) or (H, W, 4): uint8 0 to 255, uint16 0 to 65535, or float32 0.0 to 1.0."""
@@ -25,7 +26,7 @@ OTHER_BYTE = {"16B": "16L", "16L": "16B", "16N": "16B" if np.little_endian else 
 """Byte order of 16-bit samples, of which Pillow keeps the high bytes -> the order in which it takes the low ones."""
 STRIP = 1 << 20
 """Bytes of a strip of a TIFF file before compression."""
-DEFLATE, DIFFERENCES = 8, 2
+DEFLATE, DIFFERENCES, SIGNED = 8, 2, 2
 
 
 def to_8_bits(samples: Samples) -> NDArray[np.uint8]:
@@ -71,6 +72,25 @@ def samples_of(samples: Samples) -> Samples:
     return np.rint(samples * np.float64(65535)).astype(np.uint16) if samples.dtype == np.float32 else samples
 
 
+def misread(tags: Mapping[int, Any]) -> str | None:
+    """Say what of a TIFF file Pillow passes over, so that it decodes other pixels than the file holds.
+
+    Args:
+        tags: the tags of the file.
+
+    Returns:
+        The words; None for a file that is read as it is.
+    """
+    bits = tags.get(BITSPERSAMPLE, (1,))
+    if tags.get(PLANAR_CONFIGURATION) == 2 and len(bits) > 1 and max(bits) > 8:
+        return "of more than 8 bits in separate planes"
+    if tags.get(PHOTOMETRIC_INTERPRETATION) == 0 and max(bits) > 8:
+        return "of more than 8 bits in which 0 is white"
+    if SIGNED in tags.get(SAMPLEFORMAT, ()) and max(bits) <= 8:
+        return "of 8-bit numbers with a sign"
+    return None
+
+
 def read_colour(image: Image.Image) -> Samples | None:
     """Read the samples of a colour image of 16 bits, of which Pillow's own decoding keeps the high bytes alone.
 
@@ -86,7 +106,7 @@ def read_colour(image: Image.Image) -> Samples | None:
         return None
     rawmode = _rawmode(tiles[0])
     kind, _, order = rawmode.partition(";")
-    if order not in OTHER_BYTE or kind not in ("RGB", "RGBA", "LA"):
+    if order not in OTHER_BYTE or kind not in ("RGB", "RGBX", "RGBA", "RGBa", "LA"):
         return None
     position = stream.tell()
     try:
@@ -94,10 +114,19 @@ def read_colour(image: Image.Image) -> Samples | None:
             levels = _decoded(image, "RGBA")
             grey, alpha = (levels[..., i].astype(np.uint16) << 8 | levels[..., i + 1] for i in (0, 2))
             return np.stack([grey, grey, grey, alpha], axis=2)
-        high: NDArray[Any] = _decoded(image, rawmode).astype(np.uint16)
-        return high << 8 | _decoded(image, f"{kind};{OTHER_BYTE[order]}")
+        plain = "RGBA" if kind == "RGBa" else kind
+        high: NDArray[Any] = _decoded(image, f"{plain};{order}").astype(np.uint16)
+        samples = high << 8 | _decoded(image, f"{plain};{OTHER_BYTE[order]}")
+        return _divided(samples) if kind == "RGBa" else samples
     finally:
         stream.seek(position)
+
+
+def _divided(samples: Samples) -> Samples:
+    """Divide colours by the alpha that they are multiplied with."""
+    alpha = samples[..., 3:].astype(np.float64)
+    colours = samples[..., :3] * np.divide(65535, alpha, out=np.zeros_like(alpha), where=alpha > 0)
+    return np.concatenate([np.rint(colours).clip(0, 65535).astype(np.uint16), samples[..., 3:]], axis=2)
 
 
 def _decoded(image: ImageFile.ImageFile, rawmode: str) -> NDArray[np.uint8]:

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO, TypeAlias, TypeGuard
 
 from PIL import ExifTags, Image, UnidentifiedImageError
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PLANAR_CONFIGURATION
 from sdinpaint_weights.door import Refusal, open_regular
 
 from sdinpaint.errors import ImageError, warn
+from sdinpaint.images.deep import misread
 from sdinpaint.images.embedded import read_embedded
 
 __all__ = ["DECODER_ERRORS", "DEEP_MODES", "FORMATS", "MAX_PIXELS", "File", "check_pixels", "decode", "decoding"]
@@ -47,6 +47,8 @@ TURNS = {
 
 SHOWN = 120
 """Characters of a path that an error shows."""
+TIFF_STARTS = (b"II*\0", b"MM\0*")
+"""First bytes of a TIFF file."""
 BASE64 = re.compile(r"data:|(iVBORw0KGgo|/9j/|UklGR|R0lGOD|SUkqA|TU0AK|Qk0)[A-Za-z0-9+/=\s]{20}")
 """A text that begins as the base64 of an image file does."""
 DECODE_IT = "decode the text first: base64.b64decode(text.partition(',')[2] or text) gives bytes, which are read"
@@ -216,11 +218,9 @@ def require_usable(image: Image.Image, subject: str) -> None:
     check_pixels(subject, image.height, image.width)
     if image.mode not in MODES:
         raise ImageError("IMAGE_TYPE", subject, f"PIL mode {image.mode}", expected="RGB", hint="convert it to RGB")
-    tags = getattr(image, "tag_v2", {})
-    bits = tags.get(BITSPERSAMPLE, (8,))
-    if tags.get(PLANAR_CONFIGURATION) == 2 and len(bits) > 1 and max(bits) > 8:  # Pillow decodes noise
-        found, hint = "a TIFF file of more than 8 bits in separate planes", "save it with interleaved channels"
-        raise ImageError("IMAGE_TYPE", subject, found, expected="interleaved channels", hint=hint)
+    if (found := misread(getattr(image, "tag_v2", {}))) is not None:
+        expected, hint = "a TIFF file as most programs write it", "save it again with another program, or as PNG"
+        raise ImageError("IMAGE_TYPE", subject, f"a TIFF file {found}", expected=expected, hint=hint)
 
 
 def check_pixels(subject: str, height: int, width: int) -> None:
@@ -399,6 +399,8 @@ def _unreadable(stream: BinaryIO, subject: str, error: Exception) -> ImageError:
         found, hint = "its text chunks are too large", "remove its metadata, or save it again"
     elif not start and isinstance(error, UnidentifiedImageError):
         found, hint = "an empty file", "copy or download the file again"
+    elif start[:4] in TIFF_STARTS:
+        found, hint = "a TIFF file of a kind that Pillow cannot read", "save it as PNG, or as TIFF of 8 or 16 bits"
     elif start[4:8] == b"ftyp":
         found = f"a HEIF file ({start[8:12].decode('latin-1')})"
         hint = "save it as PNG; or pip install pillow-heif, open it with PIL, and give the opened image"

@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sdinpaint.errors import ImageError
+from sdinpaint.errors import ImageError, MaskError
 from sdinpaint.images.boxes import Box
 from sdinpaint.images.canvas import extend
 from sdinpaint.images.deep import png_bytes, samples_of, scaled, tiff_bytes, to_8_bits
 from sdinpaint.images.exif import Exif
 from sdinpaint.images.input_image import join_samples, paste, read_image
+from sdinpaint.masks import Mask
 
 SIZE = 72, 97
 RNG = np.random.default_rng(0)
@@ -73,13 +74,53 @@ def test_sixteen_bit_colour_is_read_whole(encoder, channels, opened):
     assert channels == 3 or np.array_equal(image.alpha, eight[..., 3])
 
 
+MISREAD = {
+    "separate planes": (noise(3).transpose(2, 0, 1), {"photometric": "rgb", "planarconfig": "separate"}),
+    "0 is white": (noise(1)[..., 0], {"photometric": "miniswhite"}),
+    "more than 8 bits in which": (RNG.random(SIZE).astype(np.float32), {"photometric": "miniswhite"}),
+    "with a sign": (noise(1, "uint8")[..., 0].view(np.int8), {}),
+    "kind that Pillow cannot read": (RNG.random((*SIZE, 3)).astype(np.float32), {"photometric": "rgb"}),
+}
+
+
+@pytest.mark.parametrize("found", MISREAD)
 @pytest.mark.parametrize("compression", [None, "zlib"])
-def test_what_pillow_would_misread_is_refused(compression):
-    planes = np.ascontiguousarray(noise(3).transpose(2, 0, 1))
+def test_what_pillow_would_misread_is_refused(found, compression):
+    array, options = MISREAD[found]
     stream = io.BytesIO()
-    tifffile.imwrite(stream, planes, photometric="rgb", planarconfig="separate", compression=compression)
-    with pytest.raises(ImageError, match="separate planes"):
-        read_image(stream)
+    tifffile.imwrite(stream, np.ascontiguousarray(array), compression=compression, **options)
+    for read in (read_image, Mask.open):
+        with pytest.raises((ImageError, MaskError), match=found):
+            read(stream)
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_white_may_be_0_where_pillow_knows_it(order):
+    array = noise(1, "uint8")[..., 0]
+    stream = io.BytesIO()
+    tifffile.imwrite(stream, array, photometric="miniswhite", byteorder=order)
+    assert np.array_equal(read_image(stream).rgb[..., 0], 255 - array)
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_sixteen_bits_beside_a_channel_without_a_meaning_are_read_whole(order):
+    array, stream = noise(4), io.BytesIO()
+    tifffile.imwrite(stream, array, photometric="rgb", extrasamples=["unspecified"], byteorder=order)
+    assert np.array_equal(read_image(stream).samples, array[..., :3])
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_sixteen_bits_that_are_multiplied_with_alpha_are_read_whole(order):
+    array = noise(4)
+    array[:9, :, 3], array[9:18, :, 3] = 0, 65535
+    alpha = array[..., 3:] / 65535
+    multiplied = np.concatenate([np.rint(array[..., :3] * alpha).astype(np.uint16), array[..., 3:]], axis=2)
+    stream = io.BytesIO()
+    tifffile.imwrite(stream, multiplied, photometric="rgb", extrasamples=["assocalpha"], byteorder=order)
+    read = read_image(stream).samples
+    assert np.array_equal(read[..., 3], array[..., 3])
+    assert np.array_equal(read[9:18], array[9:18])
+    assert np.array_equal(np.rint(read[..., :3] * alpha), multiplied[..., :3])
 
 
 def chunk(name: bytes, data: bytes) -> bytes:
