@@ -14,7 +14,7 @@ import click
 from sdinpaint.cli.common import check_output, hub_options, json_option, quiet_option, replacing, together
 from sdinpaint.cli.values import CROP, DTYPE_OR_AUTO, SAMPLER, SIZE
 from sdinpaint.cli.wording import as_typed
-from sdinpaint.images.files import save_png
+from sdinpaint.images.files import check_output_path, save_png
 from sdinpaint.load_options import LoadOptions
 
 __all__ = ["LOADING", "inpaint", "machine_options", "model_options", "outpaint", "vary"]
@@ -352,10 +352,14 @@ def _paint(
     sheets = [] if sheet is None else _targets(sheet, -(-len(drawn) // options["batch_size"]), [*inputs, *targets])
     asked = {"kind": kind, "seed": drawn[0], "control_image": control_image, **options}
     request = Request(image, mask, prompt, negative_prompt, **asked)
+    if (item := request.items[0]) is not None:
+        height, width = item.image.size
+        for target in targets:
+            check_output_path(target, (width, height))
     if loading.controlnet is None:
         require_no_control(request.settings, control_image is not None)
     show_progress = not quiet and not as_json
-    if show_progress and mask is not None and (item := request.items[0]) is not None:
+    if show_progress and mask is not None and item is not None:
         told = item.mask.report(request.settings.cover).table()
         click.echo(f"mask {mask}\n{as_typed(told)}", err=True)
     pipe = load(loading, progress=show_progress)

@@ -34,12 +34,16 @@ ENCODING: dict[str, dict[str, Any]] = {
     "AVIF": {"quality": 100, "subsampling": "4:4:4"},
 }
 """Format -> options of Pillow's `save`; Pillow cannot write AVIF without loss."""
+LONGEST = {"JPEG": 65_500, "WEBP": 16_383, "AVIF": 65_536}
+"""Format -> the most pixels a side that its encoder takes, where there is a limit."""
 LOSSLESS = ("PNG", "TIFF", "WEBP")
 """Formats in which every pixel comes back bit for bit."""
 DEEP = ("PNG", "TIFF")
 """Formats that are written with 16 bits a sample where the source has more than 8."""
 NO_SUCH_NAME = (errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP)
 """Reasons for which a file cannot be written that lie in its path, and not in the machine."""
+ENCODER_ERRORS = (OSError, ValueError, RuntimeError, struct.error)
+"""What Pillow's encoders raise, and the system where they write."""
 MAX_FIELD = 1 << 21
 """Bytes of Exif data in a file of another format than JPEG."""
 
@@ -57,17 +61,19 @@ def over_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def check_output_path(path: Path | str) -> Path:
+def check_output_path(path: Path | str, size: tuple[int, int] | None = None) -> Path:
     """Check that an image can be written at a path, before anything is computed; nothing is left behind.
 
     Args:
         path: the file, whose ending is one of SUFFIXES. Its folder is made when the image is written.
+        size: width and height of the image, where they are known.
 
     Returns:
         The path.
 
     Raises:
-        ImageError: the ending is unknown, the path is no file's, or the file or its folder is not writable.
+        ImageError: the ending is unknown, its format does not hold images of that size, the path is no file's, or the
+            file or its folder is not writable.
     """
     if not isinstance(path, str | Path):
         check_path("path", path)
@@ -79,6 +85,13 @@ def check_output_path(path: Path | str) -> Path:
     if path.suffix.lower() == ".avif" and not features.check("avif"):
         found, hint = "AVIF, which this installation of Pillow cannot write", "pip install --upgrade pillow"
         raise ImageError("IMAGE_OUTPUT_TYPE", subject, found, hint=hint)
+    longest = LONGEST.get(SUFFIXES[path.suffix.lower()])
+    if size is not None and longest is not None and max(size) > longest:
+        found, expected = (
+            "an image of {} x {} pixels".format(*size),
+            f"at most {longest} pixels a side for {path.suffix}",
+        )
+        raise ImageError("IMAGE_OUTPUT_TYPE", subject, found, expected=expected, hint="save as .png")
     try:
         check_writable(path)
     except OSError as error:
@@ -141,7 +154,7 @@ def as_stored(
     stream = io.BytesIO()
     try:
         file.save(stream, format=kind, **options)
-    except (OSError, ValueError, struct.error) as error:
+    except ENCODER_ERRORS as error:
         found, hint = f"cannot be encoded: {_reason(error)}", "save as .png"
         raise ImageError("IMAGE_NOT_WRITTEN", f"output {str(path)!r}", found, hint=hint) from error
     return Image.open(stream, formats=[kind])
@@ -161,7 +174,7 @@ def _prepared(
     image: Image.Image, path: Path | str, settings: Mapping[str, Any], source: Embedded, samples: Samples | None
 ) -> tuple[Any, str, dict[str, Any]]:
     """Return what is written, its format, and the options of its `save`."""
-    kind = SUFFIXES[check_output_path(path).suffix.lower()]
+    kind = SUFFIXES[check_output_path(path, image.size).suffix.lower()]
     subject, record, profile = f"output {str(path)!r}", to_record(settings), image.info.get("icc_profile")
     if kind == "JPEG" and image.mode != "RGB":
         if image.has_transparency_data:
@@ -180,8 +193,12 @@ def _prepared(
         file = tiff_bytes(pixels, exif, dpi=source.dpi, icc_profile=profile, xmp=source.xmp)
         return _Encoded(file), kind, {}
     options = ENCODING[kind] | {"exif": exif.to_bytes(), "icc_profile": profile}
-    if source.xmp and len(source.xmp) <= limit:
-        options["xmp"] = source.xmp
+    if source.xmp:
+        if len(source.xmp) <= limit:
+            options["xmp"] = source.xmp
+        else:
+            found = f"XMP data of the source, {len(source.xmp)} bytes, do not fit into {kind}"
+            warn(f"{subject}: {found}, and are left out")
     if source.dpi and kind == "JPEG":
         options["dpi"] = source.dpi
     return image, kind, options
@@ -209,7 +226,7 @@ def write_image(image: Image.Image, path: Path | str, kind: str, **options: Any)
     try:
         with atomic_write(path) as stream:
             image.save(stream, format=kind, **options)
-    except (OSError, ValueError, struct.error) as error:
+    except ENCODER_ERRORS as error:
         found = f"could not be written: {_reason(error)}"
         hint = "a previous file of that name is untouched; check the free space and the folder"
         raise ImageError("IMAGE_NOT_WRITTEN", f"output {str(path)!r}", found, hint=hint) from error

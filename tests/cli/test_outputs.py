@@ -122,6 +122,15 @@ def test_a_file_that_is_read_only_is_told_before_anything_is_computed(forbid):
     assert Path("out.png").read_bytes() == b"the old image"
 
 
+def test_a_format_that_does_not_hold_the_image_is_told_before_anything_is_computed(forbid):
+    from sdinpaint import loading
+
+    forbid(loading, "load")
+    done = run("outpaint", "photo.png", "--right=16400", "--prompt=a", "--model=demo", "--out=out.webp")
+    assert done.exit_code == 3
+    assert "at most 16383 pixels a side" in done.stderr
+
+
 # standard streams
 
 

@@ -198,6 +198,16 @@ def test_a_maker_note_gives_way_before_the_rest(tmp_path):
     assert image.getexif().get_ifd(ExifTags.IFD.GPSInfo)
 
 
+def test_xmp_data_that_a_jpeg_file_cannot_hold_are_told(tmp_path):
+    source = embedded.Embedded(xmp=b"<x/>" * 20_000)
+    with pytest.warns(SdInpaintWarning, match="XMP data of the source, 80000 bytes, do not fit into JPEG"):
+        save_png(Image.new("RGB", (8, 8)), tmp_path / "out.jpg", SETTINGS, source=source)
+    for suffix in ("png", "webp", "tiff", "avif"):
+        save_png(Image.new("RGB", (8, 8)), tmp_path / f"out.{suffix}", SETTINGS, source=source)
+        with Image.open(tmp_path / f"out.{suffix}") as image:
+            assert embedded.read_embedded(image).xmp == source.xmp
+
+
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF:UserWarning", "ignore:Metadata Warning:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*Exif data:sdinpaint.errors.SdInpaintWarning")

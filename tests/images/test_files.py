@@ -69,6 +69,30 @@ def test_unknown_extension(tmp_path, name):
     assert name in caught.value.subject
 
 
+@pytest.mark.parametrize("suffix", files.LONGEST.keys())
+def test_a_format_refuses_an_image_that_it_does_not_hold(tmp_path, suffix):
+    most = files.LONGEST[suffix]
+    path = tmp_path / f"out.{suffix.lower()}"
+    save_png(Image.new("RGB", (most, 8)), path, {})
+    before = path.read_bytes()
+    for size in ((most + 1, 8), (8, most + 1)):
+        for save in (save_png, files.as_stored) if suffix != "WEBP" else (save_png,):
+            with pytest.raises(ImageError, match=rf"{size[0]} x {size[1]} pixels[^$]*at most {most} pixels"):
+                save(Image.new("RGB", size), path, {})
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to encode image"), ValueError("encoding error 5")])
+def test_errors_of_encoders_are_explained(tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    for save in (save_png, files.as_stored):
+        with pytest.raises(ImageError, match=str(error)):
+            save(Image.new("RGB", (8, 8)), tmp_path / "out.avif", {})
+
+
 def test_a_folder_that_does_not_exist_is_made_when_the_image_is_written(image, tmp_path):
     target = tmp_path / "absent" / "too" / "a.png"
     check_output_path(target)
@@ -459,7 +483,7 @@ def test_damaged_files_are_read_or_refused(folder, saved, suffix, changes, share
 class Faulty:
     """An image whose encoder writes some bytes and then fails."""
 
-    mode, info = "RGB", {}
+    mode, size, info = "RGB", (8, 8), {}
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
