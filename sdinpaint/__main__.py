@@ -28,6 +28,11 @@ def main() -> NoReturn:
         signal.signal(number, _end)
     _open_streams()
     try:
+        os.getcwd()
+    except OSError as error:
+        sys.stderr.write(f"error: current folder: {error.strerror}\n  hint: change to a folder that exists\n")
+        os._exit(ENVIRONMENT)
+    try:
         from sdinpaint.cli import main as commands  # noqa: PLC0415 - signals are handled from before it is imported
 
         commands(prog_name="sdinpaint")
@@ -101,8 +106,8 @@ def _open_streams() -> None:
 
 
 def _text(raw: io.FileIO, previous: io.TextIOWrapper | object) -> io.TextIOWrapper:
-    encoding, errors = getattr(previous, "encoding", "utf-8"), getattr(previous, "errors", "backslashreplace")
-    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=True)
+    encoding = getattr(previous, "encoding", "utf-8")  # what it has no letters for is written as escapes
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=True)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,8 @@ class SdInpaintWarning(UserWarning):
 
 NO_MEMORY = re.compile(
     "out of memory|allocate memory|not enough memory|unable to allocate|_ALLOC_FAILED"
-    "|could not create a (?:primitive|memory object)$|failed to map segment",  # oneDNN; shared libraries
+    "|could not create a (?:primitive|memory object)$|failed to map segment"  # oneDNN; shared libraries
+    "|can't start new thread",  # there is no memory for its stack
     re.IGNORECASE,
 )
 ASKED = re.compile(r"allocate ([0-9.]+ (?:bytes|[KMGT]?i?B))", re.IGNORECASE)

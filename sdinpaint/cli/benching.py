@@ -9,8 +9,9 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from sdinpaint.cli.common import quiet_option, raising_on_signals
+from sdinpaint.cli.common import quiet_option, raising_on_signals, say
 from sdinpaint.cli.values import Value
+from sdinpaint.errors import shown_lines
 
 __all__ = ["bench"]
 
@@ -112,7 +113,7 @@ def bench(
         if options["part"] == PRUNE:
             removed = prune(places)
             of = "".join(f", {count} of {name}" for name, count in removed.items())
-            click.echo(f"{sum(removed.values())} superseded rows removed from {places.rows}{of}")
+            say(f"{sum(removed.values())} superseded rows removed from {places.rows}{of}")
         write_pages(places)
         return
     most_bytes = None if most_gb is None else most_gb * 1e9
@@ -123,10 +124,10 @@ def bench(
     finally:  # an interrupted run keeps its rows
         write_pages(places, outcome.refused)
         if not quiet:
-            click.echo(tables(outcome.rows) + "".join(f"Refused: {reason}\n" for reason in outcome.refused), nl=False)
+            say((tables(outcome.rows) + "".join(f"Refused: {reason}\n" for reason in outcome.refused)).rstrip("\n"))
     if outcome.refused:
         ctx.exit(REFUSED)
 
 
 def _say(text: str) -> None:
-    tqdm.write(text, file=sys.stderr)  # above the progress bar
+    tqdm.write(shown_lines(text), file=sys.stderr)  # above the progress bar

@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
-from sdinpaint.cli.common import BAD_INPUT, hub_options, json_option, quiet_option, together
+from sdinpaint.cli.common import BAD_INPUT, hub_options, json_option, quiet_option, say, together
 from sdinpaint.cli.settings_page import settings_page
 from sdinpaint.cli.values import DTYPE
+from sdinpaint.errors import shown
 from sdinpaint.images.files import SUFFIXES
 from sdinpaint.images.reading import read_settings
 
@@ -40,12 +41,18 @@ def inspect(path: str, as_json: bool, **options: Any) -> None:
     """
     if Path(path).suffix.lower() in SUFFIXES:
         settings = read_settings(path)
-        click.echo(json.dumps(settings, indent=2) if as_json else settings_page(path, settings))
+        if as_json:
+            click.echo(json.dumps(settings, indent=2))
+        else:
+            say(settings_page(path, settings))
         return
     from sdinpaint.checkpoints.inspecting import inspect as report_on
 
     report = report_on(path, **options)
-    click.echo(json.dumps(report.to_json(), indent=2) if as_json else str(report))
+    if as_json:
+        click.echo(json.dumps(report.to_json(), indent=2))
+    else:
+        say(str(report))
     if not report.usable:
         click.get_current_context().exit(BAD_INPUT)
 
@@ -124,4 +131,4 @@ def merge(custom: str, out: Path, quiet: bool, **options: Any) -> None:
 def _say_written(target: Path, quiet: bool) -> None:
     if not quiet:
         files = [target] if target.is_file() else [path for path in target.rglob("*") if path.is_file()]
-        click.echo(f"{target}: {sum(path.stat().st_size for path in files) / 1e9:.2f} GB")
+        say(f"{shown(target)}: {sum(path.stat().st_size for path in files) / 1e9:.2f} GB")

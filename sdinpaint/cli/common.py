@@ -18,7 +18,7 @@ from sdinpaint_weights.targets import resolved
 from tqdm import tqdm
 
 from sdinpaint.cli.wording import Wording
-from sdinpaint.errors import ImageError, SdInpaintError, SdInpaintWarning, out_of_memory
+from sdinpaint.errors import ImageError, SdInpaintError, SdInpaintWarning, out_of_memory, shown, shown_lines
 from sdinpaint.images.files import check_output_path
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "quiet_option",
     "raising_on_signals",
     "replacing",
+    "say",
     "together",
 ]
 
@@ -213,6 +214,16 @@ def check_output(target: Path, inputs: Iterable[Path | str]) -> None:
             raise ImageError("IMAGE_OUTPUT_PATH", f"output {str(target)!r}", found, hint=hint)
 
 
+def say(text: str, *, err: bool = False) -> None:
+    """Print lines for a person; text in them that came from outside cannot control the terminal.
+
+    Args:
+        text: the lines.
+        err: print them on standard error.
+    """
+    click.echo(shown_lines(text), err=err)
+
+
 @contextmanager
 def replacing(target: Path, *, quiet: bool = False) -> Iterator[None]:
     """Say on standard error that a file was replaced, if one was there before the block wrote it.
@@ -224,7 +235,7 @@ def replacing(target: Path, *, quiet: bool = False) -> Iterator[None]:
     there = target.exists()
     yield
     if there and not quiet:
-        click.echo(f"replaced {target}", err=True)
+        say(f"replaced {shown(target)}", err=True)
 
 
 def _explained(error: Exception) -> SdInpaintError | None:
@@ -252,7 +263,7 @@ def _notes(ctx: click.Context) -> Iterator[None]:
             line: str | None = None,
         ) -> None:
             if not issubclass(category, SdInpaintWarning):
-                python_way(message, category, filename, lineno, file, line)
+                python_way(shown_lines(str(message)), category, filename, lineno, file, line)
             elif str(message) not in shown:
                 shown.add(str(message))
                 tqdm.write(f"note: {Wording(ctx.meta[CALLED]).sentence(str(message))}", file=sys.stderr)

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from sdinpaint.cli.common import json_option
+from sdinpaint.cli.common import json_option, say
 from sdinpaint.cli.painting import machine_options
 
 __all__ = ["demo", "doctor", "samplers"]
@@ -40,17 +40,17 @@ def demo(out: Path, **loading: Any) -> None:
     from sdinpaint.load_options import LoadOptions
     from sdinpaint.loading import load
 
-    click.echo("Repainting drawn scenes with the included checkpoint ...")
+    say("Repainting drawn scenes with the included checkpoint ...")
     done = demonstrate(out, load(LoadOptions(source="demo", **loading), progress=False))
-    click.echo(f"{done.images} images in {done.seconds:.0f} s, each with all its known pixels kept bit for bit.")
-    click.echo(f"Look at them: {done.path}")
+    say(f"{done.images} images in {done.seconds:.0f} s, each with all its known pixels kept bit for bit.")
+    say(f"Look at them: {done.path}")
     photo, mask, out_file = (
         quote(str(path)) for path in (done.photo, done.mask, done.photo.with_name("repainted.png"))
     )
-    click.echo("\nOne of them by hand: white in the mask is repainted.")
-    click.echo(f'  sdinpaint inpaint {photo} --mask {mask} --prompt "a green cube" --model demo --out {out_file}')
-    click.echo(f"  sdinpaint replay {out_file}")
-    click.echo("With released weights, --model is a file, a diffusers folder, or owner/name on the hub.")
+    say("\nOne of them by hand: white in the mask is repainted.")
+    say(f'  sdinpaint inpaint {photo} --mask {mask} --prompt "a green cube" --model demo --out {out_file}')
+    say(f"  sdinpaint replay {out_file}")
+    say("With released weights, --model is a file, a diffusers folder, or owner/name on the hub.")
 
 
 @click.command()
@@ -75,8 +75,8 @@ def samplers(as_json: bool) -> None:
     for name, one in SAMPLERS.items():
         eta = f"eta {one.eta:g} unless another is given" if one.stochastic else "adds no noise in its steps"
         also = ", ".join(one.aliases)
-        click.echo(f"{name}: {eta}\n  spacings: {', '.join(spacings[name])}\n  also: {also}")
-    click.echo("A last word Karras names that spacing: 'DPM++ 2M Karras' is dpmpp_2m with the spacing karras.")
+        say(f"{name}: {eta}\n  spacings: {', '.join(spacings[name])}\n  also: {also}")
+    say("A last word Karras names that spacing: 'DPM++ 2M Karras' is dpmpp_2m with the spacing karras.")
 
 
 @click.command()
@@ -93,4 +93,7 @@ def doctor(as_json: bool) -> None:
     found = examine()
     width = max(map(len, found))
     lines = (f"{name:<{width}}  {value}" for name, value in found.items())
-    click.echo(json.dumps(found, indent=2) if as_json else "\n".join(lines))
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        say("\n".join(lines))

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdinpaint.cli.common import Group, Option, check_output, json_option, replacing, together
+from sdinpaint.cli.common import Group, Option, check_output, json_option, replacing, say, together
 from sdinpaint.cli.edits import InOrder, apply_edits, edit_options, open_edits
 from sdinpaint.cli.values import BOX, COLOR, POINT, SIZE, STROKE
 from sdinpaint.cli.wording import as_typed
-from sdinpaint.errors import ImageError
+from sdinpaint.errors import ImageError, shown
 from sdinpaint.images.files import save_png
 
 if TYPE_CHECKING:
@@ -380,4 +380,4 @@ def _tell(mask: Mask, cover: Cover, quiet: bool, as_json: bool, path: str) -> No
     if as_json:
         click.echo(json.dumps({"path": path, **told.to_json()}, indent=2))
     elif not quiet:
-        click.echo(f"{path}\n{as_typed(str(told))}")
+        say(f"{shown(path)}\n{as_typed(str(told))}")

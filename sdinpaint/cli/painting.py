@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import click
 
-from sdinpaint.cli.common import check_output, hub_options, json_option, quiet_option, replacing, together
+from sdinpaint.cli.common import check_output, hub_options, json_option, quiet_option, replacing, say, together
 from sdinpaint.cli.values import CROP, DTYPE_OR_AUTO, SAMPLER, SIZE
 from sdinpaint.cli.wording import as_typed
+from sdinpaint.errors import shown
 from sdinpaint.images.files import check_output_path, save_png
 from sdinpaint.load_options import LoadOptions
 
@@ -361,7 +362,7 @@ def _paint(
     show_progress = not quiet and not as_json
     if show_progress and mask is not None and item is not None:
         told = item.mask.report(request.settings.cover).table()
-        click.echo(f"mask {mask}\n{as_typed(told)}", err=True)
+        say(f"mask {shown(mask)}\n{as_typed(told)}", err=True)
     pipe = load(loading, progress=show_progress)
     done: list[dict[str, Any]] = []
     for number, first in enumerate(range(0, len(drawn), options["batch_size"])):
@@ -375,7 +376,7 @@ def _paint(
             done.append({"path": str(target), "seconds": seconds, **used})
             if show_progress:
                 size = " x ".join(map(str, result.images[index].size))
-                click.echo(f"{target}: {size} pixels, seed {used['seed']}, {seconds} s; {result.scores[index]}")
+                say(f"{shown(target)}: {size} pixels, seed {used['seed']}, {seconds} s; {result.scores[index]}")
         if sheets:
             with replacing(sheets[number], quiet=quiet):
                 save_png(result.sheet(), sheets[number], {})

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from sdinpaint.cli.common import check_output, given, replacing
+from sdinpaint.cli.common import check_output, given, replacing, say
 from sdinpaint.cli.painting import LOADING, model_options
-from sdinpaint.errors import shown_lines
+from sdinpaint.errors import shown
 
 __all__ = ["replay"]
 
@@ -77,6 +77,5 @@ def replay(
         click.echo(json.dumps({**found, "differences": again.differences}, indent=2))
     elif not quiet:
         pixels = f"{again.changed} pixels differ, by {again.largest} of 255 levels at most"
-        lines = [f"{path}: {'identical' if again.identical else pixels}", *again.differences]
-        click.echo(shown_lines("\n".join(lines)))
+        say("\n".join([f"{shown(path)}: {'identical' if again.identical else pixels}", *again.differences]))
     ctx.exit(0 if again.identical else DIFFERENT)

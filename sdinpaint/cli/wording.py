@@ -10,9 +10,11 @@ from sdinpaint.errors import SdInpaintError
 
 __all__ = ["Wording", "as_typed"]
 
-KEYWORD = re.compile(r"\b(?P<name>[a-z_]+)=(?P<value>'[^']*'|\"[^\"]*\"|[^\s,;()]*)")
+ALONE, AT_END = r"(?<![\w./\\'\"-])", r"(?![\w/\\'\"-]|\.\w)"
+"""The signs before and after a word that is no part of a path, which messages quote."""
+KEYWORD = re.compile(ALONE + r"(?P<name>[a-z_]+)=(?P<value>'[^']*'|\"[^\"]*\"|[^\s,;()]*)")
 """Matches a keyword argument in a sentence, such as controlnet=PATH."""
-NAME = re.compile(r"\b[a-z]+(?:_[a-z]+)+\b")
+NAME = re.compile(ALONE + r"[a-z]+(?:_[a-z]+)+" + AT_END)
 """Matches a name of several words, which only a program uses."""
 VERB = re.compile(r"\bMask\.(?P<verb>[a-z_]+)\((?P<value>[^()]*)\)")
 """Matches a call that changes a mask, such as Mask.grow(4)."""
@@ -62,7 +64,7 @@ class Wording:
         else:
             names = subject.split(", ")
         if not names or not all(name in self._options for name in names):
-            return self.sentence(subject)
+            return NAME.sub(self._named, subject)
         return ", ".join(self._options[name].opts[0] for name in names)
 
     def _assigned(self, match: re.Match[str]) -> str:

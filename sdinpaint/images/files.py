@@ -43,7 +43,7 @@ DEEP = ("PNG", "TIFF")
 NO_SUCH_NAME = (errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP)
 """Reasons for which a file cannot be written that lie in its path, and not in the machine."""
 ENCODER_ERRORS = (OSError, ValueError, RuntimeError, struct.error)
-"""What Pillow's encoders raise, and the system where they write."""
+"""Errors of Pillow's encoders, and of the system while they write."""
 MAX_FIELD = 1 << 21
 """Bytes of Exif data in a file of another format than JPEG."""
 

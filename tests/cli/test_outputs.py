@@ -131,6 +131,46 @@ def test_a_format_that_does_not_hold_the_image_is_told_before_anything_is_comput
     assert "at most 16383 pixels a side" in done.stderr
 
 
+# names
+
+
+@pytest.mark.parametrize("name", ["control_image.png", "seed=42.png", "batch_size.png", "dir/mask_threshold.png"])
+def test_errors_leave_names_of_files_as_they_are(model, name):
+    for more in ([f"--mask={name}"], [f"--out=photo.png/{name}"], [f"--control-image={name}", f"--controlnet={model}"]):
+        done = inpaint("demo", "--out=out.png", *more)
+        assert done.exit_code == 3
+        assert f"{name}'" in done.stderr
+    assert f"error: --control-image '{name}'" in done.stderr
+    done = inpaint(f"{name}.ckpt", "--out=out.png")
+    assert f"error: {name}.ckpt: no such file" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["\x1b[31mred\x07", "line\nbreak", "right\u202eto left", "eight\x9b31m bits", "lone\udcff"]
+)
+def test_names_of_files_do_not_control_the_terminal(model, name):
+    unsafe = {*"\x1b\x07\u202e\x9b\udcff"}
+    os.symlink(model, f"{name} model")
+    commands = [
+        ["mask", "box", "photo.png", "--at=1,1,40,40", f"--out={name}.png"],
+        ["mask", "edit", f"{name}.png", f"--out={name} 2.png", "--grow=2"],
+        ["mask", "report", f"{name}.png"],
+        ["inpaint", "photo.png", f"--mask={name}.png", "--prompt=a", "--steps=1", "--device=cpu", "--seed=1"],
+        ["replay", f"{name} out.png"],
+        ["inspect", f"{name} out.png"],
+        ["inspect", f"{name} model"],
+        ["convert", f"{name} model", f"{name}.safetensors"],
+        ["mask", "preview", "photo.png", f"{name}.png", f"--out={name}.png"],
+    ]
+    commands[3] += [f"--model={name} model", f"--out={name} out.png"]
+    for command in commands:
+        for _ in range(2):  # the second replaces, or refuses to
+            done = run(*command)
+            assert done.exception is None or isinstance(done.exception, SystemExit)
+            assert not unsafe.intersection(done.output)
+            assert "line\nbreak" not in done.output
+
+
 # standard streams
 
 
@@ -146,6 +186,28 @@ def test_a_full_disk_under_the_output_is_told(command):
         _, said = one.communicate()
     assert one.returncode == 5
     assert said == "error: standard output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "utf-8"])
+def test_an_output_without_the_letters_of_a_name_has_escapes(encoding):
+    one = process(
+        "mask", "box", "photo.png", "--at=1,1,9,9", "--out=模型.png", env=os.environ | {"PYTHONIOENCODING": encoding}
+    )
+    told, said = one.communicate()
+    assert (one.returncode, said) == (0, "")
+    assert told.startswith("模型.png" if encoding == "utf-8" else "\\u6a21\\u578b.png")
+
+
+def test_a_current_folder_that_was_removed_is_told(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    one = process("inspect", "demo", preexec_fn=lambda: (os.chdir(gone), os.rmdir(gone)))
+    _, said = one.communicate()
+    assert one.returncode == 5
+    assert said.splitlines() == [
+        "error: current folder: No such file or directory",
+        "  hint: change to a folder that exists",
+    ]
 
 
 def test_a_closed_pipe_ends_the_command_quietly():

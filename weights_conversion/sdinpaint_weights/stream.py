@@ -135,7 +135,7 @@ def _header(items: list[Item], metadata: Mapping[str, str]) -> bytes:
     for item in items:
         begin, end = end, end + item.size
         table[item.name] = {"dtype": CODES[item.dtype], "shape": list(item.shape), "data_offsets": [begin, end]}
-    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
     text += b" " * (-len(text) % ALIGNMENT)
     return len(text).to_bytes(ALIGNMENT, "little") + text
 
