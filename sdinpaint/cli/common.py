@@ -46,6 +46,7 @@ ENVIRONMENT_CODES = {
     "SETTING_DEVICE",
     "OUT_OF_MEMORY",
     "DISK_FULL",
+    "FILE_NOT_USABLE",
     "HUB_CACHE",
     "HUB_UNREACHABLE",
 }
@@ -244,6 +245,9 @@ def _explained(error: Exception) -> SdInpaintError | None:
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return SdInpaintError("DISK_FULL", error.filename or "disk", str(error.strerror), hint="free some space")
+    if isinstance(error, OSError) and error.filename is not None:
+        hint = "check the path, and whether you may read and write there"
+        return SdInpaintError("FILE_NOT_USABLE", error.filename, str(error.strerror), hint=hint)
     return out_of_memory(error)
 
 

@@ -425,6 +425,20 @@ def test_prune_keeps_the_latest_row_of_each_measurement_on_each_machine_and_says
     assert prune(Places(places.rows, places.pages)) == {}
 
 
+@pytest.mark.parametrize("line", [b'{"part": "step", "wh', b"\xff\xfe", b"[1]", b"3", b"[" * 10_000])
+def test_a_line_that_was_cut_off_or_is_no_row_spoils_nothing(places, line):
+    file = places.rows / "step.jsonl"
+    before = latest([file])
+    with file.open("ab") as rows:
+        rows.write(line)
+    append(file, row(p50=7.0))
+    assert [one["p50"] for one in before] == [10.0, 8.0, 7.9]
+    assert [one["p50"] for one in latest([file])] == [10.0, 7.0, 7.9]
+    result = CliRunner().invoke(cli.main, ["bench", "prune", "--out", str(places.rows)])
+    assert result.exit_code == 0
+    assert len(file.read_bytes().splitlines()) == len(before) + 1
+
+
 def test_pages_measures_nothing(places):
     result = CliRunner().invoke(cli.main, ["bench", "pages", "--out", str(places.rows)])
     assert result.exit_code == 0

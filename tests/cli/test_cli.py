@@ -328,9 +328,11 @@ ENVIRONMENT = {
     "OUT_OF_MEMORY": [
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("can't start new thread"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 75 bytes."),
     ],
     "DISK_FULL": [NO_ROOM],
+    "FILE_NOT_USABLE": [PermissionError(errno.EACCES, os.strerror(errno.EACCES), "rows/step.jsonl")],
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from sdinpaint.bench.parts import PARTS
 from sdinpaint.bench.peers.systems import OURS
 from sdinpaint.bench.report.bars import draw_bars, draw_modes, draw_roofline, draw_seams
 from sdinpaint.bench.report.plots import draw_growth, draw_quality
-from sdinpaint.bench.report.rows import Row, grouped, identity, latest, machine
+from sdinpaint.bench.report.rows import Row, grouped, identity, latest, lines_of, machine, row_of
 from sdinpaint.bench.report.slower import read_reasons, slower_rows, where_slower
 from sdinpaint.bench.report.summary import summary
 from sdinpaint.bench.report.tables import by_case, case_of, dtypes, markdown, number, ratio_cell, sections, table, title
@@ -177,8 +176,8 @@ def prune(places: Places) -> dict[str, int]:
     for file in _files(places):
         if not file.is_file():
             continue
-        lines = file.read_text(encoding="utf-8").splitlines()
-        known = [identity(json.loads(line)) for line in lines]
+        lines = lines_of(file)
+        known = [identity(row_of(line)) for line in lines]
         last = {one: index for index, one in enumerate(known)}
         kept = [line for index, line in enumerate(lines) if known[index] is None or last[known[index]] == index]
         if len(kept) < len(lines):

@@ -18,7 +18,8 @@ import torch
 
 from sdinpaint.version import __version__
 
-__all__ = ["Row", "append", "environment", "grouped", "identity", "latest", "machine", "measured", "spread"]
+__all__ = ["Row", "append", "environment", "grouped", "identity", "latest", "lines_of", "machine", "measured", "row_of"]
+__all__ += ["spread"]
 
 Row = Mapping[str, Any]
 
@@ -54,7 +55,7 @@ def environment() -> dict[str, object]:
 
 
 def append(path: Path, row: Row) -> None:
-    """Append a row as a JSON line, with the environment.
+    """Append a row as a JSON line, with the environment; a line that was cut off before stays alone.
 
     Args:
         path: the file; missing folders are made.
@@ -64,8 +65,10 @@ def append(path: Path, row: Row) -> None:
         OSError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**row, "environment": environment()}) + "\n")
+    with path.open("ab+") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+        cut_off = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * cut_off + json.dumps({**row, "environment": environment()}).encode() + b"\n")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -126,11 +129,39 @@ def latest(paths: Iterable[Path]) -> list[Row]:
     """
     found: dict[tuple[object, ...], Row] = {}
     for path in paths:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for line in lines_of(path):
+            row = row_of(line)
             if (known := identity(row)) is not None:
                 found[known] = row
     return list(found.values())
+
+
+def lines_of(path: Path) -> list[str]:
+    """Read the lines of a file of results.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The lines, as far as they are text.
+    """
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def row_of(line: str) -> Row:
+    """Read a line of a file of results.
+
+    Args:
+        line: the line.
+
+    Returns:
+        The row; an empty one for a line that is none, as one that was cut off.
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return row if isinstance(row, dict) else {}
 
 
 def identity(row: Row) -> tuple[object, ...] | None:
