@@ -98,7 +98,7 @@ def out_of_memory(error: Exception) -> OutOfMemoryError | None:
         An error that says what was asked for and what to lower; None where the error is another.
     """
     text = str(error)
-    told = isinstance(error, RuntimeError | ImportError) and NO_MEMORY.search(text)
+    told = isinstance(error, RuntimeError | ImportError | OSError) and NO_MEMORY.search(text)
     if not (told or isinstance(error, MemoryError)):
         return None
     asked, free = ASKED.search(text), FREE.search(text)

@@ -329,6 +329,7 @@ ENVIRONMENT = {
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         RuntimeError("can't start new thread"),
+        OSError("libtorch_global_deps.so: failed to map segment from shared object"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 75 bytes."),
     ],
     "DISK_FULL": [NO_ROOM],
