@@ -66,26 +66,31 @@ def require_extra(module: str, *, extra: str, what: str) -> Any:
         raise SettingError("SETTING_EXTRA", what, found, hint=hint) from error
 
 
-def knowing_keywords(function: Callable[Given, Returned]) -> Callable[Given, Returned]:
+def knowing_keywords(*more: str) -> Callable[[Callable[Given, Returned]], Callable[Given, Returned]]:
     """Let a function suggest the nearest name in the TypeError of a keyword that it does not have; a decorator.
 
     Args:
-        function: a function without `**options`, or a class.
+        more: the names that it takes by `**options`.
 
     Returns:
-        The function, with the same signature.
+        The decorator, which keeps the signature.
     """
-    names = inspect.signature(function).parameters.keys()
 
-    @functools.wraps(function)
-    def call(*given: Given.args, **options: Given.kwargs) -> Returned:
-        for name in options.keys() - names:
-            close = difflib.get_close_matches(NAMES_ELSEWHERE.get(name, name), names, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {name!r}{hint}")
-        return function(*given, **options)
+    def decorate(function: Callable[Given, Returned]) -> Callable[Given, Returned]:
+        parameters = inspect.signature(function).parameters.values()
+        names = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD] + [*more]
 
-    return call
+        @functools.wraps(function)
+        def call(*given: Given.args, **options: Given.kwargs) -> Returned:
+            for name in options.keys() - names:
+                close = difflib.get_close_matches(NAMES_ELSEWHERE.get(name, name), names, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {name!r}{hint}")
+            return function(*given, **options)
+
+        return call
+
+    return decorate
 
 
 @contextmanager

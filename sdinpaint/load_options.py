@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from sdinpaint.checks import check_choice, check_path, check_switch, check_whole, dtype_name
+from sdinpaint.checks import check_choice, check_path, check_switch, check_whole, dtype_name, knowing_keywords
 from sdinpaint.errors import SettingError, said
 from sdinpaint.families import Prediction
 
-__all__ = ["LoadOptions"]
+__all__ = ["OPTIONS", "LoadOptions"]
 
 MAX_TILE = 2**16
 AUTO = "auto"
@@ -122,6 +122,11 @@ class LoadOptions:
         for name in stored:
             check_choice("load", name, known, code="MANIFEST_BROKEN", of="manifest")
         return cls(**{"source": manifest["model"], "dtype": manifest["dtype"], **stored, **changes})
+
+
+OPTIONS = [one.name for one in fields(LoadOptions)]
+"""The names of all options."""
+LoadOptions.__init__ = knowing_keywords()(LoadOptions.__init__)  # type: ignore[method-assign]
 
 
 def _is_auto(value: Any) -> bool:

@@ -31,7 +31,7 @@ __all__ = ["load", "save_diffusers"]
 
 
 @explaining_memory()
-@knowing_keywords
+@knowing_keywords()
 def load(
     source: str | Path | LoadOptions,
     *,
@@ -156,7 +156,7 @@ def load(
     )
 
 
-@knowing_keywords
+@knowing_keywords()
 def save_diffusers(folder: str | Path, pipe: LatentDiffusion, dtype: str | torch.dtype | None = None) -> None:
     """Write a pipeline as a diffusers folder, which diffusers' own pipelines load too.
 

@@ -43,7 +43,7 @@ class Replay:
         return self.changed == 0
 
 
-@knowing_keywords
+@knowing_keywords(*ALSO)
 def replay(
     path: Path | str,
     pipe: Pipeline | None = None,

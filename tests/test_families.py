@@ -12,9 +12,10 @@ from sdinpaint_weights.layout import identify
 from sdinpaint_weights.native import check_complete, native_state, outside_keys
 
 from sdinpaint.checkpoints.building import MODELS, build
-from sdinpaint.checkpoints.configs import schedule_config, text_config, unet_config, vae_config
+from sdinpaint.checkpoints.configs import text_config, unet_config, vae_config
 from sdinpaint.checkpoints.diffusers_configs import diffusers_configs
 from sdinpaint.checkpoints.opening import open_checkpoint
+from sdinpaint.checkpoints.schedule_config import schedule_config
 from sdinpaint.families import FAMILIES, SD2, SD2_INPAINT, SD2_V, SD15, SD15_INPAINT, SDXL, SDXL_INPAINT
 from sdinpaint.load_options import LoadOptions
 

@@ -8,9 +8,11 @@ from typing import Any
 
 from sdinpaint.checkpoints import built_values
 from sdinpaint.checkpoints.building import build_models
-from sdinpaint.checkpoints.config_files import refuse_differences, require_configs
-from sdinpaint.checkpoints.configs import controlnet_config, schedule_config, text_config, unet_config, vae_config
+from sdinpaint.checkpoints.config_files import refuse_other_controlnets, require_configs
+from sdinpaint.checkpoints.configs import text_config, unet_config, vae_config
+from sdinpaint.checkpoints.control_config import controlnet_config
 from sdinpaint.checkpoints.opening import CONTROLNET
+from sdinpaint.checkpoints.schedule_config import schedule_config
 from sdinpaint.checkpoints.sources import Component, read_json
 from sdinpaint.families import FAMILIES, SD15, TEXT_ENCODERS, Family
 from sdinpaint.text.vocabulary import read_vocabulary
@@ -89,7 +91,7 @@ def _vae(part: Component, family: Family, path: Path) -> Any:
 
 def _controlnet(part: Component, family: Family, path: Path) -> Any:
     # The UNet that it is for is not available, but the sizes of its down path are the same.
-    refuse_differences(part, path)
+    refuse_other_controlnets(part, path)
     shapes = part.state.shapes()
     sizes = {**shapes, "out.2.weight": (family.unet.out_channels,)}
     unet = unet_config(sizes, part.config, family.unet, path, built_values.CONTROLNET)

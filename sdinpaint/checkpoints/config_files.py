@@ -7,10 +7,12 @@ from pathlib import Path
 
 from sdinpaint.checkpoints.built_values import TABLES
 from sdinpaint.checkpoints.sources import Component, Json, read_json
+from sdinpaint.checkpoints.yaml_files import words_beside
 from sdinpaint.errors import CheckpointError
 from sdinpaint.families import TEXT_ENCODERS, TOKENIZERS, Family, TextConfig
 
-__all__ = ["config_notes", "refuse_differences", "refuse_last_block", "require_configs", "tokenizer_configs"]
+__all__ = ["config_notes", "refuse_last_block", "refuse_other_controlnets", "require_configs"]
+__all__ += ["tokenizer_configs"]
 
 
 def require_configs(parts: Mapping[str, Component], places: Mapping[str, Path], scheduler: Json | None = None) -> None:
@@ -37,21 +39,31 @@ def require_configs(parts: Mapping[str, Component], places: Mapping[str, Path], 
         raise CheckpointError("CKPT_NO_CONFIG", place, found, expected="the file beside the weights", hint=hint)
 
 
-def refuse_differences(part: Component, place: Path) -> None:
-    """Refuse a ControlNet that holds what is to be added to the weights of its UNet.
+POOLING = ("model", "params", "global_average_pooling")
+"""Place of the switch of ControlNets whose residuals are averaged over the image, such as the one for shuffled images.
+
+Source: lllyasviel/ControlNet-v1-1-nightly cldm/cldm.py
+"""
+
+
+def refuse_other_controlnets(part: Component, place: Path) -> None:
+    """Refuse a ControlNet of differences to the weights of its UNet, or one whose residuals are averaged.
 
     Args:
         part: the ControlNet.
         place: its file or folder.
 
     Raises:
-        CheckpointError: a tensor of it says so.
+        CheckpointError: a tensor of it, or the .yaml file beside it, says so.
     """
     markers = [key for key in part.state.weights if key.rpartition(".")[2] == "difference"]
     if markers:
         found = f"a tensor {markers[0]!r}: its weights are stored as differences to those of a UNet"
         hint = "give the ControlNet with its own weights"
         raise CheckpointError("CKPT_NOT_BUILT", place, found, expected="whole weights", hint=hint)
+    for file, key, word in words_beside(part.state.weights.path, [POOLING]):
+        if word.lower() == "true":
+            TABLES["controlnet"].refuse(file, key[-1], word, "False")
 
 
 def refuse_last_block(part: Component, text: TextConfig, path: Path) -> None:

@@ -12,38 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import numpy as np
-
-from sdinpaint.checkpoints.built_values import CONTROLNET, SCHEDULER, SCHEDULERS, TEXT, TOKENIZER, UNET, VAE, Table
+from sdinpaint.checkpoints.built_values import TEXT, TOKENIZER, UNET, VAE, Table
+from sdinpaint.checkpoints.config_values import Json, check_divides, positive, refuse, whole_number, without_nulls
 from sdinpaint.errors import CheckpointError, SettingError
-from sdinpaint.families import (
-    Activation,
-    ControlNetConfig,
-    Family,
-    Prediction,
-    ScheduleConfig,
-    TextConfig,
-    UNetConfig,
-    VAEConfig,
-)
+from sdinpaint.families import Activation, Family, TextConfig, UNetConfig, VAEConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
-Json = Mapping[str, Any]
 Config = TypeVar("Config", UNetConfig, VAEConfig, TextConfig)
 
-__all__ = [
-    "PAD_TOKENS",
-    "check_fit",
-    "controlnet_config",
-    "pad_id",
-    "prediction_in",
-    "schedule_config",
-    "switch",
-    "text_config",
-    "unet_config",
-    "vae_config",
-    "whole_number",
-]
+__all__ = ["PAD_TOKENS", "Shapes", "check_fit", "pad_id", "text_config", "unet_config", "vae_config"]
 
 HEAD_DIM = 64
 """Width of each attention head in every CLIP text encoder."""
@@ -51,8 +28,6 @@ SCALING = (0.01, 10.0)
 """Bounds of a VAE's scaling factor, also divided by `latents_std`; released ones have 0.06 to 1.53."""
 FURTHEST = 3.0
 """Bound of `latents_mean` in scaled latents, whose standard deviation is about 1; released ones have up to 0.24."""
-PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v"}
-"""Name of a prediction in diffusers -> name here."""
 ACTIVATIONS = get_args(Activation)
 PADDING = {"<|endoftext|>": None, "!": 0}
 """Token that fills up prompts -> its id; None is the end token."""
@@ -82,29 +57,29 @@ def unet_config(shapes: Shapes, json: Json, base: UNetConfig, where: Path, table
         config = base  # something is missing; comparing with the whole family names it best
     channels = whole_number(json, "in_channels", config.in_channels, where)
     if channels != config.in_channels:
-        _refuse(where, "in_channels", channels, f"{config.in_channels}, as the weights have")
+        refuse(where, "in_channels", channels, f"{config.in_channels}, as the weights have")
     embeds = None if config.vector_dim is None else "text_time"
     if json and json.get("addition_embed_type") != embeds:
         table.refuse(where, "addition_embed_type", json.get("addition_embed_type"), f"{embeds!r} for these weights")
-    shift = _positive(json, "freq_shift", base.freq_shift, where, zero=True)
+    shift = positive(json, "freq_shift", base.freq_shift, where, zero=True)
     if shift > 1:
         table.refuse(where, "freq_shift", shift, "a number from 0 to 1")
-    own = {"freq_shift": shift, "norm_eps": _positive(json, "norm_eps", base.norm_eps, where)}
+    own = {"freq_shift": shift, "norm_eps": positive(json, "norm_eps", base.norm_eps, where)}
     groups = whole_number(json, "norm_num_groups", base.norm_groups, where)
     heads = json.get("num_attention_heads") or json.get("attention_head_dim")  # the latter is the number of heads
     widths = [config.model_channels * mult for mult in config.channel_mult]
-    _check_divides(where, "norm_num_groups", groups, widths)
+    check_divides(where, "norm_num_groups", groups, widths)
     if isinstance(heads, list) and heads and heads == heads[:1] * len(widths):
         heads = heads[0]
     if isinstance(heads, list):
         counted = len(heads) == len(widths) and all(type(count) is int and count > 0 for count in heads)
         dims = {width / count for width, count in zip(widths, heads, strict=True)} if counted else {}
         if len(dims) != 1 or any(width % count for width, count in zip(widths, heads, strict=True)):
-            _refuse(where, "attention_head_dim", heads, "numbers of heads that give one head size")
+            refuse(where, "attention_head_dim", heads, "numbers of heads that give one head size")
         return _fitting(config, where, norm_groups=groups, num_heads=None, head_dim=widths[0] // heads[0], **own)
     if heads is not None:
         count = whole_number({"attention_head_dim": heads}, "attention_head_dim", 0, where)
-        _check_divides(where, "attention_head_dim", count, widths)
+        check_divides(where, "attention_head_dim", count, widths)
         return _fitting(config, where, norm_groups=groups, num_heads=count, head_dim=None, **own)
     return _fitting(config, where, norm_groups=groups, num_heads=base.num_heads, head_dim=base.head_dim, **own)
 
@@ -133,9 +108,8 @@ def _unet_sizes(shapes: Shapes, base: UNetConfig) -> UNetConfig:
     depths = tuple(_count(shapes, rf"input_blocks\.{level[0]}\.1\.transformer_blocks\.(\d+)\.") for level in levels)
     middle = _count(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
     if (depths, contexts[0]) == (base.transformer_depth, base.context_dim):
-        middle = max(
-            middle, base.middle_depth
-        )  # a released UNet lacks none; it would be a smaller one that is complete
+        # a released UNet lacks none; it would be a smaller one that is complete
+        middle = max(middle, base.middle_depth)
     return replace(
         base,
         in_channels=first[1],
@@ -175,19 +149,19 @@ def vae_config(shapes: Shapes, json: Json, base: VAEConfig, where: Path) -> VAEC
     except (KeyError, IndexError, ValueError, ZeroDivisionError):
         config = base
     groups = whole_number(json, "norm_num_groups", base.norm_groups, where)
-    _check_divides(where, "norm_num_groups", groups, [config.channels * mult for mult in config.channel_mult])
-    factor = _positive(json, "scaling_factor", base.scaling_factor, where)
+    check_divides(where, "norm_num_groups", groups, [config.channels * mult for mult in config.channel_mult])
+    factor = positive(json, "scaling_factor", base.scaling_factor, where)
     middle, spread = (json.get(key, getattr(base, key)) for key in ("latents_mean", "latents_std"))
     config = _fitting(config, where, norm_groups=groups, scaling_factor=factor, latents_mean=middle, latents_std=spread)
     scales = [factor / one for one in config.latents_std or (1.0,)]
     if not SCALING[0] <= min(scales) <= max(scales) <= SCALING[1]:
         expected = f"{SCALING[0]} to {SCALING[1]}, which gives latents a variance near 1"
         if config.latents_std is None:
-            _refuse(where, "scaling_factor", factor, expected)
-        _refuse(where, "scaling_factor divided by latents_std", scales, expected)
+            refuse(where, "scaling_factor", factor, expected)
+        refuse(where, "scaling_factor divided by latents_std", scales, expected)
     if any(abs(one * scale) > FURTHEST for one, scale in zip(config.latents_mean or (0.0,), scales, strict=True)):
         expected = f"numbers of at most {FURTHEST:g} after scaling, which gives latents a mean near 0"
-        _refuse(where, "latents_mean", middle, expected)
+        refuse(where, "latents_mean", middle, expected)
     return config
 
 
@@ -241,7 +215,7 @@ def text_config(shapes: Shapes, json: Json, base: TextConfig, where: Path) -> Te
     if projection is not None:
         projection = shapes.get("text_projection.weight", (projection,))[0]
     heads = whole_number(json, "num_attention_heads", default, where)
-    _check_divides(where, "num_attention_heads", heads, [config.width])
+    check_divides(where, "num_attention_heads", heads, [config.width])
     activation = json.get("hidden_act", base.activation)
     if activation not in ACTIVATIONS:
         TEXT.refuse(where, "hidden_act", activation, " or ".join(map(repr, ACTIVATIONS)))
@@ -260,7 +234,7 @@ def text_config(shapes: Shapes, json: Json, base: TextConfig, where: Path) -> Te
         activation=activation,
         projection_dim=projection,
         skip_last=base.skip_last + left_out,
-        norm_eps=_positive(json, "layer_norm_eps", base.norm_eps, where),
+        norm_eps=positive(json, "layer_norm_eps", base.norm_eps, where),
     )
 
 
@@ -291,7 +265,7 @@ def pad_id(json: Json, specials: Json, base: TextConfig, where: Path) -> int | N
     Raises:
         CheckpointError: another kind of tokenizer, or of padding.
     """
-    tokens = _without_nulls({**json, **_without_nulls(specials)})
+    tokens = without_nulls({**json, **without_nulls(specials)})
     named = {key: value.get("content", value) if isinstance(value, dict) else value for key, value in tokens.items()}
     name = TOKENIZER.settings(named, where).get("pad_token")
     if name is None:
@@ -299,77 +273,6 @@ def pad_id(json: Json, specials: Json, base: TextConfig, where: Path) -> int | N
     if not isinstance(name, str) or name not in PADDING:
         TOKENIZER.refuse(where, "pad_token", name, " or ".join(map(repr, PADDING)))
     return PADDING[name]
-
-
-def schedule_config(json: Json, base: ScheduleConfig, where: Path) -> ScheduleConfig:
-    """Read the trained noise schedule from `scheduler_config.json`.
-
-    Args:
-        json: the table of that file; it may be empty.
-        base: the family's schedule, for what the table does not say.
-        where: the file or folder that errors name.
-
-    Returns:
-        The schedule.
-
-    Raises:
-        CheckpointError: a kind of schedule that is not supported, or a value that no schedule can have.
-    """
-    named = json.get("_class_name")
-    json = {**SCHEDULERS.get(named if isinstance(named, str) else "", {}), **_without_nulls(json)}
-    SCHEDULER.settings(json, where)
-    clips = switch(json, "clip_sample", base.clip_range is not None, where)
-    schedule = replace(
-        base,
-        train_steps=whole_number(json, "num_train_timesteps", base.train_steps, where),
-        beta_start=_positive(json, "beta_start", base.beta_start, where),
-        beta_end=_positive(json, "beta_end", base.beta_end, where),
-        prediction=prediction_in(json, where) or base.prediction,
-        # a class's default is 0, which diffusers' pipelines replace by this
-        steps_offset=whole_number({"steps_offset": 1, **json}, "steps_offset", base.steps_offset, where, low=0),
-        end_at_zero=switch(json, "set_alpha_to_one", base.end_at_zero, where),
-        clip_range=_positive(json, "clip_sample_range", base.clip_range or 1.0, where) if clips else None,
-    )
-    switch(json, "rescale_betas_zero_snr", False, where)
-    if schedule.beta_end < schedule.beta_start:
-        _refuse(where, "beta_end", schedule.beta_end, f"at least beta_start, which is {schedule.beta_start!r}")
-    if not _keeps_signal(schedule):
-        _refuse(where, "beta_end", schedule.beta_end, "betas below 1 that leave some signal at the last step")
-    return schedule
-
-
-def _keeps_signal(schedule: ScheduleConfig) -> bool:
-    """Tell whether the noise level is finite and rises at every training index; see `sdinpaint.sampling.schedules`."""
-    roots = np.linspace(schedule.beta_start**0.5, schedule.beta_end**0.5, schedule.train_steps)
-    with np.errstate(all="ignore"):
-        alphas_cumprod = np.cumprod(1 - roots**2)
-        sigmas = np.sqrt((1 - alphas_cumprod) / alphas_cumprod)
-        return bool(np.isfinite(sigmas).all() and sigmas[0] > 0 and (np.diff(sigmas) > 0).all())
-
-
-def _without_nulls(json: Json) -> dict[str, Any]:
-    return {key: value for key, value in json.items() if value is not None}
-
-
-def prediction_in(json: Json, where: Path) -> Prediction | None:
-    """Read from `scheduler_config.json` whether the UNet predicts noise or v.
-
-    Args:
-        json: the table of that file; it may be empty.
-        where: the file or folder that errors name.
-
-    Returns:
-        "eps" or "v"; None where the file does not say.
-
-    Raises:
-        CheckpointError: another kind of prediction.
-    """
-    name = json.get("prediction_type")
-    if name is None:
-        return None
-    if not isinstance(name, str) or name not in PREDICTIONS:
-        SCHEDULER.refuse(where, "prediction_type", name, " or ".join(map(repr, PREDICTIONS)))
-    return PREDICTIONS[name]
 
 
 def check_fit(family: Family, where: Path) -> None:
@@ -409,120 +312,3 @@ def _count(shapes: Shapes, pattern: str) -> int:
     compiled = re.compile(pattern)
     found = {match[1] for name in shapes if (match := compiled.match(name))}
     return next(number for number in itertools.count() if str(number) not in found)
-
-
-def whole_number(json: Json, name: str, default: int, where: Path, low: int = 1) -> int:
-    """Read a whole number from a JSON table.
-
-    Args:
-        json: the table.
-        name: the number's name in it.
-        default: what the number is where the table does not have it.
-        where: the file or folder that errors name.
-        low: the smallest number allowed.
-
-    Returns:
-        The number.
-
-    Raises:
-        CheckpointError: the value is not a whole number, or is out of range.
-    """
-    value = json.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= 2**20:
-        _refuse(where, name, value, f"a whole number from {low}")
-    return int(value)
-
-
-def _positive(json: Json, name: str, default: float, where: Path, zero: bool = False) -> float:
-    value = json.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < 1e6 or (zero and value == 0)):
-        _refuse(where, name, value, "0 or a positive number" if zero else "a positive number")
-    return value if isinstance(value, int) and zero else float(value)
-
-
-def switch(json: Json, name: str, default: bool, where: Path) -> bool:
-    """Read true or false from a JSON table.
-
-    Args:
-        json: the table.
-        name: the value's name in it.
-        default: what the value is where the table does not have it.
-        where: the file or folder that errors name.
-
-    Returns:
-        The value.
-
-    Raises:
-        CheckpointError: the value is neither.
-    """
-    value = json.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        _refuse(where, name, value, "true or false")
-    return bool(value)
-
-
-def _check_divides(where: Path, name: str, number: int, widths: list[int]) -> None:
-    if any(width % number for width in widths):
-        _refuse(where, name, number, f"a number that divides the widths {widths}")
-
-
-def _refuse(where: Path, name: str, value: object, expected: str) -> None:
-    hint = "give the configuration that belongs to these weights: config=FOLDER"
-    raise CheckpointError("CKPT_BAD_CONFIG", where, f"{name} is {value!r}", expected=expected, hint=hint)
-
-
-HINT_WIDTHS = (16, 32, 96, 256)
-"""Channels of the convolutions that embed the conditioning image in all released ControlNets.
-
-A file's own numbers are read from its shapes.
-"""
-HINT_WEIGHT = re.compile(r"input_hint_block\.(\d+)\.weight")
-ALIKE = ("model_channels", "channel_mult", "num_res_blocks", "context_dim", "vector_dim")
-"""Fields of `UNetConfig` in which a ControlNet and its UNet must agree."""
-KINDS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
-"""Model by the width of its text embeddings."""
-
-
-def controlnet_config(shapes: Shapes, json: Json, unet: UNetConfig, where: Path) -> ControlNetConfig:
-    """Find the configuration of a ControlNet from the shapes of its tensors and from its JSON file.
-
-    Args:
-        shapes: native name -> shape.
-        json: diffusers' config.json; it may be empty.
-        unet: the UNet that the ControlNet is for.
-        where: the file or folder that errors name.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        CheckpointError: a ControlNet of another family or kind, or a number that does not fit the shapes.
-    """
-    # A ControlNet has no up path, of which `unet_config` reads the last layer.
-    end = {"out.2.weight": (unet.out_channels, unet.model_channels, 3, 3)}
-    found = unet_config({**shapes, **end}, json, unet, where, CONTROLNET)
-    if any(getattr(found, name) != getattr(unet, name) for name in ALIKE):
-        hint = "give a ControlNet that was trained for the family of the checkpoint"
-        raise CheckpointError(
-            "CKPT_MISMATCH",
-            where,
-            f"a ControlNet for {_kind(found)}",
-            expected=f"one for {_kind(unet)}, as the UNet has them",
-            hint=hint,
-        )
-    if unet.vector_dim is not None and found.freq_shift != unet.freq_shift:
-        CONTROLNET.refuse(where, "freq_shift", found.freq_shift, f"{unet.freq_shift}, the UNet's, for both embed sizes")
-    rows = sorted(int(match[1]) for name in shapes if (match := HINT_WEIGHT.fullmatch(name)))
-    widths = tuple(shapes[f"input_hint_block.{row}.weight"][0] for row in rows[:-1:2])
-    return ControlNetConfig(unet=replace(found, in_channels=unet.out_channels), hint_widths=widths or HINT_WIDTHS)
-
-
-def _kind(unet: UNetConfig) -> str:
-    name = KINDS.get(unet.context_dim, "an unknown model")
-    return f"{name}: text embeddings {unet.context_dim} wide, {unet.model_channels} channels times {unet.channel_mult}"

@@ -28,7 +28,7 @@ from sdinpaint.checkpoints.sources import COMPONENTS, Component, as_path, open_p
 from sdinpaint.checks import check_choice, check_path, check_switch, knowing_keywords
 from sdinpaint.errors import CheckpointError, SettingError, TokenizerError, warn
 from sdinpaint.families import SD15, TOKENIZERS, TextConfig
-from sdinpaint.load_options import LoadOptions
+from sdinpaint.load_options import OPTIONS, LoadOptions
 from sdinpaint.progress import progress_bar
 from sdinpaint.text.finding import find_tokenizer
 from sdinpaint.text.tokenizer import Tokenizer
@@ -63,7 +63,7 @@ class Model:
     """Further metadata of the written files."""
 
 
-@knowing_keywords
+@knowing_keywords(*OPTIONS)
 def convert(
     source: str | Path,
     target: str | Path,

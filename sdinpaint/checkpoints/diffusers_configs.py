@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdinpaint.checkpoints.configs import PREDICTIONS
+from sdinpaint.checkpoints.schedule_config import PREDICTIONS
 from sdinpaint.families import (
     TEXT_ENCODERS,
     TOKENIZERS,

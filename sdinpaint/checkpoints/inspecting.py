@@ -122,7 +122,7 @@ class Report:
         return shown_lines("\n".join(lines))
 
 
-@knowing_keywords
+@knowing_keywords()
 def inspect(
     source: str | Path,
     *,

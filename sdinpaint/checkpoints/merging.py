@@ -25,7 +25,7 @@ from sdinpaint.checkpoints.sources import Component, as_path, open_parts
 from sdinpaint.checks import check_path, knowing_keywords
 from sdinpaint.errors import CheckpointError, SettingError, said
 from sdinpaint.families import FAMILIES, Family
-from sdinpaint.load_options import LoadOptions
+from sdinpaint.load_options import OPTIONS, LoadOptions
 from sdinpaint.models import UNet
 
 __all__ = ["to_inpainting", "widen_input"]
@@ -63,7 +63,7 @@ def widen_input(unet: UNet) -> UNet:
     return wide.train(unet.training)
 
 
-@knowing_keywords
+@knowing_keywords(*OPTIONS)
 def to_inpainting(
     custom: str | Path,
     target: str | Path,

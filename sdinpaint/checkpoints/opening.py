@@ -14,23 +14,17 @@ from sdinpaint_weights.native import NativeState, outside_keys
 
 from sdinpaint.checkpoints.config_files import (
     config_notes,
-    refuse_differences,
     refuse_last_block,
+    refuse_other_controlnets,
     require_configs,
     tokenizer_configs,
 )
-from sdinpaint.checkpoints.configs import (
-    controlnet_config,
-    pad_id,
-    schedule_config,
-    switch,
-    text_config,
-    unet_config,
-    vae_config,
-    whole_number,
-)
+from sdinpaint.checkpoints.config_values import switch, whole_number
+from sdinpaint.checkpoints.configs import pad_id, text_config, unet_config, vae_config
+from sdinpaint.checkpoints.control_config import controlnet_config
 from sdinpaint.checkpoints.prediction import Evidence, find_prediction, has_marker
 from sdinpaint.checkpoints.schedule_buffers import check_buffers
+from sdinpaint.checkpoints.schedule_config import schedule_config
 from sdinpaint.checkpoints.sources import COMPONENTS, Component, Json, as_path, open_parts, read_json
 from sdinpaint.errors import CheckpointError
 from sdinpaint.families import FAMILIES, TEXT_ENCODERS, TOKENIZERS, ControlNetConfig, Family, Prediction
@@ -130,7 +124,7 @@ def open_checkpoint(options: LoadOptions, *, progress: bool = True) -> Checkpoin
         used |= open_parts(place, (CONTROLNET,), variant=variant)
         places[CONTROLNET] = place
         part = used[CONTROLNET]
-        refuse_differences(part, place)
+        refuse_other_controlnets(part, place)
         require_configs({CONTROLNET: part}, places)
         control = controlnet_config(part.state.shapes(), part.config, family.unet, place)
     rescaled = check_buffers(weights, family.schedule)

@@ -6,10 +6,9 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from sdinpaint_weights.door import Refusal, read_whole
-
-from sdinpaint.checkpoints.configs import prediction_in
-from sdinpaint.errors import CheckpointError, SettingError, said, warn
+from sdinpaint.checkpoints.schedule_config import prediction_in
+from sdinpaint.checkpoints.yaml_files import Place, words_beside
+from sdinpaint.errors import CheckpointError, SettingError, said
 from sdinpaint.families import Prediction
 
 __all__ = ["Evidence", "find_prediction", "has_marker"]
@@ -37,9 +36,7 @@ Source: Stability-AI/ModelSpec; kohya-ss/sd-scripts library/sai_model_spec.py an
 NOTHING_ELSE = ("modelspec.prediction_type", "modelspec.predict_key")
 """Fields that hold nothing but a prediction, so that another value in them is a kind that is not built."""
 
-MAX_YAML = 65_536
-"""Bytes of a .yaml file at most; those of the releases have 2 to 5 kB."""
-IN_YAML: dict[tuple[str, ...], dict[str, Prediction]] = {
+IN_YAML: dict[Place, dict[str, Prediction]] = {
     ("model", "params", "parameterization"): PREDICTIONS,
     ("model", "params", "denoiser_config", "params", "scaling_config", "target"): {
         "sgm.modules.diffusionmodules.denoiser_scaling.EpsScaling": "eps",
@@ -132,34 +129,16 @@ def _evidence(
         prediction = cast(Prediction, prediction_in(scheduler, path))
         yield Evidence(prediction, f"scheduler_config.json: prediction_type {name}")
     if path.is_file():
-        for suffix in (".yaml", ".yml"):
-            yield from _in_yaml(path.with_suffix(suffix))
+        yield from _in_yaml(path)
 
 
 def _in_yaml(path: Path) -> Iterator[Evidence]:
     """Yield what the configuration of the original code says; none where there is no such file."""
-    import yaml  # noqa: PLC0415 - few checkpoints have such a file
-
-    try:
-        # nodes, not objects: an object repeats what its aliases stand for, to any size
-        top = yaml.compose(read_whole(path, MAX_YAML), Loader=yaml.SafeLoader)
-    except Refusal as refusal:
-        if refusal.reason != "missing" or path.is_symlink():
-            warn(f"{path}: {refusal.found}; it is not used")
-        return
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        warn(f"{path}: not YAML ({type(error).__name__}); it is not used")
-        return
-    for place, meanings in IN_YAML.items():
-        node = top
-        for name in place:
-            below = node.value if isinstance(node, yaml.MappingNode) else []
-            node = next((value for key, value in below if key.value == name), None)
-        if isinstance(node, yaml.ScalarNode) and node.value not in ("", "null", "~"):
-            word = f"{place[-1]} {node.value}"
-            if node.value not in meanings:
-                _refuse(path, word)
-            yield Evidence(meanings[node.value], f"{path.name}: {word}")
+    for file, place, value in words_beside(path, IN_YAML):
+        word = f"{place[-1]} {value}"
+        if value not in IN_YAML[place]:
+            _refuse(file, word)
+        yield Evidence(IN_YAML[place][value], f"{file.name}: {word}")
 
 
 def _refuse(path: Path, found: str) -> None:

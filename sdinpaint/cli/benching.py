@@ -9,7 +9,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from sdinpaint.cli.common import quiet_option, raising_on_signals, say
+from sdinpaint.cli.common import FILE, quiet_option, raising_on_signals, say
 from sdinpaint.cli.values import Value
 from sdinpaint.errors import shown_lines
 
@@ -41,7 +41,7 @@ NAMES = Value("names with commas between", "sd15,sd2", lambda text: tuple(text.s
 @click.option("--quick", is_flag=True, help="Two rounds, two steps, at most 256 pixels.")
 @click.option("--most-seconds", default=300.0, show_default=True, help="growth: end a curve before longer runs.")
 @click.option("--most-gb", type=float, help="growth: the same for memory.  [four fifths of the free memory]")
-@click.option("--out", "-o", type=click.Path(path_type=Path), metavar="FOLDER", help="Folder of rows, pages and plots.")
+@click.option("--out", "-o", type=FILE, metavar="FOLDER", help="Folder of rows, pages and plots.")
 @quiet_option
 @click.pass_context
 def bench(

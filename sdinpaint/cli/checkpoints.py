@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from sdinpaint.cli.common import BAD_INPUT, hub_options, json_option, quiet_option, say, together
+from sdinpaint.cli.common import BAD_INPUT, FILE, hub_options, json_option, quiet_option, say, together
 from sdinpaint.cli.settings_page import settings_page
 from sdinpaint.cli.values import DTYPE
 from sdinpaint.errors import shown
@@ -81,7 +81,7 @@ writing_options = together(
 
 @click.command()
 @click.argument("source")
-@click.argument("target", type=click.Path(path_type=Path))
+@click.argument("target", type=FILE)
 @click.option(
     "--layout",
     type=click.Choice(("diffusers", "ldm")),
@@ -108,7 +108,7 @@ def convert(source: str, target: Path, quiet: bool, **options: Any) -> None:
 
 @click.command()
 @click.argument("custom")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=FILE)
 @click.option("--base", metavar="PATH", help="Text-to-image model that CUSTOM was trained from.")
 @click.option("--inpaint", metavar="PATH", help="Inpainting model that was trained from the same base.")
 @writing_options

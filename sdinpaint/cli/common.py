@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
 import sys
 import threading
@@ -24,6 +25,7 @@ from sdinpaint.images.files import check_output_path
 __all__ = [
     "BAD_INPUT",
     "ENVIRONMENT",
+    "FILE",
     "INTERRUPTED",
     "Commands",
     "Group",
@@ -213,6 +215,17 @@ def check_output(target: Path, inputs: Iterable[Path | str]) -> None:
         if resolved(one) == resolved(target) or (target.exists() and one.exists() and target.samefile(one)):
             found, hint = f"it is {str(one)!r} itself, which the command also uses", "choose another name"
             raise ImageError("IMAGE_OUTPUT_PATH", f"output {str(target)!r}", found, hint=hint)
+
+
+class UserPath(click.Path):
+    """A path in which ~ is a home folder, also behind "=", where a shell leaves it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the Path."""
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
+FILE = UserPath(path_type=Path)
 
 
 def say(text: str, *, err: bool = False) -> None:

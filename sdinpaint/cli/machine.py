@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from sdinpaint.cli.common import json_option, say
+from sdinpaint.cli.common import FILE, json_option, say
 from sdinpaint.cli.painting import machine_options
 
 __all__ = ["demo", "doctor", "samplers"]
@@ -22,7 +22,7 @@ __all__ = ["demo", "doctor", "samplers"]
     default=".",
     show_default=True,
     metavar="FOLDER",
-    type=click.Path(path_type=Path),
+    type=FILE,
     help="Folder for the sheet, which is made if need be.",
 )
 @machine_options

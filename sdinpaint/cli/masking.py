@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdinpaint.cli.common import Group, Option, check_output, json_option, replacing, say, together
+from sdinpaint.cli.common import FILE, Group, Option, check_output, json_option, replacing, say, together
 from sdinpaint.cli.edits import InOrder, apply_edits, edit_options, open_edits
 from sdinpaint.cli.values import BOX, COLOR, POINT, SIZE, STROKE
 from sdinpaint.cli.wording import as_typed
@@ -25,7 +25,6 @@ __all__ = ["mask"]
 
 SCRIBBLES = ("keep", "repaint")
 """Options that name further input files."""
-FILE = click.Path(path_type=Path)
 
 cover_option = click.option(
     "--cover",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import click
 
-from sdinpaint.cli.common import check_output, hub_options, json_option, quiet_option, replacing, say, together
+from sdinpaint.cli.common import FILE, check_output, hub_options, json_option, quiet_option, replacing, say, together
 from sdinpaint.cli.values import CROP, DTYPE_OR_AUTO, SAMPLER, SIZE
 from sdinpaint.cli.wording import as_typed
 from sdinpaint.errors import shown
@@ -42,7 +42,7 @@ run_options = together(
         "--out",
         "-o",
         required=True,
-        type=click.Path(path_type=Path),
+        type=FILE,
         help="The .png, .tiff, .webp (all lossless), .jpg or .avif file to write.",
     ),
     click.option(
@@ -100,7 +100,7 @@ run_options = together(
     click.option(
         "--sheet",
         metavar="FILE",
-        type=click.Path(path_type=Path),
+        type=FILE,
         help="Also write a sheet of the images before and after.",
     ),
     click.option(

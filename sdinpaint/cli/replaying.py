@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from sdinpaint.cli.common import check_output, given, replacing, say
+from sdinpaint.cli.common import FILE, check_output, given, replacing, say
 from sdinpaint.cli.painting import LOADING, model_options
 from sdinpaint.errors import shown
 
@@ -28,7 +28,7 @@ INPUTS = ("image", "mask", "control_image")
 @click.option("--model", metavar="PATH", help="Model, if it is not at its recorded path any more.")
 @click.option("--controlnet", metavar="PATH", help="ControlNet, if it is not at its recorded path any more.")
 @click.option("--control-image", metavar="PATH", help="Conditioning image of the ControlNet, if one was given.")
-@click.option("--out", "-o", type=click.Path(path_type=Path), help="Also write the new image.")
+@click.option("--out", "-o", type=FILE, help="Also write the new image.")
 @model_options
 @click.pass_context
 def replay(

@@ -87,10 +87,7 @@ def check_output_path(path: Path | str, size: tuple[int, int] | None = None) -> 
         raise ImageError("IMAGE_OUTPUT_TYPE", subject, found, hint=hint)
     longest = LONGEST.get(SUFFIXES[path.suffix.lower()])
     if size is not None and longest is not None and max(size) > longest:
-        found, expected = (
-            "an image of {} x {} pixels".format(*size),
-            f"at most {longest} pixels a side for {path.suffix}",
-        )
+        found, expected = "an image of {} x {} pixels".format(*size), f"at most {longest} a side for {path.suffix}"
         raise ImageError("IMAGE_OUTPUT_TYPE", subject, found, expected=expected, hint="save as .png")
     try:
         check_writable(path)

@@ -85,7 +85,7 @@ def is_file(source: object) -> TypeGuard[File]:
 
 
 def path_of(source: object) -> str | None:
-    """Return the path of an image file.
+    """Return the path of an image file, in which ~ is a home folder.
 
     Args:
         source: any value.
@@ -99,7 +99,7 @@ def path_of(source: object) -> str | None:
     if not isinstance(source, str | os.PathLike):
         return None
     try:
-        return os.fsdecode(source)
+        return os.path.expanduser(os.fsdecode(source))
     except Exception as error:  # whatever a class of the caller's does there
         found = f"a {type(source).__name__} that gives no path: {type(error).__name__}: {error}"
         raise ImageError("IMAGE_TYPE", "path", found, expected="a path", hint="give the path as text") from error

@@ -36,7 +36,7 @@ NegativePrompts = str | Conditioning | None | Sequence[str | Conditioning | None
 class Pipeline(LatentDiffusion):
     """Inpainting, image to image and outpainting with the networks of one checkpoint."""
 
-    @knowing_keywords
+    @knowing_keywords()
     def inpaint(
         self,
         image: Any,
@@ -134,7 +134,7 @@ class Pipeline(LatentDiffusion):
         """
         return self._asked("inpaint", locals())
 
-    @knowing_keywords
+    @knowing_keywords()
     def vary(
         self,
         image: Any,
@@ -233,7 +233,7 @@ class Pipeline(LatentDiffusion):
         given = locals()
         return self._asked("outpaint", given | given.pop("options"))
 
-    @knowing_keywords
+    @knowing_keywords()
     @explaining_memory()
     @torch.no_grad()
     def run(

@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 
 import sdinpaint
 from sdinpaint.checkpoints.built_values import CONTROLNET, SCHEDULER, SCHEDULERS, TABLES, TEXT, UNET, VAE, Table
-from sdinpaint.checkpoints.configs import schedule_config, text_config, unet_config
+from sdinpaint.checkpoints.configs import text_config, unet_config
 from sdinpaint.checkpoints.diffusers_configs import controlnet_json, diffusers_configs
 from sdinpaint.checkpoints.opening import open_checkpoint
+from sdinpaint.checkpoints.schedule_config import schedule_config
 from sdinpaint.errors import CheckpointError, SdInpaintWarning
 from sdinpaint.families import FAMILIES, SD2_INPAINT, SD15, SDXL, ControlNetConfig, deviations
 from sdinpaint.load_options import LoadOptions
@@ -392,6 +393,22 @@ def test_a_controlnet_of_differences(source, control, tmp_path):
         save_file(state | {marker: torch.zeros(1)}, tmp_path / "control.safetensors")
         way = lambda: load(source, controlnet=tmp_path / "control.safetensors")  # noqa: E731
         refused(CheckpointError, "CKPT_NOT_BUILT", way, marker, "stored as differences")
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "yml"])
+def test_a_controlnet_whose_yaml_averages_its_residuals(source, control, tmp_path, suffix):
+    """The released one for shuffled images says so nowhere else."""
+    state = {f"control_model.{name}": tensor for name, tensor in control.state_dict().items()}
+    save_file(state, tmp_path / "control.safetensors")
+    yaml = tmp_path / f"control.{suffix}"
+    yaml.write_text("model:\n  params:\n    global_average_pooling: False\n", encoding="utf-8")
+    load(source, controlnet=tmp_path / "control.safetensors")
+    yaml.write_text("model:\n  params:\n    global_average_pooling: True\n", encoding="utf-8")
+    for way in (
+        lambda: load(source, controlnet=tmp_path / "control.safetensors"),
+        lambda: sdinpaint.convert(tmp_path / "control.safetensors", tmp_path / "out", progress=False),
+    ):
+        refused(CheckpointError, "CKPT_NOT_BUILT", way, "global_average_pooling")
 
 
 def test_sd2_ends_before_its_last_block(tmp_path):

@@ -11,7 +11,7 @@ from sdinpaint_weights.layout import identify
 from sdinpaint_weights.native import outside_keys
 
 from sdinpaint.checkpoints.building import MODELS
-from sdinpaint.checkpoints.configs import controlnet_config
+from sdinpaint.checkpoints.control_config import controlnet_config
 from sdinpaint.families import SD2_INPAINT, SD2_V, SD15, SD15_INPAINT, SDXL, SDXL_INPAINT
 
 FAMILIES = {

@@ -12,7 +12,8 @@ from builders import random_pipeline, small
 from click.testing import CliRunner
 from PIL import Image
 
-from sdinpaint import cli
+from sdinpaint import Mask, cli
+from sdinpaint.images.input_image import read_image
 from sdinpaint.loading import save_diffusers
 
 
@@ -52,6 +53,23 @@ def test_folders_are_made_when_a_file_is_written(model):
     assert run("convert", model, "models/folder/model", "--quiet").exit_code == 0
     made = {"new/dir/out.png", "sheets/sheet.jpg", "masks/out.png", "seen/out.webp", "again/out.png"}
     assert made | {"models/sd/file.safetensors", "models/folder/model/model_index.json"} <= {*files()}
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    """Also where a shell leaves it, behind "=" or in quotes, and in Python."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    Path("photo.png").rename(home / "photo.png")
+    done = run("mask", "box", "~/photo.png", "--at=1,1,9,9", "--out=~/masks/out.png", "--json")
+    assert done.exit_code == 0, done.output
+    for mask in (Mask.open("~/masks/out.png"), Mask("~/masks/out.png")):
+        mask.save("~/masks/again.png")
+    assert read_image("~/photo.png").path == str(home / "photo.png")
+    assert run("mask", "box", "~/photo.png", "--at=1,1,9,9", "--out=~/photo.png").exit_code != 0
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")} == {
+        "mask.png", "home/photo.png", "home/masks/out.png", "home/masks/again.png",
+    }  # fmt: skip
 
 
 def test_folders_of_a_run_that_fails_are_not_made(model, failing):
@@ -128,7 +146,7 @@ def test_a_format_that_does_not_hold_the_image_is_told_before_anything_is_comput
     forbid(loading, "load")
     done = run("outpaint", "photo.png", "--right=16400", "--prompt=a", "--model=demo", "--out=out.webp")
     assert done.exit_code == 3
-    assert "at most 16383 pixels a side" in done.stderr
+    assert "at most 16383 a side" in done.stderr
 
 
 # names

@@ -20,7 +20,7 @@ from sdinpaint_weights.layout import identify
 from sdinpaint_weights.native import check_complete, native_state
 
 from sdinpaint import cli
-from sdinpaint.checkpoints.configs import HINT_WIDTHS, controlnet_config
+from sdinpaint.checkpoints.control_config import HINT_WIDTHS, controlnet_config
 from sdinpaint.checkpoints.diffusers_configs import controlnet_json
 from sdinpaint.errors import CheckpointError, ImageError, SettingError
 from sdinpaint.families import SD2, SD15, SD15_INPAINT, SDXL

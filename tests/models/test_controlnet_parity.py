@@ -13,7 +13,7 @@ from peers import fill, ours, pipeline_twin
 from PIL import Image
 from torch import nn
 
-from sdinpaint.checkpoints.configs import HINT_WIDTHS
+from sdinpaint.checkpoints.control_config import HINT_WIDTHS
 from sdinpaint.checkpoints.diffusers_configs import controlnet_json
 from sdinpaint.families import SD15
 from sdinpaint.loading import load

@@ -17,7 +17,8 @@ from sdinpaint_weights.layout import identify
 from sdinpaint_weights.native import check_complete, native_state, outside_keys
 from torch import nn
 
-from sdinpaint.checkpoints.configs import schedule_config, text_config, unet_config, vae_config
+from sdinpaint.checkpoints.configs import text_config, unet_config, vae_config
+from sdinpaint.checkpoints.schedule_config import schedule_config
 from sdinpaint.families import SD15, SD15_INPAINT
 from sdinpaint.models import VAE, CLIPText, UNet, fused
 from sdinpaint.models.layers import to_map, to_tokens

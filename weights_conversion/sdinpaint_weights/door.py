@@ -49,7 +49,7 @@ def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
     """Open a regular file for reading; nothing else is opened, so that nothing waits for a pipe or a device.
 
     Args:
-        path: the file, or a link to it.
+        path: the file, or a link to it; ~ at its beginning is a home folder.
 
     Returns:
         The open file.
@@ -57,6 +57,7 @@ def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
     Raises:
         Refusal: the path is no regular file, or cannot be read.
     """
+    path = os.path.expanduser(path)
     try:
         _require_regular(path, os.stat(path))
         # between the two calls the path may become a pipe, which would wait for its other end

@@ -20,7 +20,7 @@ def resolved(path: str | os.PathLike[str]) -> Path:
     """Follow all links of a path, also where there is nothing yet.
 
     Args:
-        path: a file or folder.
+        path: a file or folder; ~ at its beginning is a home folder.
 
     Returns:
         The absolute path.
@@ -29,7 +29,7 @@ def resolved(path: str | os.PathLike[str]) -> Path:
         OSError: no file can have that name.
     """
     try:
-        return Path(os.path.realpath(path))
+        return Path(os.path.realpath(os.path.expanduser(path)))
     except ValueError as error:  # a NUL or a character that no file name has
         raise OSError(errno.EINVAL, str(error), os.fspath(path)) from error
 
