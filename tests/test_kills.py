@@ -12,7 +12,7 @@ import pytest
 from killing import kill_writers
 from sdinpaint_weights.strays import new_name
 
-KILLS = 16
+KILLS = 10
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "mask", "file", "folder"])
