@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdinpaint_kernels import backend
-from sdinpaint_kernels.attention_blocks import by_blocks, is_supported
+from sdinpaint_kernels.attention_blocks import by_blocks, takes
+from sdinpaint_kernels.forms import PLAIN, Form, compute
 
 DTYPES = (torch.float16, torch.bfloat16)
 ALIGNED = 8  # elements in the 16 bytes of the largest load
@@ -122,16 +123,36 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, kernels:
         return _operation(q, k, v)
     if q.is_cuda and q.shape[2] == 1 and q.shape[3] > WIDE_HEAD_DIM and not causal and not _differentiable(q, k, v):
         return _by_rows(q, k, v)
-    if kernels != "torch" and is_supported(q, k, v, causal):
-        out = by_blocks(q, k, v)
-        if out is not None:
-            return out
-    return _reference(q, k, v, causal)
+    if kernels == "torch" or causal or not backend.on_cpu(q, k, v):
+        return _reference(q, k, v, causal)
+    return compute("attention", FORMS, sizes(q, k), q, k, v)
+
+
+def sizes(q: Tensor, k: Tensor, *_: object) -> tuple[int, int, int]:
+    """Tell calls on the CPU apart.
+
+    Args:
+        q: queries (B, N, heads, D).
+        k: keys (B, M, heads, D).
+
+    Returns:
+        The numbers of queries, keys, and channels of a head.
+    """
+    return q.shape[1], k.shape[1], q.shape[3]
+
+
+def _by_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = by_blocks(q, k, v)
+    return _reference(q, k, v) if out is None else out
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal)
     return out.transpose(1, 2)
+
+
+FORMS = {"blocks": Form(_by_blocks, takes), PLAIN: Form(_reference)}
+"""The forms of `attention` on the CPU."""
 
 
 def _by_products(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:

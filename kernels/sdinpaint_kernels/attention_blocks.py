@@ -14,33 +14,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdinpaint_kernels import backend
 from sdinpaint_kernels.linear import linear
 
 QUERIES = 256
 """The number of queries per thread that are processed at a time, so that their scores stay in the thread's cache."""
-MIN_TOKENS = 2048
-"""The minimum number of queries and of keys; with fewer, torch's attention is as fast."""
 KEY_STRIDE = 16
 """The step between the keys that are searched for a number near each query's largest score; it keeps exp finite."""
 ALIGNED = 16
 """The number of columns of the second product is padded to a multiple of this."""
 
 
-def is_supported(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
-    """Tell whether this call may run by blocks, and gains from it.
+def takes(q: Tensor, *_: object) -> bool:
+    """Tell whether attention may be computed by blocks.
 
     Args:
         q: queries (B, N, heads, D).
-        k: keys (B, M, heads, D).
-        v: values (B, M, heads, D).
-        causal: whether attention is causal.
 
     Returns:
-        True if `by_blocks` should run.
+        True in bfloat16.
     """
-    few = min(q.shape[1], k.shape[1]) < MIN_TOKENS
-    return q.dtype == torch.bfloat16 and not (causal or few) and backend.on_cpu(q, k, v)
+    return q.dtype == torch.bfloat16
 
 
 def by_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from sdinpaint_kernels import forms
+from sdinpaint_kernels.cpu_kinds import cpu_kind
+
 SETTINGS = ("auto", "torch", "triton")
 SETTING = os.environ.get("SDINPAINT_KERNELS", "auto")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -123,13 +126,15 @@ def is_observed() -> bool:
 
 
 def cpu_report() -> str:
-    """Describe what runs on the CPU of this machine: the accelerated dtypes, or the reason why there are none."""
+    """Describe what runs on the CPU: its kind, and the dtypes that it has forms for; or why it has none."""
     if SETTING == "torch" or INTERPRETED:
         return "torch alone: requested"
     dtypes = [str(dtype).removeprefix("torch.") for dtype in CPU_DTYPES if _cpu_supports(dtype)]
     if not dtypes:
         return "torch alone: torch was built without oneDNN, or the processor is no x86"
-    return f"Winograd convolutions and oneDNN's products in {' and '.join(dtypes)}"
+    kind = cpu_kind()
+    how = "chosen by its measurements" if forms.is_measured(kind) else "prepacked, as nobody measured this kind"
+    return f"{kind}, {' and '.join(dtypes)}; forms are {how}"
 
 
 @functools.cache

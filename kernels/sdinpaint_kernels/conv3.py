@@ -1,12 +1,13 @@
-"""A 3 x 3 convolution that keeps height and width; on the CPU by Winograd's F(2 x 2, 3 x 3), or as a matrix product.
+"""A 3 x 3 convolution that keeps height and width; on the CPU in the form that is fastest for its sizes.
 
-Each 2 x 2 of the output is computed from a 4 x 4 of the input by 16 products, where the sum over 3 x 3 takes 36: the
-input tiles are transformed, multiplied by transformed weights, and transformed back. The transforms only add and
-subtract. In float32 the precision is that of torch's convolution; in bfloat16 each transform rounds, and the error is
-about four times torch's. The prepacked weights take 16 numbers for each 9 of the weights.
-
-Small maps have many weights for few pixels. There torch's convolution spends half of its time on reordering weights;
-the product with unfolded windows reads them as they are.
+- tiles: Winograd's F(2 x 2, 3 x 3). Each 2 x 2 of the output is computed from 4 x 4 of the input by 16 products, where
+  the sum over 3 x 3 takes 36: input tiles are transformed, multiplied by transformed weights, and transformed back. The
+  transforms only add and subtract. In float32 the precision is that of torch's convolution; in bfloat16 each transform
+  rounds, and the error is about four times torch's. The weights take 16 numbers for each 9.
+- packed: oneDNN's convolution with weights in its own order. On small maps torch's convolution spends half of its time
+  on reordering them.
+- product: of unfolded windows, with the weights as they are.
+- plain: torch's own.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdinpaint_kernels import backend
+from sdinpaint_kernels.forms import PLAIN, Form, compute
 from sdinpaint_kernels.linear import linear, products
+from sdinpaint_kernels.packed_conv import by_packing
 from sdinpaint_kernels.prepacked import prepacked
 
-MIN_CHANNELS = 256
-"""The minimum number of input and output channels; with fewer, the transforms take more time than they save."""
-MIN_TILES = 64
-"""The minimum number of 2 x 2 tiles of an image; with fewer, reordering the weights outweighs the products."""
+MIN_TILES = 16
+"""The minimum number of 2 x 2 tiles of an image."""
+MOST_WINDOWS = 32 * 32
+"""The maximum number of pixels whose windows are unfolded: each is nine times as large as a pixel."""
 TILES = 512
 """The number of tiles per thread that are processed at a time, so that their transforms stay in the thread's cache."""
 
@@ -47,15 +50,30 @@ def conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernels: str
 
     Source: https://arxiv.org/abs/1509.09308, algorithm 1.
     """
-    wide = min(weight.shape[:2]) >= MIN_CHANNELS
-    if kernels == "torch" or not wide or x.numel() == 0 or not backend.on_cpu(x, weight, bias):
-        return F.conv2d(x, weight, bias, padding=1)
-    height, width = x.shape[2:]
-    if height * width < 4 * MIN_TILES:
-        return _by_product(x, weight, bias)
-    if height % 2 or width % 2:
-        return F.conv2d(x, weight, bias, padding=1)
-    return _by_tiles(x, prepacked(weight, _transform), bias)
+    if kernels == "torch" or x.numel() == 0 or not backend.on_cpu(x, weight, bias):
+        return _plain(x, weight, bias)
+    return compute("conv3", FORMS, sizes(x, weight), x, weight, bias)
+
+
+def sizes(x: Tensor, weight: Tensor, *_: object) -> tuple[int, int, int]:
+    """Tell calls on the CPU apart.
+
+    Args:
+        x: feature map (B, C, H, W).
+        weight: (O, C, 3, 3).
+
+    Returns:
+        The numbers of channels of input and output, and of pixels of the input.
+    """
+    return weight.shape[1], weight.shape[0], len(x) * x.shape[2:].numel()
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=1)
+
+
+def _is_small(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return x.shape[2:].numel() <= MOST_WINDOWS
 
 
 def _by_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -74,7 +92,13 @@ def _transform(weight: Tensor) -> Tensor:
     return out
 
 
-def _by_tiles(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+def _has_tiles(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    height, width = x.shape[2:]
+    return height % 2 == width % 2 == 0 and height * width >= 4 * MIN_TILES
+
+
+def _by_tiles(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    weights = prepacked(weight, _transform)
     batch, _, height, width = x.shape
     pixels = x.permute(0, 2, 3, 1)
     out = x.new_empty(batch, height // 2, 2, width // 2, 2, weights.shape[1])
@@ -122,3 +146,12 @@ def _assemble(products: Sequence[Tensor], bias: Tensor | None, out: Tensor) -> N
             second.add_(bias)
         torch.add(first.add_(second), third, out=out[:, :, row, :, 0])
         torch.sub(second.sub_(third), fourth, out=out[:, :, row, :, 1])
+
+
+FORMS = {
+    "tiles": Form(_by_tiles, _has_tiles),
+    "packed": Form(by_packing),
+    "product": Form(_by_product, _is_small),
+    PLAIN: Form(_plain),
+}
+"""The forms of `conv3` on the CPU."""

@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdinpaint_kernels import backend
-from sdinpaint_kernels.conv3 import conv3
+from sdinpaint_kernels.conv3 import conv3, sizes
+from sdinpaint_kernels.forms import PLAIN, Form, compute
+from sdinpaint_kernels.packed_conv import ordered_side
 from sdinpaint_kernels.prepacked import prepacked
-
-MIN_PIXELS = 32 * 32
-"""The minimum number of pixels of the input; with fewer, reordering the weights costs torch more than the products."""
 
 # The weights (columns) that are summed for each of the four rows of the transposed kernel.
 SUMMED = ((0.0, 0.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 0.0))
@@ -41,9 +40,16 @@ def upsample_conv3(
     """
     doubled = [2 * side for side in x.shape[2:]]
     size = list(size) or doubled
-    small = x.numel() == 0 or x.shape[2:].numel() < MIN_PIXELS
-    if kernels == "torch" or size != doubled or small or not backend.on_cpu(x, weight, bias):
+    if kernels == "torch" or size != doubled or x.numel() == 0 or not backend.on_cpu(x, weight, bias):
         return conv3(F.interpolate(x, size=size, mode="nearest"), weight, bias, kernels=kernels)
+    return compute("upsample_conv3", FORMS, sizes(x, weight), x, weight, bias)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return conv3(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias)
+
+
+def _transposed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv_transpose2d(x, prepacked(weight, _transposed_kernel), bias, stride=2, padding=1)
 
 
@@ -53,3 +59,25 @@ def _transposed_kernel(weight: Tensor) -> Tensor:
     once = torch.tensor(SUMMED, dtype=wide, device=weight.device)
     summed = weight.to(wide).transpose(0, 1).flatten(2) @ torch.kron(once, once).T
     return summed.to(weight.dtype).unflatten(2, (4, 4)).contiguous(memory_format=torch.channels_last)
+
+
+def _packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    packed = prepacked(weight, _packed_kernel)
+    return torch.ops.mkldnn._convolution_transpose_pointwise(x, packed, bias, *SIDES, 1, "none", [], "")
+
+
+def _packed_kernel(weight: Tensor) -> Tensor:
+    """Order the weights of the transposed convolution as oneDNN reads them."""
+    side = ordered_side(weight.shape[1])
+    size = [1, weight.shape[1], side, side]
+    return torch.ops.mkldnn._reorder_convolution_transpose_weight(_transposed_kernel(weight), *SIDES, 1, size)
+
+
+SIDES = [1, 1], [0, 0], [2, 2], [1, 1]
+"""Padding, padding of the output, stride and dilation of the transposed convolution."""
+FORMS = {
+    "packed_transposed": Form(_packed),
+    "transposed": Form(_transposed),
+    PLAIN: Form(_plain),
+}
+"""The forms of `upsample_conv3` on the CPU."""

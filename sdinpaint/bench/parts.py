@@ -18,6 +18,7 @@ from sdinpaint.bench.arithmetic import float32_bytes, flops_of
 from sdinpaint.bench.cases import Case
 from sdinpaint.bench.child import Figures, first_picture, import_seconds, in_child
 from sdinpaint.bench.defects import measure_defects
+from sdinpaint.bench.forms import measure_forms
 from sdinpaint.bench.growth import free_bytes
 from sdinpaint.bench.kernels import measure_kernels
 from sdinpaint.bench.modes import measure_modes
@@ -171,6 +172,7 @@ PARTS: dict[str, Callable[[Case, Sequence[Command]], Iterable[Found]]] = {
     "seams": measure_seams,
     "defects": measure_defects,
     "tuning": measure_tuning,
+    "forms": measure_forms,
 }
 """Functions by part: (case, commands of other programs) -> rows."""
 

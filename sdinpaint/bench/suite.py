@@ -30,7 +30,7 @@ from sdinpaint.progress import progress_bar
 __all__ = ["ALL", "AUTO", "GROWTH", "Options", "Outcome", "run"]
 
 ALL, GROWTH, AUTO = "all", "growth", "auto"
-BY_NAME = (GROWTH, "modes", "seams", "defects", "tuning")
+BY_NAME = (GROWTH, "modes", "seams", "defects", "tuning", "forms")
 """Parts that run only when they are named, because they take long or measure no speed."""
 NO_MODEL = "none"
 """The family of rows that no model has part in."""

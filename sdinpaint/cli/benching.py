@@ -11,12 +11,14 @@ from tqdm import tqdm
 
 from sdinpaint.cli.common import FILE, quiet_option, raising_on_signals, say
 from sdinpaint.cli.values import Value
-from sdinpaint.errors import shown_lines
+from sdinpaint.errors import shown, shown_lines
 
 __all__ = ["bench"]
 
 REFUSED = 1
-PRUNE, PAGES = "prune", "pages"
+PRUNE, PAGES, KERNELS = "prune", "pages", "kernels"
+FORMS_TABLE = Path("kernels/sdinpaint_kernels/forms.json")
+"""The table that the kernels read, in a checkout."""
 ELSEWHERE = Path("bench-results")
 PEER_NAMES = "Baselines, for example diffusers,openvino."
 NAMES = Value("names with commas between", "sd15,sd2", lambda text: tuple(text.split(",")))
@@ -38,6 +40,9 @@ NAMES = Value("names with commas between", "sd15,sd2", lambda text: tuple(text.s
 @click.option("--device", default="auto", show_default=True, help="auto is cuda where there is a GPU, else cpu.")
 @click.option("--steps", type=int, help="Sampling steps of an image.  [20; quick: 2]")
 @click.option("--rounds", type=int, help="Interleaved rounds of each measurement.  [5; quick: 2]")
+@click.option(
+    "--choose", is_flag=True, help="kernels: time every form of an operation, for the choice among them (CPU)."
+)
 @click.option("--quick", is_flag=True, help="Two rounds, two steps, at most 256 pixels.")
 @click.option("--most-seconds", default=300.0, show_default=True, help="growth: end a curve before longer runs.")
 @click.option("--most-gb", type=float, help="growth: the same for memory.  [four fifths of the free memory]")
@@ -52,6 +57,7 @@ def bench(
     most_gb: float | None,
     out: Path | None,
     quiet: bool,
+    choose: bool,
     **options: Any,
 ) -> None:
     """Measure speed, memory and quality, alone or beside baselines.
@@ -79,6 +85,8 @@ def bench(
     in a checkout, all but quick rows go to benchmarks/results, and pages to docs/benchmarks. Weights are random and of
     full size, so nothing is downloaded.
 
+    kernels --choose times every form of an operation on the CPU, and writes the table by which they are chosen.
+
     \b
     Baselines (--peers):
       diffusers, diffusers-channels-last, diffusers-compiled, openvino
@@ -97,12 +105,17 @@ def bench(
         --peer-time 'generate_image completed in ([\\d.]+)s'
       sdinpaint bench prune
     """
+    from sdinpaint.bench import forms
     from sdinpaint.bench.peers.commands import Command
     from sdinpaint.bench.report.pages import CHECKOUT, Places, prune, tables, write_pages
     from sdinpaint.bench.suite import Options, Outcome, run
 
     if len(lines) != len(times):
         raise click.UsageError(f"{len(lines)} --peer-command and {len(times)} --peer-time: each needs the other")
+    if choose:
+        if options["part"] != KERNELS:
+            raise click.UsageError(f"--choose belongs to the part {KERNELS}, not to {options['part']}")
+        options["part"] = forms.PART
     if options["families"] and options["checkpoint"]:
         raise click.UsageError("--families are of random weights, --checkpoint is a model of yours: give one of them")
     options["families"] = options["families"] or ("sd15",)
@@ -123,6 +136,10 @@ def bench(
             run(chosen, outcome, progress=not quiet, say=None if quiet else _say)
     finally:  # an interrupted run keeps its rows
         write_pages(places, outcome.refused)
+        if choose and outcome.rows:
+            table = FORMS_TABLE if in_checkout else places.rows / FORMS_TABLE.name
+            forms.write_table(places.rows / f"{forms.PART}.jsonl", table)
+            say(f"table of the forms: {shown(table)}", err=True)
         if not quiet:
             say((tables(outcome.rows) + "".join(f"Refused: {reason}\n" for reason in outcome.refused)).rstrip("\n"))
     if outcome.refused:

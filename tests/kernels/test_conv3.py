@@ -1,4 +1,4 @@
-"""The convolution of the CPU against float64: by tiles, as a product, and where it leaves the work to torch."""
+"""The forms of the CPU's convolution against float64, and where it leaves the work to torch."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ import convolving
 import pytest
 import torch
 from convolving import draw
+from forming import choose
 from sdinpaint_kernels import backend, conv3
 from torch.nn import functional as F
 
 own = importlib.import_module("sdinpaint_kernels.conv3")
 
-BY_TILES = [(1, 128, 160, 16, 16), (2, 160, 128, 18, 20), (3, 136, 128, 16, 34), (2, 128, 128, 64, 16)]
-BY_PRODUCT = [(1, 128, 160, 8, 8), (2, 160, 128, 7, 5), (3, 128, 136, 1, 1)]
-PLAIN = {
-    "odd": (1, 128, 128, 17, 33),
-    "few channels in": (1, 96, 128, 16, 16),
-    "few channels out": (1, 128, 4, 16, 16),
-    "nothing": (0, 128, 128, 16, 16),
+SHAPES = {
+    "tiles": [(1, 128, 160, 16, 16), (2, 160, 128, 18, 20), (3, 136, 128, 16, 34), (2, 128, 64, 8, 8)],
+    "product": [(1, 128, 160, 8, 8), (2, 160, 128, 7, 5), (3, 128, 136, 1, 1)],
+    "packed": [(1, 128, 160, 16, 16), (2, 9, 24, 7, 5), (3, 24, 4, 20, 34)],
 }
+"""Form -> inputs that it takes."""
+REFUSED = {"tiles": [(1, 128, 128, 17, 32), (1, 128, 128, 16, 33), (1, 128, 128, 6, 8)], "product": [(1, 8, 8, 32, 33)]}
+"""Form -> inputs that it does not take."""
 TIMES = {torch.float32: 3.0, torch.bfloat16: 4.5}
 """How many times torch's own error is allowed: in bfloat16 every sum of the transforms is rounded."""
 
@@ -34,9 +35,8 @@ def check(x, weight, bias):
 
 
 @pytest.fixture(autouse=True)
-def narrow(substitute):
-    """So that small weights do."""
-    substitute(own, MIN_CHANNELS=128)
+def by_tiles(substitute):
+    choose(substitute, "tiles")
 
 
 @pytest.fixture
@@ -46,12 +46,37 @@ def transforms(spy):
 
 
 @pytest.mark.parametrize("dtype", TIMES)
-@pytest.mark.parametrize("shape", BY_TILES + BY_PRODUCT)
-def test_it_is_as_exact_as_torch(shape, dtype, transforms):
+@pytest.mark.parametrize(("form", "shape"), [(form, shape) for form in SHAPES for shape in SHAPES[form]])
+def test_every_form_is_as_exact_as_torch(form, shape, dtype, substitute):
+    choose(substitute, form)
+    ran, chosen = [], own.FORMS[form]
+
+    def run(*given):
+        ran.append(form)
+        return chosen.run(*given)
+
+    substitute(own, FORMS=own.FORMS | {form: chosen._replace(run=run)})
     x, weight, bias = draw(*shape, dtype)
     check(x, weight, bias)
     check(x.contiguous(memory_format=torch.channels_last), weight, None)
-    assert len(transforms) == (shape in BY_TILES and backend._cpu_supports(dtype))
+    assert len(ran) == 2 * backend._cpu_supports(dtype)
+
+
+@pytest.mark.parametrize(("form", "shape"), [(form, shape) for form in REFUSED for shape in REFUSED[form]])
+def test_what_a_form_does_not_take_the_next_one_computes(form, shape, substitute):
+    choose(substitute, form)
+    given = draw(*shape)
+    assert torch.equal(conv3(*given), plain(*given))
+
+
+def test_a_map_of_another_size_or_another_one_before_changes_nothing(substitute):
+    """Weights are ordered for one size, whatever comes first."""
+    choose(substitute, "packed")
+    x, weight, bias = draw(1, 128, 128, 16, 16)
+    first = conv3(x, weight, bias)
+    other = weight.clone()
+    conv3(x[..., :4, :6], other, bias)
+    assert torch.equal(conv3(x, other, bias), first)
 
 
 @pytest.mark.parametrize("tiles", [1, 20, 70, 10**6])
@@ -70,9 +95,8 @@ def test_an_item_of_a_batch_is_what_it_is_alone():
     torch.testing.assert_close(conv3(x, weight, bias)[1:2], conv3(x[1:2], weight, bias), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", PLAIN)
-def test_torch_does_what_would_not_gain(name, transforms):
-    given = draw(*PLAIN[name])
+def test_torch_does_nothing(transforms):
+    given = draw(0, 128, 128, 16, 16)
     assert torch.equal(conv3(*given), plain(*given))
     assert not transforms
 

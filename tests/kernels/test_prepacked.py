@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from forming import choose
 from safetensors.torch import save_file
 from sdinpaint_kernels import conv3, forget, upsample_conv3
 from sdinpaint_weights.reader import open_weights
@@ -24,6 +25,13 @@ def draw():
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(1, 256, 32, 32, generator=generator)
     return x, torch.randn(256, 256, 3, 3, generator=generator)
+
+
+@pytest.fixture(autouse=True, params=["tiles", "packed"])
+def form(request, substitute):
+    """A form that prepacks."""
+    choose(substitute, request.param, f"{request.param}_transposed", "transposed")
+    return request.param
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import convolving
 import pytest
 import torch
 from convolving import draw
+from forming import choose
 from sdinpaint_kernels import backend, upsample_conv3
 from torch.nn import functional as F
 
@@ -15,7 +16,6 @@ own = importlib.import_module("sdinpaint_kernels.upsample_conv3")
 
 IN_ONE = [(1, 24, 40, 32, 32), (2, 96, 32, 33, 47), (3, 8, 4, 64, 20)]
 APART = {
-    "small": ((1, 24, 40, 31, 32), ()),
     "nothing": ((0, 24, 40, 32, 32), ()),
     "another size": ((1, 24, 40, 32, 32), (63, 64)),
     "three times": ((1, 24, 40, 32, 32), (96, 96)),
@@ -30,6 +30,11 @@ def plain(x, weight, bias=None, size=()):
 
 def check(x, weight, bias):
     convolving.check(upsample_conv3, plain, x, weight, bias, times=2)
+
+
+@pytest.fixture(params=["transposed", "packed_transposed"], autouse=True)
+def form(request, substitute):
+    choose(substitute, request.param)
 
 
 @pytest.fixture

@@ -81,6 +81,8 @@ class Places:
         return self.pages / "reasons.toml"
 
 
+UNSHOWN = ("forms",)
+"""Parts whose rows make a table of the kernels, and none for people."""
 CHECKOUT = Places(Path("benchmarks/results"), Path("docs/benchmarks"), Path("README.md"))
 
 
@@ -93,7 +95,7 @@ def read_rows(places: Places) -> list[Row]:
     Returns:
         The rows by part, in the order in which each measurement first appears.
     """
-    return latest(file for file in _files(places) if file.is_file())
+    return latest(file for file in _files(places) if file.is_file() and file.stem not in UNSHOWN)
 
 
 def write_pages(places: Places, refused: Sequence[str] = ()) -> None:

@@ -1,0 +1,59 @@
+"""oneDNN's convolution with weights in its own order, which is made once and replaces the weights in memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sdinpaint_kernels.prepacked import prepacked
+
+__all__ = ["by_packing", "ordered_side"]
+
+AREA = 64 * 320
+"""Side times channels of the map that weights are ordered for, as in the UNets; the order holds for any map."""
+LEAST_SIDE = 8
+
+
+def ordered_side(channels: int) -> int:
+    """Return the side of the map that weights are ordered for: one for all, whichever map comes first.
+
+    Args:
+        channels: of the input.
+
+    Returns:
+        The number of pixels.
+    """
+    return max(LEAST_SIDE, AREA // channels)
+
+
+def by_packing(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 1) -> Tensor:
+    """Apply a convolution.
+
+    Args:
+        x: feature map (B, C, H, W).
+        weight: (O, C, rows, columns).
+        bias: (O,), or None.
+        stride: of both axes.
+        padding: rows and columns of zeros on each side.
+
+    Returns:
+        The output (B, O, H', W').
+    """
+    packed = prepacked(weight, _packer(stride, padding))
+    sides = [padding] * 2, [stride] * 2, [1, 1]
+    return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *sides, 1, "none", [], "")
+
+
+@functools.cache
+def _packer(stride: int, padding: int) -> Callable[[Tensor], Tensor]:
+    """Return the function that orders weights; the same one for the same arguments, as the cache of forms asks for."""
+
+    def pack(weight: Tensor) -> Tensor:
+        inputs, side = weight.shape[1], ordered_side(weight.shape[1])
+        sides = [padding] * 2, [stride] * 2, [1, 1]
+        return torch.ops.mkldnn._reorder_convolution_weight(weight, *sides, 1, [1, inputs, side, side])
+
+    return pack
