@@ -29,7 +29,7 @@ Table = dict[str, dict[str, dict[str, dict[str, str]]]]
 TABLE = Path(__file__).with_name("forms.json")
 PLAIN = "plain"
 """The form that is torch's own operation, which takes every call."""
-SAFE = ("packed", PLAIN)
+SAFE = ("packed", "packed_transposed", PLAIN)
 """The forms of a kind that nobody measured."""
 
 
