@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import importlib
-import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,21 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["DTYPES", "as_list", "axes_of", "check_call", "check_choice", "check_number", "check_path", "check_prompt"]
-__all__ += ["check_switch", "check_tensor", "check_whole", "dtype_name", "find_device", "knowing_keywords", "quietly"]
+__all__ += ["check_switch", "check_tensor", "check_whole", "dtype_name", "find_device", "quietly"]
 __all__ += ["require_extra"]
-
-Given = ParamSpec("Given")
-Returned = TypeVar("Returned")
-
-NAMES_ELSEWHERE = {
-    "generator": "seed",
-    "latents": "noise",
-    "mask_image": "mask",
-    "num_inference_steps": "steps",
-    "scheduler": "sampler",
-    "torch_dtype": "dtype",
-}
-"""Name of an argument in diffusers -> name here."""
 
 MAX_PROMPT = 100_000
 """Characters of a prompt at most; ten thousand words, which take a quarter of a second."""
@@ -64,33 +49,6 @@ def require_extra(module: str, *, extra: str, what: str) -> Any:
         found = f"needs {missing.partition('.')[0]}, which cannot be imported ({error})"
         hint = f"pip install 'sdinpaint[{extra}]'"
         raise SettingError("SETTING_EXTRA", what, found, hint=hint) from error
-
-
-def knowing_keywords(*more: str) -> Callable[[Callable[Given, Returned]], Callable[Given, Returned]]:
-    """Let a function suggest the nearest name in the TypeError of a keyword that it does not have; a decorator.
-
-    Args:
-        more: the names that it takes by `**options`.
-
-    Returns:
-        The decorator, which keeps the signature.
-    """
-
-    def decorate(function: Callable[Given, Returned]) -> Callable[Given, Returned]:
-        parameters = inspect.signature(function).parameters.values()
-        names = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD] + [*more]
-
-        @functools.wraps(function)
-        def call(*given: Given.args, **options: Given.kwargs) -> Returned:
-            for name in options.keys() - names:
-                close = difflib.get_close_matches(NAMES_ELSEWHERE.get(name, name), names, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {name!r}{hint}")
-            return function(*given, **options)
-
-        return call
-
-    return decorate
 
 
 @contextmanager

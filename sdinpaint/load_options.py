@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from sdinpaint.checks import check_choice, check_path, check_switch, check_whole, dtype_name, knowing_keywords
+from sdinpaint.checks import check_choice, check_path, check_switch, check_whole, dtype_name
 from sdinpaint.errors import SettingError, said
 from sdinpaint.families import Prediction
+from sdinpaint.keywords import knowing_keywords
 
 __all__ = ["OPTIONS", "LoadOptions"]
 

@@ -15,9 +15,10 @@ from sdinpaint.checkpoints.building import build, find_dtype, own_tokenizer
 from sdinpaint.checkpoints.converting import check_apart
 from sdinpaint.checkpoints.diffusers_configs import diffusers_configs
 from sdinpaint.checkpoints.opening import CONTROLNET, DEMO, open_checkpoint
-from sdinpaint.checks import check_call, check_path, check_switch, find_device, knowing_keywords
+from sdinpaint.checks import check_call, check_path, check_switch, find_device
 from sdinpaint.errors import CheckpointError, SettingError, explaining_memory, warn
 from sdinpaint.families import TOKENIZERS, Prediction
+from sdinpaint.keywords import knowing_keywords
 from sdinpaint.latent_diffusion import LatentDiffusion
 from sdinpaint.load_options import LoadOptions
 from sdinpaint.models.offloading import Offloading

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from sdinpaint import loading
-from sdinpaint.checks import check_path, knowing_keywords
+from sdinpaint.checks import check_path
 from sdinpaint.errors import SettingError
 from sdinpaint.images.input_image import InputImage, read_image
 from sdinpaint.images.reading import read_settings
+from sdinpaint.keywords import knowing_keywords
 from sdinpaint.load_options import LoadOptions
 from sdinpaint.masks import Mask
 from sdinpaint.masks.text import mask_from_text

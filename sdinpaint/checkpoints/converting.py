@@ -25,9 +25,10 @@ from sdinpaint.checkpoints.diffusers_configs import controlnet_json, diffusers_c
 from sdinpaint.checkpoints.embedded import embedded
 from sdinpaint.checkpoints.opening import CONTROLNET, Checkpoint, open_checkpoint
 from sdinpaint.checkpoints.sources import COMPONENTS, Component, as_path, open_parts
-from sdinpaint.checks import check_choice, check_path, check_switch, knowing_keywords
+from sdinpaint.checks import check_choice, check_path, check_switch
 from sdinpaint.errors import CheckpointError, SettingError, TokenizerError, warn
 from sdinpaint.families import SD15, TOKENIZERS, TextConfig
+from sdinpaint.keywords import knowing_keywords
 from sdinpaint.load_options import OPTIONS, LoadOptions
 from sdinpaint.progress import progress_bar
 from sdinpaint.text.finding import find_tokenizer

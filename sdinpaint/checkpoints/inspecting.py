@@ -22,9 +22,10 @@ from sdinpaint.checkpoints.findings import Finding
 from sdinpaint.checkpoints.known_shapes import has_known_shapes
 from sdinpaint.checkpoints.opening import CONTROLNET, Checkpoint, open_checkpoint
 from sdinpaint.checkpoints.sources import COMPONENTS, as_path, open_parts
-from sdinpaint.checks import check_path, check_switch, knowing_keywords
+from sdinpaint.checks import check_path, check_switch
 from sdinpaint.errors import SdInpaintError, shown, shown_lines
 from sdinpaint.families import KINDS, deviations
+from sdinpaint.keywords import knowing_keywords
 from sdinpaint.load_options import LoadOptions
 from sdinpaint.progress import progress_bar
 

@@ -8,12 +8,13 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
-from sdinpaint.checks import check_call, check_choice, check_switch, knowing_keywords
+from sdinpaint.checks import check_call, check_choice, check_switch
 from sdinpaint.errors import SettingError, explaining_memory, keeping_warnings, warn
 from sdinpaint.images.blending import Blend
 from sdinpaint.images.canvas import OVERLAP, Anchor, ExtendingFill
 from sdinpaint.images.fills import Fill
 from sdinpaint.images.input_image import paste
+from sdinpaint.keywords import knowing_keywords
 from sdinpaint.latent_diffusion import LatentDiffusion
 from sdinpaint.masks import Cover, masked_image, to_latent
 from sdinpaint.pipeline.doubts import request_doubts
