@@ -1,12 +1,12 @@
 # `make help` lists the targets. Everything is installed into .venv; nothing else is touched.
 #
 #   make PYTHON=python3.12 demo   another interpreter, 3.11 or later
-#   make BENCH="--steps 20 --rounds 5 --peers diffusers,diffusers-channels-last,openvino" bench   more, in some hours
+#   make BENCH="--steps 20 --rounds 5 --peers diffusers,diffusers-channels-last,openvino" bench   more rounds, in hours
 
 PYTHON ?= python3
 VENV ?= .venv
 LOWEST ?= .venv-lowest
-BENCH ?= --dtype float32,bfloat16 --steps 2 --rounds 2 --peers diffusers,openvino
+BENCH ?= --dtype float32,bfloat16 --steps 2 --rounds 2 --peers diffusers,diffusers-channels-last,openvino
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -28,7 +28,7 @@ test-lowest: $(LOWEST)/stamp ## Run the tests with the lowest versions that pypr
 	OMP_NUM_THREADS=1 PYTHONPATH=tools $(LOWEST)/bin/python -m pytest -n 2 --dist worksteal -p without_peers \
 	    -m "not peer and not slow and not gpu"
 
-bench: $(VENV)/dev.stamp ## Measure beside diffusers and OpenVINO: about an hour of an idle machine; see BENCH
+bench: $(VENV)/dev.stamp ## Measure beside diffusers, in both its layouts, and OpenVINO: hours of an idle machine; see BENCH
 	$(BIN)/sdinpaint bench all $(BENCH)
 
 lint: $(VENV)/dev.stamp ## Check style, types, imports, docstrings, and that the page of error codes is up to date

@@ -67,7 +67,7 @@ def check_load(case: Case, name: str, found: Figures, ours: Figures) -> str:
 
 
 def check_memory(case: Case, name: str, runs: Sequence[Figures]) -> str:
-    """Check that the step of every round is finite.
+    """Check that what every process computed is finite.
 
     Args:
         case: the case.
@@ -81,7 +81,7 @@ def check_memory(case: Case, name: str, runs: Sequence[Figures]) -> str:
         NumericError: there is NaN or infinity.
     """
     if not all(one["finite"] for one in runs):
-        raise _wrong("memory", case, name, "a step with NaN or infinity", "finite numbers")
+        raise _wrong("memory", case, name, "NaN or infinity", "finite numbers")
     return "finite"
 
 

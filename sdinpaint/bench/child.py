@@ -7,17 +7,19 @@ import mmap
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sdinpaint.bench.cases import Case
 from sdinpaint.bench.growth import peak_bytes
 from sdinpaint.bench.paintings import paint
-from sdinpaint.bench.peers.systems import PEERS, open_system
+from sdinpaint.bench.peers.systems import PEERS, System, open_system
 from sdinpaint.errors import SdInpaintError
 
 __all__ = ["Figures", "first_picture", "import_seconds", "in_child"]
@@ -122,30 +124,55 @@ def load(name: str, case: Case) -> Figures:
     return found
 
 
-def memory(name: str, case: Case) -> Figures:
-    """Measure the peak memory of a guided step and of a whole image, with the loaded system.
+def step_memory(name: str, case: Case) -> Figures:
+    """Measure the peak memory of the first and of the second guided step, with the loaded system.
 
     Args:
         name: the system.
         case: the case.
 
     Returns:
-        Bytes of `step` and `picture`, where the operating system tells them; `finite`, whether a step is.
+        Bytes of `step` and `second step`, where the operating system tells them; `finite`, whether a step is.
     """
-    device = torch.device(case.device)
-    before = resident(device)
+    before, system = _loaded(name, case)
+    found = {what: _peak(system.step, before, case) for what in ("step", "second step")}
+    return _known(found) | {"finite": bool(system.step().isfinite().all())}
+
+
+def picture_memory(name: str, case: Case) -> Figures:
+    """Measure the peak memory of a whole image, with the loaded system.
+
+    Args:
+        name: the system.
+        case: the case.
+
+    Returns:
+        Bytes of `picture`, where the operating system tells them; `finite`, whether the image is more than one colour.
+    """
+    before, system = _loaded(name, case)
+    made: list[Image.Image] = []
+    found = {"picture": _peak(lambda: made.append(system.picture()), before, case)}
+    return _known(found) | {"finite": float(np.asarray(made[0]).std() > 0)}
+
+
+def _loaded(name: str, case: Case) -> tuple[int, System]:
+    """Return the resident memory before a system, and the system with its weights in memory."""
+    before = resident(torch.device(case.device))
     system = open_system(name, case)
     system.ready()
     touch(system.parameters())
-    found: Figures = {}
-    runs: dict[str, Callable[[], object]] = {"step": system.step, "picture": system.picture}
-    for what, run in runs.items():
-        kept = resident(device) - before
-        peak = peak_bytes(run, device)
-        if peak is not None:
-            found[what] = kept + peak
-    found["finite"] = bool(system.step().isfinite().all())
-    return found
+    return before, system
+
+
+def _peak(run: Callable[[], object], before: int, case: Case) -> float | None:
+    """Return the peak memory of a call beyond `before`; None where the operating system does not tell it."""
+    device = torch.device(case.device)
+    kept, peak = resident(device) - before, peak_bytes(run, device)
+    return None if peak is None else kept + peak
+
+
+def _known(found: Mapping[str, float | None]) -> Figures:
+    return {what: figure for what, figure in found.items() if figure is not None}
 
 
 def first(name: str, case: Case) -> Figures:
@@ -186,7 +213,13 @@ def resident(device: torch.device) -> int:
     return int(RESIDENT.read_text(encoding="utf-8").split()[1]) * mmap.PAGESIZE if RESIDENT.exists() else 0
 
 
-MEASURES = {"load": load, "memory": memory, "modes": paint, FIRST: first}
+MEASURES = {
+    "load": load,
+    "step memory": step_memory,
+    "picture memory": picture_memory,
+    "modes": paint,
+    FIRST: first,
+}
 
 
 def main(part: str, system: str, case: str) -> None:

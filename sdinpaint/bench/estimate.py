@@ -31,6 +31,8 @@ class Planned:
     quick: bool
     rounds: int
     steps: int
+    size: int | None = None
+    """Height and width of images in pixels; None where it is not known before the model is opened."""
     peers: tuple[str, ...] = ()
 
 
@@ -81,6 +83,7 @@ def estimated_seconds(plan: Planned, rows: Iterable[Row]) -> float | None:
         row
         for row in rows
         if all(row[name] == getattr(plan, name) for name in same)
+        and plan.size in (None, row["size"])
         and row.get("unit") in SECONDS
         and row["system"] in systems
         and machine(row) == machine(here)

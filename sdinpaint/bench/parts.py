@@ -49,6 +49,8 @@ RUNS: dict[str, Callable[[System], Any]] = {
     "VAE encode": lambda system: system.encode(),
     "text encoders, 2 prompts": lambda system: system.encode_text(),
 }
+MEMORY = {"step memory": ("step", "second step"), "picture memory": ("picture",)}
+"""The figures of each process in which memory is measured."""
 GB = 1e9
 SLOW = 30.0
 """Seconds of loading after which a system, one that converts and compiles first, is loaded only once."""
@@ -79,7 +81,7 @@ def measure_load(case: Case, commands: Sequence[Command]) -> Iterator[Found]:
 
 
 def measure_memory(case: Case, commands: Sequence[Command]) -> Iterator[Found]:
-    """Measure the peak memory of a step and of an image, weights included, in a new process.
+    """Measure the peak memory of two steps, and in another process that of an image, weights included.
 
     It is measured once and with one step, since more of either give the same.
 
@@ -91,12 +93,15 @@ def measure_memory(case: Case, commands: Sequence[Command]) -> Iterator[Found]:
         Rows, and texts for baselines that have none; no rows on a CPU without /proc.
     """
     case = replace(case, steps=1)
-    found = yield from _children("memory", case, rounds=1)
-    passed = yield from _checked("memory", case, found, lambda name: checks.check_memory(case, name, found[name]))
-    kept = {name: found[name] for name in passed}
-    for what in ("step", "picture"):
-        if what in found[OURS][0]:
-            yield from _rows("memory", case, f"{what}, peak memory", "GB", _column(kept, what, 1 / GB), checks=passed)
+    for measure, whats in MEMORY.items():
+        found = yield from _children(measure, case, rounds=1)
+        passed = yield from _checked("memory", case, found, partial(_check_memory, case, found))
+        kept = {name: found[name] for name in passed}
+        for what in whats:
+            if what in found[OURS][0]:
+                yield from _rows(
+                    "memory", case, f"{what}, peak memory", "GB", _column(kept, what, 1 / GB), checks=passed
+                )
 
 
 def measure_step(case: Case, commands: Sequence[Command]) -> Iterator[Found]:
@@ -177,6 +182,10 @@ PARTS: dict[str, Callable[[Case, Sequence[Command]], Iterable[Found]]] = {
 """Functions by part: (case, commands of other programs) -> rows."""
 
 
+def _check_memory(case: Case, found: Mapping[str, Sequence[Figures]], name: str) -> str:
+    return checks.check_memory(case, name, found[name])
+
+
 def _imports(case: Case) -> Iterator[Row]:
     """Yield rows of importing sdinpaint, each baseline, and torch alone, which all need."""
     statements = {OURS: IMPORTS, **{name: PEERS[name].imports for name in case.peers}, TORCH: "import torch"}
@@ -234,7 +243,7 @@ def _rows(
             name,
             taken,
             unit,
-            ratio=None if name in (OURS, TORCH) else median_ratio(values[OURS], taken),
+            ratio=None if name == OURS else median_ratio(values[OURS], taken),
             check=checks[name],
             steps=case.steps if "picture" in what else None,
         )

@@ -41,6 +41,10 @@ Only the included checkpoint has learned the scenes of the first two; defects do
 """
 ON_CPU = ("defects", "startup")
 """Parts that run once on the CPU, in float32, whatever dtypes and device are chosen."""
+SIZED = ("memory", "kernels", "step", "picture", "tuning", "forms")
+"""Parts whose images have the size that is chosen; others have sizes of their own, or no images."""
+LEAST_SIZE = 64
+"""Sizes are multiples of it, which every UNet and VAE halves evenly."""
 STEPS, ROUNDS = 20, 5
 QUICK_SIZE, QUICK_STEPS, QUICK_ROUNDS = 256, 2, 2
 WORTH_TELLING = 10.0
@@ -70,6 +74,8 @@ class Options:
     """The dtype of random checkpoints' files; None: the one that they are run in."""
     device: str = AUTO
     """"auto" is replaced by "cuda" where there is a GPU, else by "cpu"."""
+    size: int | None = None
+    """Height and width of the images of SIZED; None: those that the model was trained at."""
     steps: int | None = None
     rounds: int | None = None
     """None: STEPS and ROUNDS, or for a quick run QUICK_STEPS and QUICK_ROUNDS."""
@@ -92,6 +98,11 @@ class Options:
         for name in ("steps", "rounds"):
             if (given := getattr(self, name)) is not None and given < 1:
                 raise SettingError("BENCH_COUNT", name, f"{given}", expected="1 or more")
+        if self.size is not None and (self.size < 1 or self.size % LEAST_SIZE):
+            raise SettingError("BENCH_SIZE", "size", f"{self.size}", expected=f"a multiple of {LEAST_SIZE}")
+        if self.size is not None and not {*SIZED} & {*self.parts}:
+            expected = f"a part whose images have a size that is chosen: {', '.join(SIZED)}"
+            raise SettingError("BENCH_SIZE", "size", f"{self.size} for the part {self.part}", expected=expected)
         for name in ("most_seconds", "most_bytes"):
             if (limit := getattr(self, name)) is not None and not limit > 0:
                 raise SettingError("BENCH_LIMIT", name, f"{limit:g}", expected="more than 0")
@@ -151,12 +162,14 @@ def _plan(options: Options) -> Iterator[tuple[str, str, str | None, str]]:
 
 
 def _planned(options: Options, family: str, dtype: str, given: str | None, part: str) -> Planned:
+    stored = _stored(options, family, dtype)
     return Planned(
         part=part,
         family=family,
         dtype=dtype,
-        stored=_stored(options, family, dtype),
+        stored=stored,
         device=_device(options, part),
+        size=_size(options, part, FULL_SIZE[family].size if stored else 0) or None,
         quick=options.quick,
         rounds=_rounds(options),
         steps=_steps(options),
@@ -181,7 +194,7 @@ def _source(options: Options, family: str, dtype: str, given: str | None) -> Abs
 
 
 def _case(options: Options, family: str, dtype: str, source: str, part: str) -> Case:
-    """Make the case at the size that the model was trained at."""
+    """Make the case, at the size that is chosen or that the model was trained at."""
     size = open_checkpoint(LoadOptions(source=source), progress=False).family.size if source else 0
     return Case(
         family=family,
@@ -189,12 +202,19 @@ def _case(options: Options, family: str, dtype: str, source: str, part: str) -> 
         dtype=dtype,
         stored=_stored(options, family, dtype),
         device=_device(options, part),
-        size=min(size, QUICK_SIZE) if options.quick else size,
+        size=_size(options, part, size),
         steps=_steps(options),
         rounds=_rounds(options),
         quick=options.quick,
         peers=options.peers,
     )
+
+
+def _size(options: Options, part: str, own: int) -> int:
+    """Return the size that is chosen, or the model's own."""
+    if options.size is not None and part in SIZED:
+        return options.size
+    return min(own, QUICK_SIZE) if options.quick else own
 
 
 def _stored(options: Options, family: str, dtype: str) -> str | None:
@@ -220,8 +240,7 @@ def _measure(part: str, case: Case, options: Options, outcome: Outcome, progress
             if isinstance(row, str):  # why a baseline has none
                 outcome.refused.append(row)
                 continue
-            append(options.places.rows / f"{part}.jsonl", row)
-            outcome.rows.append(row)
+            outcome.rows.append(append(options.places.rows / f"{part}.jsonl", row))
     except SettingError:  # it fails in the same way for every case
         raise
     except SdInpaintError as error:

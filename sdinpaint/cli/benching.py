@@ -38,6 +38,7 @@ NAMES = Value("names with commas between", "sd15,sd2", lambda text: tuple(text.s
 )
 @click.option("--stored", metavar="DTYPE", help="The dtype of random weights' files.  [the dtype that is computed in]")
 @click.option("--device", default="auto", show_default=True, help="auto is cuda where there is a GPU, else cpu.")
+@click.option("--size", type=int, help="Pixels a side of images.  [as the model was trained; quick: at most 256]")
 @click.option("--steps", type=int, help="Sampling steps of an image.  [20; quick: 2]")
 @click.option("--rounds", type=int, help="Interleaved rounds of each measurement.  [5; quick: 2]")
 @click.option(
@@ -66,7 +67,7 @@ def bench(
 
     \b
       load      import and load time, peak memory of loading
-      memory    peak memory of a guided step and of an image
+      memory    peak memory of the first and the second guided step, and of an image
       kernels   every distinct operation of a step and of decoding, beside plain torch
       step      a guided step, VAE and text encoders
       picture   a whole image; a new process until its first image
@@ -78,7 +79,7 @@ def bench(
       defects   known defects of inpainting pipelines (included checkpoint)
       tuning    configurations of the Triton kernels (GPU)
       prune     measure nothing: remove rows that later ones of the same machine supersede
-      pages     measure nothing: make pages and plots of the rows
+      pages     measure nothing: make pages and plots of the rows, and list reasons to write
 
     Before anything is timed, its output is checked: it is finite, and close to the baselines'. A failed check ends with
     exit code 1. Rows are appended to FOLDER/PART.jsonl; FOLDER/bench.md shows the latest ones. FOLDER is bench-results;
@@ -99,7 +100,8 @@ def bench(
     \b
     Examples:
       sdinpaint bench --families demo --quick
-      sdinpaint bench step --families sd15,sdxl --dtype float32,bfloat16 --peers diffusers
+      sdinpaint bench step --families sd15,sdxl --dtype float32,bfloat16 --peers diffusers,diffusers-channels-last
+      sdinpaint bench memory --size 1024 --dtype bfloat16 --stored float16 --peers diffusers,diffusers-channels-last
       sdinpaint bench picture --checkpoint MODEL --peers diffusers \\
         --peer-command 'sd -m {checkpoint} -i {image} --mask {mask} -p "{prompt}" --steps {steps} -o {out}' \\
         --peer-time 'generate_image completed in ([\\d.]+)s'
@@ -107,7 +109,8 @@ def bench(
     """
     from sdinpaint.bench import forms
     from sdinpaint.bench.peers.commands import Command
-    from sdinpaint.bench.report.pages import CHECKOUT, Places, prune, tables, write_pages
+    from sdinpaint.bench.report.pages import CHECKOUT, Places, prune, read_rows, tables, write_pages
+    from sdinpaint.bench.report.slower import open_questions
     from sdinpaint.bench.suite import Options, Outcome, run
 
     if len(lines) != len(times):
@@ -128,6 +131,9 @@ def bench(
             of = "".join(f", {count} of {name}" for name, count in removed.items())
             say(f"{sum(removed.values())} superseded rows removed from {places.rows}{of}")
         write_pages(places)
+        if options["part"] == PAGES:
+            for question in open_questions(read_rows(places), places.reasons):
+                say(question)
         return
     most_bytes = None if most_gb is None else most_gb * 1e9
     chosen, outcome = Options(commands=commands, places=places, most_bytes=most_bytes, **options), Outcome()

@@ -20,6 +20,7 @@ from sdinpaint import cli
 from sdinpaint.bench import child, kernels, parts, seams, startup, suite, tuning
 from sdinpaint.bench.cases import Case, StepInputs
 from sdinpaint.bench.checkpoints import random_pipeline
+from sdinpaint.bench.child import in_child
 from sdinpaint.bench.estimate import Planned, duration, estimated_seconds
 from sdinpaint.bench.peers.commands import Command
 from sdinpaint.bench.peers.systems import OURS, PEERS, Peer, SdInpaint, open_system
@@ -116,12 +117,44 @@ def test_load_and_memory_are_measured_over_the_weights():
     assert found["weights"] == pytest.approx(2 * stored, rel=0.01)
     assert 0 < found["seconds"] <= found["touched"]
     assert found["peak"] > 0.9 * found["weights"]
-    assert child.memory(OURS, demo_case())["step"] > 0
 
 
-def test_a_part_runs_in_a_process_of_its_own(tmp_path):
-    rows = measure(options(tmp_path, "memory")).rows
-    assert [row["what"] for row in rows] == ["step, peak memory", "picture, peak memory"]
+def test_memory_is_that_of_the_first_step_of_the_second_one_and_of_an_image():
+    steps, image = child.step_memory(OURS, demo_case()), child.picture_memory(OURS, demo_case())
+    assert steps.keys() == {"step", "second step", "finite"}
+    assert image.keys() == {"picture", "finite"}
+    assert min(steps["step"], steps["second step"], image["picture"]) > 0
+    assert steps["finite"]
+    assert image["finite"]
+
+
+def test_memory_is_measured_in_processes_of_their_own_at_the_size_that_is_chosen(tmp_path, monkeypatch):
+    started = []
+
+    def in_process(measure, system, case):
+        started.append(measure)
+        return in_child(measure, system, case) if measure == "step memory" else {"picture": 1e9, "finite": 1.0}
+
+    monkeypatch.setattr(parts, "in_child", in_process)
+    rows = measure(options(tmp_path, "memory", size=64)).rows
+    assert [row["what"] for row in rows] == [f"{what}, peak memory" for what in ("step", "second step", "picture")]
+    assert started == ["step memory", "picture memory"]
+    assert {row["size"] for row in rows} == {64}
+
+
+def test_parts_without_a_size_that_is_chosen_keep_their_own(tmp_path):
+    chosen = options(tmp_path, "all", size=1024)
+    assert {part: suite._size(chosen, part, 128) for part in chosen.parts} == {
+        **dict.fromkeys(("memory", "kernels", "step", "picture"), 1024),
+        **dict.fromkeys(("load", "quality", "startup"), 128),
+    }
+
+
+@pytest.mark.parametrize("changes", [{"size": 0}, {"size": 100}, {"part": "seams", "size": 128}])
+def test_a_size_that_cannot_be_used_is_refused(tmp_path, changes):
+    with pytest.raises(SettingError) as caught:
+        options(tmp_path, **changes)
+    assert caught.value.code == "BENCH_SIZE"
 
 
 def test_quality_is_of_the_included_checkpoint_whatever_family_is_asked_for(tmp_path):
@@ -219,7 +252,7 @@ def test_a_checkout_keeps_all_but_quick_rows_apart_from_what_shows_them(tmp_path
     assert "| guided step |" in result.output
     assert [str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("step.jsonl")] == [rows]
     assert [str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("bench.md")] == [pages]
-    assert (tmp_path / pages / "step-demo-cpu.png").is_file()
+    assert [*(tmp_path / pages).glob("step-demo-cpu-*.png")]
 
 
 def test_growth_runs_only_by_its_name_and_keeps_every_curve(tmp_path, monkeypatch):
@@ -345,6 +378,7 @@ def earlier(what, p50, unit="s", system=OURS, **changes):
         ({"peers": ("another",)}, [earlier("guided step", 2.0), earlier("guided step", 3.0, system="another")], 25),
         ({}, [earlier("guided step", 2.0), earlier("guided step", 3.0, system="another")], 10),
         ({}, [earlier("guided step", 2.0, dtype="bfloat16")], None),
+        ({"size": 512}, [earlier("guided step", 2.0), {**earlier("guided step", 9.0), "size": 512}], 5 * 9),
         ({}, [{**earlier("guided step", 2.0), "environment": {"processor": "another", "cores": 1}}], None),
         (
             {"part": "picture"},
@@ -425,8 +459,8 @@ def test_startup_is_the_ratio_of_medians_to_importing_torch(tmp_path, monkeypatc
     assert [row["ratio"] for row in rows] == [None, 0.25, *3 * (None, 0.5), None, 1.5]
     assert all(row.keys() >= FIELDS and row["family"] == "none" for row in rows)
     write_pages(Places(tmp_path, tmp_path))
-    assert (tmp_path / "startup-none-cpu.png").is_file()
-    assert "| startup | --help | none | float32 |" in (tmp_path / "bench.md").read_text()
+    assert [*tmp_path.glob("startup-none-cpu-*.png")]
+    assert "| startup | --help | none |  | float32 |" in (tmp_path / "bench.md").read_text()
     assert [row["dtype"] for row in rows_in(tmp_path, "startup")] == ["float32"] * len(rows)
 
 

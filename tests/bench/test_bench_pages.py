@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import json
+import platform
+import re
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image, ImageColor
 from places import ROOT
+from sdinpaint_kernels import cpu_kinds
 
 from sdinpaint import cli
+from sdinpaint.bench.report import kinds
 from sdinpaint.bench.report.bars import MOST_CALLS, draw_bars, draw_modes, draw_roofline, draw_seams
 from sdinpaint.bench.report.figures import COLORS
-from sdinpaint.bench.report.pages import (
-    BEGIN,
-    END,
-    Places,
-    headline,
-    pages,
-    prune,
-    read_rows,
-    tables,
-    with_headline,
-    write_pages,
-)
-from sdinpaint.bench.report.rows import append, latest
-from sdinpaint.bench.report.slower import UNWRITTEN, read_reasons, where_slower
+from sdinpaint.bench.report.headline import BEGIN, END, headline, with_headline
+from sdinpaint.bench.report.layouts import faster_layouts
+from sdinpaint.bench.report.pages import Places, pages, prune, read_rows, tables, write_pages
+from sdinpaint.bench.report.rows import append, environment, identity, latest, machine
+from sdinpaint.bench.report.slower import UNWRITTEN, open_questions, read_reasons, where_slower
 from sdinpaint.bench.report.summary import summary
 from sdinpaint.bench.report.tables import baseline_is_faster, number, table
 from sdinpaint.errors import SdInpaintWarning, SettingError
@@ -72,6 +69,15 @@ def curve(**changes):
 
 
 BESIDE = [row("diffusers", 10.0, 0.8), row(), row("openvino", 7.9, 1.0125)]
+
+
+def on(kind, **more):
+    """The environment of rows on two cores of that kind."""
+    return {"environment": {"processor": "EPYC", "cores": 2, "kind": kind, **more}}
+
+
+AVX512 = on("avx512_bf16")
+AVX2 = on("avx2", pretended=True)
 
 
 def lines(said):
@@ -125,6 +131,78 @@ def test_numbers_are_short(value, said):
     assert number(value) == said
 
 
+# Processor kinds
+
+
+def test_rows_of_two_kinds_are_two_measurements_on_two_machines():
+    own, pretended, had = row(**AVX512), row(**AVX2), row(**on("avx2"))
+    assert [*map(machine, (own, pretended, had))] == [
+        "EPYC, 2 cores, avx512_bf16",
+        "EPYC, 2 cores, avx2 (pretended)",
+        "EPYC, 2 cores, avx2",
+    ]
+    assert len({*map(identity, (own, pretended, had, row(**AVX512)))}) == 3
+    assert machine(row(device="cuda", environment=AVX512["environment"] | {"gpu": "H200"})) == "H200"
+
+
+def test_each_kind_has_a_table_the_machines_own_and_the_widest_first():
+    rows = [row(part=part, **of) for of in (AVX2, on("avx512", pretended=True), AVX512) for part in ("step", "load")]
+    named = ("avx512_bf16", "avx512 (pretended)", "avx2 (pretended)")
+    assert [line for line in tables(rows).splitlines() if line and not line.startswith("|")] == [
+        f"{part}: sd15, cpu, {kind}" for part in ("step", "load") for kind in named
+    ]
+
+
+def test_each_kind_has_a_page_section_and_a_plot(places):
+    rows = [{**one, **of} for of in (AVX512, AVX2) for one in BESIDE]
+    (places.rows / "step.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in rows))
+    write_pages(places)
+    said = (places.pages / "bench.md").read_text()
+    assert "## step: sd15, cpu, avx2 (pretended)\n\nEPYC, 2 cores, avx2 (pretended)\n" in said
+    for name in ("step-sd15-cpu-avx512_bf16.png", "step-sd15-cpu-avx2-pretended.png"):
+        assert f"]({name})" in said
+        assert (places.pages / name).is_file()
+
+
+def test_in_a_table_of_two_machines_of_one_kind_each_line_names_its_own():
+    rows = [row(**AVX512), row(**on("avx512_bf16", processor="Xeon"))]
+    assert [line["machine"] for line in lines(table(rows))] == [
+        "EPYC, 2 cores, avx512_bf16",
+        "Xeon, 2 cores, avx512_bf16",
+    ]
+    assert "machine" not in table(rows[:1])
+
+
+@pytest.mark.parametrize(
+    ("variables", "kind", "pretended"),
+    [
+        ({}, "avx512", False),
+        ({"SDINPAINT_CPU_KIND": "avx512"}, "avx512", False),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}, "avx2", True),
+        ({"SDINPAINT_CPU_KIND": "other"}, "other", True),
+        ({"ATEN_CPU_CAPABILITY": "default"}, "avx512", True),
+    ],
+)
+def test_an_environment_says_the_kind_and_what_pretends_it(monkeypatch, variables, kind, pretended):
+    for name in kinds.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for name, test in cpu_kinds.TESTS.items():
+        monkeypatch.setattr(torch.cpu, test, lambda name=name: name in ("avx512", "avx2"))
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(cpu_kinds, "cpu_kind", cpu_kinds.cpu_kind.__wrapped__)
+    used = "DEFAULT" if "ATEN_CPU_CAPABILITY" in variables else "AVX512"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: used)
+    said = " ".join(f"{name}={value}" for name, value in variables.items())
+    more = {"pretended": True, "own_kind": "avx512", "pretended_by": said}
+    assert kinds.measured_kind() == {"kind": kind, **(more if pretended else {})}
+
+
+def test_rows_hold_the_kind_of_this_process():
+    assert environment().items() >= kinds.measured_kind().items()
+
+
 # Where a baseline is faster
 
 
@@ -160,12 +238,40 @@ def test_every_faster_baseline_has_the_first_reason_that_agrees_or_says_that_the
     assert [line["next idea"] for line in found] == ["two", "one", "", ""]
 
 
+def test_a_reason_may_be_of_a_kind_and_of_several_values():
+    slower = [
+        row("openvino", ratio=1.1, dtype=dtype, **of) for dtype in ("float32", "bfloat16") for of in (AVX512, AVX2)
+    ]
+    slower += [row("openvino", ratio=1.1, dtype="float16", **AVX2), row("openvino", ratio=1.1)]
+    reasons = [{"kind": "avx2", "dtype": ["float32", "bfloat16"], "reason": "narrow", "next": "one"}]
+    reasons += [{"kind": "avx512_bf16", "reason": "wide", "next": "two"}]
+    found = lines(where_slower(slower, reasons))
+    assert [line["reason"] for line in found] == ["wide", "narrow", "wide", "narrow", UNWRITTEN, UNWRITTEN]
+    assert [line["machine"] for line in found[:2]] == ["EPYC, 2 cores, avx512_bf16", "EPYC, 2 cores, avx2 (pretended)"]
+
+
+def test_open_questions_are_rows_without_a_reason_and_reasons_without_a_row(tmp_path):
+    file = tmp_path / "reasons.toml"
+    file.write_text('# why\n\n[[case]]\npart = "load"\nreason = "old"\nnext = "one"\n\n[[case]]\ndtype = "float32"\n')
+    with file.open("a") as more:
+        more.write('reason = "of the day"\nnext = "two"\n')
+    asked = row("openvino", ratio=1.1, dtype="bfloat16", stored="bfloat16", **AVX2)
+    said = open_questions([*BESIDE, asked], file)
+    assert said == [
+        f"{file}: no reason for step, guided step, sd15 at 512 in bfloat16, EPYC, 2 cores, avx2 (pretended): "
+        "openvino is faster, ratio 1.10",
+        f"{file}:3: there is no row where a baseline is faster for this reason",
+    ]
+    assert open_questions([], tmp_path / "none.toml") == []
+
+
 @pytest.mark.parametrize(
     "text",
     [
         '[[case]]\nreason = "it is"\n',
-        '[[case]]\nreason = "it is"\nnext = ""\nsytem = "openvino"\n',
-        '[case]\nreason = "it is"\nnext = ""\n',
+        '[[case]]\nreason = "it is"\nnext = ""\n',
+        '[[case]]\nreason = "it is"\nnext = "more"\nsytem = "openvino"\n',
+        '[case]\nreason = "it is"\nnext = "more"\n',
         "[[case]\n",
     ],
 )
@@ -176,9 +282,26 @@ def test_a_file_of_reasons_that_cannot_be_used_is_an_error(text, tmp_path):
     assert caught.value.code == "BENCH_REASONS"
 
 
-def test_the_reasons_of_the_repository_can_be_read():
-    read_reasons(ROOT / "docs" / "benchmarks" / "reasons.toml")
-    assert (ROOT / "docs" / "benchmarks" / "reasons.toml").is_file()
+# Layouts of diffusers
+
+
+def test_of_two_layouts_the_faster_one_of_each_measurement_is_compared():
+    default, last = partial(row, "diffusers"), partial(row, "diffusers-channels-last")
+    rate = {"part": "picture", "what": "pictures a minute", "unit": "1/min"}
+    rows = [row(), default(ratio=0.7), last(ratio=0.9), default(ratio=0.8, **AVX2), last(ratio=0.6, **AVX2)]
+    rows += [default(ratio=1.2, **rate), last(ratio=1.1, **rate), last(ratio=0.5, dtype="bfloat16")]
+    assert faster_layouts(rows) == [rows[0], rows[2], rows[3], rows[6], rows[7]]
+
+
+def test_the_summary_the_readme_and_the_table_of_faster_baselines_name_the_layout():
+    rows = [row(), row("diffusers", ratio=0.9), row("diffusers-channels-last", ratio=1.1)]
+    assert lines(headline(rows))[0]["/ diffusers"] == "**1.10** (channels-last)"
+    assert lines(summary(rows))[0]["/ diffusers"] == "**1.10** (channels-last)"
+    assert [line["baseline"] for line in lines(where_slower(rows, []))] == ["diffusers-channels-last"]
+    assert [line["system"] for line in lines(table(rows))] == ["sdinpaint", "diffusers", "diffusers-channels-last"]
+    rows[1]["ratio"] = 1.2
+    assert lines(headline(rows))[0]["/ diffusers"] == lines(summary(rows))[0]["/ diffusers"] == "**1.20**"
+    assert [line["baseline"] for line in lines(where_slower(rows, []))] == ["diffusers"]
 
 
 # The page and its plots
@@ -205,15 +328,16 @@ def test_a_page_shows_all_rows_their_plots_the_reasons_and_the_environments(plac
     assert UNWRITTEN not in said
     assert "- step: sdinpaint 0" in said
     assert "Refused: step: it differs" in said
-    assert "(step-sd15-cpu.png)" in said
-    assert {path.name for path in places.pages.iterdir()} == {"bench.md", "reasons.toml", "step-sd15-cpu.png"}
+    [plot] = places.pages.glob("step-sd15-cpu-*.png")
+    assert f"({plot.name})" in said
+    assert {path.name for path in places.pages.iterdir()} == {"bench.md", "reasons.toml", plot.name}
     assert headline(BESIDE) in places.readme.read_text()
 
 
 def test_a_checkpoint_of_any_name_has_a_plot(places):
     append(places.rows / "step.jsonl", row(family="mine (2)/é.ckpt"))
     write_pages(places)
-    assert (places.pages / "step-mine__2__é.ckpt-cpu.png").is_file()
+    assert [*places.pages.glob("step-mine__2__é.ckpt-cpu-*.png")]
 
 
 def test_without_matplotlib_there_is_the_page_and_a_warning(places, monkeypatch):
@@ -308,8 +432,41 @@ def test_the_readme_shows_ours_and_the_ratio_to_each_baseline():
     ]
 
 
+def test_the_readme_shows_two_kinds_side_by_side():
+    rows = [{**one, **of} for of in (on("avx512", pretended=True), AVX2, AVX512) for one in BESIDE]
+    rows += [row(dtype="bfloat16", p50=4.0, **AVX512)]
+    found = lines(headline(rows))
+    assert [*found[0]] == [
+        "",
+        "dtype",
+        "avx512_bf16: sdinpaint",
+        "avx512_bf16: / diffusers",
+        "avx512_bf16: / openvino",
+        "avx2 (pretended): sdinpaint",
+        "avx2 (pretended): / diffusers",
+        "avx2 (pretended): / openvino",
+    ]
+    assert [line["avx512_bf16: sdinpaint"] for line in found] == ["8.00 s", "4.00 s"]
+    assert [line["avx2 (pretended): / openvino"] for line in found] == ["**1.01**", ""]
+    assert "amx_bf16: sdinpaint" in headline([*rows, row(**on("amx_bf16"))])
+    assert "avx2" not in headline([*rows, row(**on("amx_bf16"))])  # two that machines had
+
+
+def test_the_readme_shows_of_each_kind_the_machine_that_comes_last():
+    rows = [row(p50=p50, **on("avx2", processor=processor)) for processor, p50 in (("Xeon", 5.0), ("EPYC", 6.0))]
+    assert [line["sdinpaint"] for line in lines(headline(rows))] == ["6.00 s"]
+
+
 @pytest.mark.parametrize(
-    "other", [{"family": "sdxl"}, {"device": "cuda"}, {"quick": True}, {"what": "another step"}, {"system": "openvino"}]
+    "other",
+    [
+        {"size": 1024},
+        {"family": "sdxl"},
+        {"device": "cuda"},
+        {"quick": True},
+        {"what": "another step"},
+        {"system": "openvino"},
+    ],
 )
 def test_the_readme_shows_nothing_of_other_rows(other):
     assert headline([row(**other)]) == ""
@@ -336,18 +493,33 @@ def test_the_table_of_the_repository_is_what_its_rows_give():
 
 def test_the_pages_of_the_repository_are_what_its_rows_give():
     places = Places(ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks")
-    made = pages(read_rows(places), places)
+    rows = read_rows(places)
+    made = pages(rows, places)
     assert {
         name: (places.pages / name).read_text(encoding="utf-8") == text for name, text in made.items()
     } == dict.fromkeys(made, True)
-    assert UNWRITTEN not in made["bench.md"]
+    plots = {*re.findall(r"\]\(([^)]+\.png)\)", made["bench.md"])}
+    by_hand = {"README.md", places.reasons.name}
+    assert {path.name for path in places.pages.iterdir()} == {*made, *plots, *by_hand}
+
+
+def test_every_row_of_the_repository_where_a_baseline_is_faster_has_a_reason_and_a_next_idea():
+    places = Places(ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks")
+    assert read_reasons(places.reasons)
+    assert [said for said in open_questions(read_rows(places), places.reasons) if "no reason" in said] == []
+
+
+def test_every_row_of_a_cpu_of_the_repository_has_a_processor_kind():
+    files = (ROOT / "benchmarks" / "results").glob("*.jsonl")
+    rows = [row for row in latest(files) if not row["device"].startswith("cuda")]
+    assert {row["environment"].get("kind") for row in rows} <= {*cpu_kinds.KINDS}
 
 
 # The summary
 
 
-def test_the_summary_has_a_line_for_each_part_family_and_machine_with_ratios_by_dtype():
-    here, gpu = {"processor": "EPYC", "cores": 2}, {"processor": "EPYC", "cores": 2, "gpu": "H200"}
+def test_the_summary_has_a_line_for_each_part_family_size_and_machine_with_ratios_by_dtype():
+    here, gpu = AVX512["environment"], {"processor": "EPYC", "cores": 2, "gpu": "H200"}
     rows = [
         *({**one, "environment": here} for one in BESIDE),
         row("diffusers", ratio=0.5, dtype="bfloat16", environment=here),
@@ -356,12 +528,16 @@ def test_the_summary_has_a_line_for_each_part_family_and_machine_with_ratios_by_
         row("diffusers", ratio=3.0, what="VAE decode", environment=here),
         row(part="modes", what="inpaint", environment=here),
         row("diffusers", part="picture", what="picture", steps=20, ratio=0.75, environment=here),
+        row("diffusers", ratio=0.875, **AVX2),
+        row("diffusers", ratio=0.625, size=1024, environment=here),
     ]
     found = lines(summary(rows))
-    assert [line["machine"] for line in found] == ["EPYC, 2 cores", "H200", "EPYC, 2 cores"]
-    assert [line["/ diffusers"] for line in found] == ["0.800, 0.500", "0.250", "0.750"]
-    assert [line["/ openvino"] for line in found] == ["**1.01**, -", "", ""]
-    assert [line["other baselines"] for line in found] == ["", "diffusers-captured **1.50**", ""]
+    own, pretended = "EPYC, 2 cores, avx512_bf16", "EPYC, 2 cores, avx2 (pretended)"
+    assert [line["machine"] for line in found] == [own, "H200", own, pretended, own]
+    assert [line["size"] for line in found] == ["512", "512", "512", "512", "1024"]
+    assert [line["/ diffusers"] for line in found] == ["0.800, 0.500", "0.250", "0.750", "0.875", "0.625"]
+    assert [line["/ openvino"] for line in found] == ["**1.01**, -", "", "", "", ""]
+    assert [line["other baselines"] for line in found] == ["", "diffusers-captured **1.50**", "", "", ""]
 
 
 def test_calls_of_kernels_are_added_up():
@@ -379,8 +555,9 @@ def test_a_long_table_is_a_file_of_its_own(places):
     for index in range(50):
         append(places.rows / "kernels.jsonl", call(index))
     write_pages(places)
-    assert "[kernels-sd15-cpu.md](kernels-sd15-cpu.md)" in (places.pages / "bench.md").read_text()
-    assert (places.pages / "kernels-sd15-cpu.md").read_text().count("| call ") == 50
+    [long] = places.pages.glob("kernels-sd15-cpu-*.md")
+    assert f"[{long.name}]({long.name})" in (places.pages / "bench.md").read_text()
+    assert long.read_text().count("| call ") == 50
 
 
 def test_defects_have_a_column_for_each_system():
@@ -439,7 +616,9 @@ def test_a_line_that_was_cut_off_or_is_no_row_spoils_nothing(places, line):
     assert len(file.read_bytes().splitlines()) == len(before) + 1
 
 
-def test_pages_measures_nothing(places):
+def test_pages_measures_nothing_and_lists_the_reasons_to_write(places):
     result = CliRunner().invoke(cli.main, ["bench", "pages", "--out", str(places.rows)])
     assert result.exit_code == 0
+    assert result.output.startswith(f"{places.rows / 'reasons.toml'}: no reason for step, guided step, sd15 at 512 in ")
+    assert result.output.count("\n") == 1
     assert "guided step" in (places.rows / "bench.md").read_text()

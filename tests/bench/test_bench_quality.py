@@ -36,7 +36,7 @@ def quality(pipe):
 
 def of_float32(rows):
     """Rows of the suite, as far as a plot shows them."""
-    return [{**row, "dtype": "float32"} for row in rows]
+    return [{**row, "dtype": "float32", "device": "cpu"} for row in rows]
 
 
 @pytest.fixture(scope="module")

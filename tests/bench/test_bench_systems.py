@@ -285,7 +285,7 @@ def test_importing_is_beside_torch_alone(monkeypatch, peers):
     assert [(row["system"], row["percent_of_floor"], row["ratio"]) for row in rows] == [
         (OURS, 40, None),
         ("another", 40, 1),
-        ("torch", 100, None),
+        ("torch", 100, 2.5),
     ]
 
 

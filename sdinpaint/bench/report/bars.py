@@ -9,7 +9,7 @@ from typing import Any
 
 from sdinpaint.bench.peers.systems import OURS
 from sdinpaint.bench.report.figures import COLORS, GREY, new_figure, save
-from sdinpaint.bench.report.rows import Row, grouped
+from sdinpaint.bench.report.rows import Row, grouped, machines
 from sdinpaint.bench.report.tables import by_case, case_of, dtypes, more_is_better, number
 
 __all__ = ["draw_bars", "draw_modes", "draw_roofline", "draw_seams"]
@@ -128,6 +128,7 @@ def _draw(panels: Mapping[str, Sequence[Row]], target: Path, bars: Bars) -> None
     colors = dict(zip(systems, COLORS, strict=False))
     heights = [BAR * (len(rows) + GAP * len(by_case(rows))) for rows in panels.values()]
     figure = new_figure(9, sum(heights) + AROUND * len(panels))
+    figure.suptitle(machines(row for rows in panels.values() for row in rows), fontsize=10)
     axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)
     for axis, (title, rows) in zip(axes.flat, panels.items(), strict=True):
         _draw_panel(axis, rows, colors, bars)

@@ -1,4 +1,4 @@
-"""The pages made of the rows: a summary with plots and tables, and the short table of the README."""
+"""The pages made of the rows: a summary, where a baseline is faster and why, plots and tables."""
 
 from __future__ import annotations
 
@@ -10,50 +10,28 @@ from pathlib import Path
 from sdinpaint_weights.atomic import atomic_write
 
 from sdinpaint.bench.parts import PARTS
-from sdinpaint.bench.peers.systems import OURS
 from sdinpaint.bench.report.bars import draw_bars, draw_modes, draw_roofline, draw_seams
+from sdinpaint.bench.report.headline import with_headline
+from sdinpaint.bench.report.layouts import faster_layouts
 from sdinpaint.bench.report.plots import draw_growth, draw_quality
-from sdinpaint.bench.report.rows import Row, grouped, identity, latest, lines_of, machine, row_of
+from sdinpaint.bench.report.rows import Row, grouped, identity, latest, lines_of, machines, row_of
 from sdinpaint.bench.report.slower import read_reasons, slower_rows, where_slower
 from sdinpaint.bench.report.summary import summary
-from sdinpaint.bench.report.tables import by_case, case_of, dtypes, markdown, number, ratio_cell, sections, table, title
+from sdinpaint.bench.report.tables import sections, table, title
 from sdinpaint.errors import SettingError, warn
 
-__all__ = [
-    "BEGIN",
-    "CHECKOUT",
-    "END",
-    "Places",
-    "headline",
-    "pages",
-    "prune",
-    "read_rows",
-    "tables",
-    "with_headline",
-    "write_pages",
-]
+__all__ = ["CHECKOUT", "Places", "pages", "prune", "read_rows", "tables", "write_pages"]
 
 PAGE = "bench.md"
-BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
-"""The markers of the README's table."""
 LONG = 40
 """Lines of a table from which on it is a file of its own."""
 ABOUT = """\
 The ratio to a baseline is what sdinpaint takes over what the baseline takes: the median over interleaved rounds. Below
 1 sdinpaint is faster, or needs less memory; a ratio above 1 is bold. Several values in a cell belong to the dtypes of
-the line. What the parts measure: [README.md](README.md). The rows are in `benchmarks/results`; `sdinpaint bench pages`
-makes this page of them."""
-HEADLINES = {
-    ("step", "guided step"): "guided step",
-    ("step", "VAE decode"): "VAE decode",
-    ("picture", "picture"): "whole image",
-    ("picture", "first picture, new process"): "first image of a new process",
-    ("load", "load, with the weights in memory"): "load, weights in memory",
-    ("memory", "step, peak memory"): "peak memory of a step",
-}
-"""The measurements in the README's table by part and `what`, and their names there."""
-HEADLINE_OF = {"family": "sd15", "device": "cpu", "quick": False}
-"""Fields of the rows in the README's table."""
+the line. The summary compares with diffusers in the faster of its two layouts of memory, the default one or
+(channels-last). Machines are told apart by processor, cores and kind, which is the widest instructions that may be
+used; a kind is (pretended) where the processor has wider ones. What the parts measure: [README.md](README.md). The rows
+are in `benchmarks/results`; `sdinpaint bench pages` makes this page of them."""
 DRAWN: Mapping[str, Callable[[Sequence[Row], Path], None]] = {
     "quality": draw_quality,
     "growth": draw_growth,
@@ -150,7 +128,7 @@ def pages(rows: Sequence[Row], places: Places, refused: Sequence[str] = ()) -> d
     said.append(where_slower(rows, read_reasons(places.reasons)).rstrip())
     for name, (of_it, lines) in found.items():
         said.append(f"## {title(name)}")
-        said.append("; ".join(dict.fromkeys(filter(None, map(machine, of_it)))))
+        said.append(machines(of_it))
         if name[0] not in UNDRAWN:
             said.append(f"![{title(name)}]({_file(*name)}.png)")
         linked = f"{_file(*name)}.md"
@@ -193,7 +171,7 @@ def _files(places: Places) -> list[Path]:
 
 
 def tables(rows: Iterable[Row]) -> str:
-    """Write a table for every part, family and device, each under its heading.
+    """Write a table for every part, family, device and processor kind, each under its heading.
 
     Args:
         rows: rows of the suite.
@@ -204,63 +182,14 @@ def tables(rows: Iterable[Row]) -> str:
     return "\n".join(f"{title(name)}\n{table(found)}" for name, found in sections(rows).items())
 
 
-def with_headline(readme: str, rows: Iterable[Row]) -> str:
-    """Replace the table between the README's markers.
-
-    Args:
-        readme: its text.
-        rows: rows of the suite.
-
-    Returns:
-        The text with `headline`; unchanged without the markers, or where there are no such rows.
-    """
-    said = headline(rows)
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    return f"{before}{begin}\n{said}{end}{after}" if said and end else readme
-
-
-def headline(rows: Iterable[Row]) -> str:
-    """Write the README's table: SD 1.5 on the CPU, with the ratio to each baseline.
-
-    Args:
-        rows: rows of the suite; those of the machine that comes last are shown.
-
-    Returns:
-        Markdown; "" without such rows.
-    """
-    shown = [row for row in rows if _headed(row) in HEADLINES and HEADLINE_OF.items() <= row.items()]
-    shown = [row for row in shown if machine(row) == machine(shown[-1])]
-    shown.sort(key=lambda row: [*HEADLINES].index(_headed(row)))
-    cases = [{row["system"]: row for row in case} for case in by_case(shown)]
-    peers = {row["system"]: None for row in shown if row["system"] != OURS}
-
-    def of_peer(peer: str) -> Callable[[Mapping[str, Row]], str]:
-        return lambda case: ratio_cell(case[peer]) if peer in case else ""
-
-    columns: dict[str, Callable[[Mapping[str, Row]], str]] = {
-        "": lambda case: case_of({**case[OURS], "what": HEADLINES[_headed(case[OURS])]}),
-        "dtype": lambda case: dtypes(case[OURS]),
-        OURS: lambda case: f"{number(case[OURS]['p50'])} {case[OURS]['unit']}",
-        **{f"/ {peer}": of_peer(peer) for peer in peers},
-    }
-    compared = [case for case in cases if OURS in case]
-    return markdown(columns, compared) if compared else ""
-
-
-def _headed(row: Row) -> tuple[str, str]:
-    return row["part"], row["what"]
-
-
 def _summary(rows: Sequence[Row]) -> str:
     """Write what was measured in one sentence, and the ratios."""
-    machines = "; ".join(dict.fromkeys(filter(None, map(machine, rows))))
-    compared = sum(row.get("ratio") is not None for row in rows)
+    compared = sum(row.get("ratio") is not None for row in faster_layouts(rows))
     slower = len(slower_rows(rows))
     dates = sorted({row["environment"]["date"] for row in rows if "date" in row.get("environment", {})})
     when = f", {dates[0]} to {dates[-1]}" if len(dates) > 1 else f", {dates[0]}" if dates else ""
     said = f"{len(rows)} rows{when}. Of the {compared} with a ratio to a baseline, the baseline is faster in {slower}. "
-    said += f"Machines: {machines or 'unknown'}."
+    said += f"Machines: {machines(rows) or 'unknown'}."
     return "\n\n".join(filter(None, (said, summary(rows).rstrip())))
 
 
@@ -269,9 +198,10 @@ def _environments(rows: Iterable[Row]) -> str:
     return "\n".join(f"- {', '.join({row['part']: None for row in part})}: {said}" for said, part in found.items())
 
 
-def _file(*name: str) -> str:
+def _file(part: str, family: str, device: str, kind: str) -> str:
     """Return the name of a section's files without their ending; a checkpoint may have any name."""
-    return re.sub(r"[^\w.-]", "_", "-".join(name))
+    known = "-".join(re.sub(r"[^\w.-]", "_", name) for name in (part, family, device))
+    return "-".join((known, *re.findall(r"\w+", kind)))
 
 
 def _write(path: Path, text: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sdinpaint.bench.report.figures import COLORS, GREY, LINES, MARKERS, new_figure, plain_numbers, save
-from sdinpaint.bench.report.rows import Row, grouped
+from sdinpaint.bench.report.rows import Row, grouped, machines
 from sdinpaint.bench.report.tables import limits_reached
 
 __all__ = ["draw_growth", "draw_quality"]
@@ -54,7 +54,8 @@ def draw_quality(rows: Sequence[Row], target: Path) -> None:
         _draw_score(axis, rows, name, clock)
     axis.legend(fontsize=9)
     scenes, batch = rows[0]["scenes"], rows[0]["batch"]
-    figure.suptitle(f"Quality against time: {scenes} held-out scenes, {batch} at once; numbers at the points are steps")
+    said = f"Quality against time: {scenes} held-out scenes, {batch} at once; numbers at the points are steps"
+    figure.suptitle(f"{said}\n{machines(rows)}", fontsize=11)
     save(figure, target)
 
 
@@ -81,7 +82,7 @@ def draw_growth(rows: Sequence[Row], target: Path) -> None:
             axis.set_ylabel(f"{COSTS[name][0]} (lower is better)")
             axis.yaxis.set_tick_params(labelleft=True)
             _ticks(axis, max((_sides(row) for row in found), key=len))
-    figure.suptitle("Cost as the work grows: measured, and the best power law (dashed)")
+    figure.suptitle(f"Cost as the work grows: measured, and the best power law (dashed)\n{machines(rows)}", fontsize=11)
     save(figure, target)
 
 

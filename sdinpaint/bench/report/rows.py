@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
+from sdinpaint.bench.report.kinds import kind_of, kind_rank, measured_kind
 from sdinpaint.version import __version__
 
-__all__ = ["Row", "append", "environment", "grouped", "identity", "latest", "lines_of", "machine", "measured", "row_of"]
-__all__ += ["spread"]
+__all__ = ["Row", "append", "by_kind", "environment", "grouped", "identity", "latest", "lines_of", "machine"]
+__all__ += ["machines", "measured", "row_of", "spread"]
 
 Row = Mapping[str, Any]
 
@@ -40,6 +41,7 @@ def environment() -> dict[str, object]:
         "machine": platform.machine(),
         "processor": _processor(),
         "cores": os.cpu_count(),
+        **measured_kind(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -54,21 +56,26 @@ def environment() -> dict[str, object]:
     return found
 
 
-def append(path: Path, row: Row) -> None:
+def append(path: Path, row: Row) -> Row:
     """Append a row as a JSON line, with the environment; a line that was cut off before stays alone.
 
     Args:
         path: the file; missing folders are made.
         row: the fields of the row.
 
+    Returns:
+        The row with the environment.
+
     Raises:
         OSError: the file cannot be written.
     """
+    row = {**row, "environment": environment()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
         cut_off = file.read(1) not in (b"", b"\n")
-        file.write(b"\n" * cut_off + json.dumps({**row, "environment": environment()}).encode() + b"\n")
+        file.write(b"\n" * cut_off + json.dumps(row).encode() + b"\n")
+    return row
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -177,19 +184,32 @@ def identity(row: Row) -> tuple[object, ...] | None:
 
 
 def machine(row: Row) -> str:
-    """Name the machine of a row: its GPU, or its processor with the number of cores.
+    """Name the machine of a row: its GPU, or its processor with the number of cores and the kind.
 
     Args:
         row: a row of the suite.
 
     Returns:
-        A short name, such as "NVIDIA H200" or "AMD EPYC, 2 cores"; "" for a row without an environment.
+        A name such as "NVIDIA H200" or "AMD EPYC, 2 cores, avx2 (pretended)"; "" for a row without an environment.
     """
     found = row.get("environment", {})
     if str(row["device"]).startswith("cuda"):
         return str(found.get("gpu", ""))
     name = found.get("processor") or found.get("machine", "")
-    return f"{name}, {found['cores']} cores" if "cores" in found else str(name)
+    cores = f"{found['cores']} cores" if "cores" in found else ""
+    return ", ".join(filter(None, (str(name), cores, kind_of(row))))
+
+
+def machines(rows: Iterable[Row]) -> str:
+    """Name the machines of rows.
+
+    Args:
+        rows: rows of the suite.
+
+    Returns:
+        Their names with semicolons between, each once.
+    """
+    return "; ".join(dict.fromkeys(filter(None, map(machine, rows))))
 
 
 def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
@@ -206,6 +226,19 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Ro
     for row in rows:
         found.setdefault(key(row), []).append(row)
     return found
+
+
+def by_kind(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Group rows by processor kind, those of machines that had it first, then the widest instructions first.
+
+    Args:
+        rows: rows of the suite.
+
+    Returns:
+        The rows by `kind_of`.
+    """
+    found = grouped(rows, kind_of)
+    return {kind: found[kind] for kind in sorted(found, key=kind_rank)}
 
 
 def _commit() -> str | None:

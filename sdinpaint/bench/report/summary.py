@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from sdinpaint.bench.peers.systems import OURS
+from sdinpaint.bench.report.layouts import faster_layouts, layout_cell, library
 from sdinpaint.bench.report.rows import Row, grouped, machine
 from sdinpaint.bench.report.tables import by_case, dtypes, markdown, number
 
@@ -22,7 +23,7 @@ HEADLINES = {
 SUMMED = {"kernels": "sum of the measured calls"}
 """Parts whose calls are added up, and what the sum is called."""
 
-FIXED = ("part", "what", "family", "dtype", "machine")
+FIXED = ("part", "what", "family", "size", "dtype", "machine")
 MAIN, OTHERS = ("diffusers", "openvino", "torch"), "other baselines"
 """Baselines with a column of their own, and the column of all others."""
 
@@ -30,7 +31,7 @@ Line = Mapping[str, str]
 
 
 def summary(rows: Iterable[Row]) -> str:
-    """Write a line for each part, family, device and machine, with the ratio to each baseline by dtype.
+    """Write a line for each part, family, size, device and machine, with the ratio to each baseline by dtype.
 
     Args:
         rows: rows of the suite.
@@ -38,8 +39,8 @@ def summary(rows: Iterable[Row]) -> str:
     Returns:
         Markdown; "" where nothing was compared.
     """
-    compared = [row for row in rows if row["part"] in {*HEADLINES, *SUMMED}]
-    sections = grouped(compared, lambda row: (row["part"], row["family"], row["device"], machine(row)))
+    compared = faster_layouts(row for row in rows if row["part"] in {*HEADLINES, *SUMMED})
+    sections = grouped(compared, lambda row: (row["part"], row["family"], row["size"], row["device"], machine(row)))
     lines = [line for found in sections.values() if (line := _line(found))]
 
     def of(name: str) -> Callable[[Line], str]:
@@ -57,14 +58,14 @@ def _line(rows: Sequence[Row]) -> Line:
     baselines = dict.fromkeys(name for found in ratios.values() for name in found)
     if not baselines:
         return {}
-    cells = {name: ", ".join(_cell(found.get(name)) for found in ratios.values()) for name in baselines}
+    cells = {name: ", ".join(found.get(name, "-") for found in ratios.values()) for name in baselines}
     others = "; ".join(f"{name} {cell}" for name, cell in cells.items() if name not in MAIN)
     first = rows[0]
-    what = SUMMED.get(part) or HEADLINES[part]
     return {
         "part": part,
-        "what": what,
+        "what": SUMMED.get(part) or HEADLINES[part],
         "family": first["family"],
+        "size": str(first["size"] or ""),
         "dtype": ", ".join(ratios),
         "machine": machine(first),
         **{name: cell for name, cell in cells.items() if name in MAIN},
@@ -72,11 +73,11 @@ def _line(rows: Sequence[Row]) -> Line:
     }
 
 
-def _ratios(rows: Sequence[Row]) -> dict[str, float]:
-    return {row["system"]: row["ratio"] for row in rows if row["ratio"] is not None}
+def _ratios(rows: Sequence[Row]) -> dict[str, str]:
+    return {library(row): layout_cell(row) for row in rows if row["ratio"] is not None}
 
 
-def _summed(rows: Sequence[Row]) -> dict[str, float]:
+def _summed(rows: Sequence[Row]) -> dict[str, str]:
     """Return the time of all calls over that of each baseline; calls that only one of them has are left out."""
     ours: dict[str, float] = {}
     theirs: dict[str, float] = {}
@@ -86,10 +87,8 @@ def _summed(rows: Sequence[Row]) -> dict[str, float]:
             if name != OURS:
                 ours[name] = ours.get(name, 0.0) + systems.get(OURS, math.nan)
                 theirs[name] = theirs.get(name, 0.0) + taken
-    return {name: ours[name] / theirs[name] for name in ours if not math.isnan(ours[name])}
+    return {name: _bold_above_one(ours[name] / theirs[name]) for name in ours if not math.isnan(ours[name])}
 
 
-def _cell(ratio: float | None) -> str:
-    if ratio is None:
-        return "-"
+def _bold_above_one(ratio: float) -> str:
     return f"**{number(ratio)}**" if ratio > 1 else number(ratio)

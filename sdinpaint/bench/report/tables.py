@@ -1,4 +1,4 @@
-"""Rows as Markdown tables, one for every part, family and device."""
+"""Rows as Markdown tables, one for every part, family, device and processor kind."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from sdinpaint.bench.peers.systems import OURS
-from sdinpaint.bench.report.rows import WHAT_IT_IS, Row, grouped, machine
+from sdinpaint.bench.report.rows import WHAT_IT_IS, Row, by_kind, grouped, machine
 
 __all__ = [
     "Columns",
+    "Section",
     "baseline_is_faster",
     "by_case",
     "case_of",
@@ -26,6 +27,8 @@ __all__ = [
 
 T = TypeVar("T")
 Columns = Mapping[str, Callable[[T], str]]
+Section = tuple[str, str, str, str]
+"""Part, family, device and processor kind; the last is "" on a GPU."""
 
 MORE_IS_BETTER = ("1/min",)
 """Units of which more is better; of any other, less is."""
@@ -214,36 +217,37 @@ BESIDE = "defects"
 """The part whose table has a column for each system."""
 
 
-def sections(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
-    """Group rows by part, family and device.
+def sections(rows: Iterable[Row]) -> dict[Section, list[Row]]:
+    """Group rows by part, family, device and processor kind; the kinds of one family follow each other.
 
     Args:
         rows: rows of the suite.
 
     Returns:
-        The rows by (part, family, device).
+        The rows by section.
     """
-    return grouped(rows, lambda row: (row["part"], row["family"], row["device"]))
+    families = grouped(rows, lambda row: (row["part"], row["family"], row["device"]))
+    return {(*name, kind): found for name, of_it in families.items() for kind, found in by_kind(of_it).items()}
 
 
-def title(section: tuple[str, str, str]) -> str:
+def title(section: Section) -> str:
     """Write the heading of a section.
 
     Args:
-        section: part, family and device.
+        section: part, family, device and kind.
 
     Returns:
-        A text such as "step: sd15, cpu".
+        A text such as "step: sd15, cpu, avx2 (pretended)".
     """
-    part, family, device = section
-    return f"{part}: {family}, {device}"
+    part, *where = section
+    return f"{part}: {', '.join(filter(None, where))}"
 
 
 def table(rows: Sequence[Row]) -> str:
     """Write the table of a section, with a line for every row, ours before the baselines'.
 
     Args:
-        rows: of one part.
+        rows: of one part. Of several machines, each line says its own.
 
     Returns:
         Markdown.
@@ -251,7 +255,8 @@ def table(rows: Sequence[Row]) -> str:
     if rows[0]["part"] == BESIDE:
         return _beside(rows)
     lines = [row for case in by_case(rows) for row in case]
-    return markdown(COLUMNS.get(lines[0]["part"], MEASURED), lines)
+    columns = COLUMNS.get(lines[0]["part"], MEASURED)
+    return markdown(columns if len({*map(machine, lines)}) == 1 else {"machine": machine, **columns}, lines)
 
 
 def _beside(rows: Sequence[Row]) -> str:
