@@ -9,6 +9,7 @@ from sdinpaint_weights.atomic import atomic_folder, keep_others
 from sdinpaint_weights.export import write_diffusers
 from sdinpaint_weights.files import Watched
 from sdinpaint_weights.native import check_range, load_tensors
+from sdinpaint_weights.spool import spool
 from sdinpaint_weights.stream import not_written
 
 from sdinpaint.checkpoints.building import build, find_dtype, own_tokenizer
@@ -22,7 +23,7 @@ from sdinpaint.keywords import knowing_keywords
 from sdinpaint.latent_diffusion import LatentDiffusion
 from sdinpaint.load_options import LoadOptions
 from sdinpaint.models.offloading import Offloading
-from sdinpaint.models.weights import release
+from sdinpaint.models.weights import packed_names, release
 from sdinpaint.pipeline.events import Event, Listener, event_bars
 from sdinpaint.pipeline.pipeline import Pipeline
 from sdinpaint.text.finding import find_tokenizer
@@ -130,7 +131,11 @@ def load(
 
         tell(0)
         for name, model in models.items():
-            tensors = load_tensors(states[name], None if options.offload else dtype, lambda _: tell(1))
+            wanted = None if options.offload else dtype
+            # elsewhere than on a CPU they are copied to the device
+            stays = wanted is not None and device.type == "cpu" and options.mmap
+            with spool(states[name].converted(dtype) if stays else {}, dtype, packed_names(model)) as convert:
+                tensors = load_tensors(states[name], wanted, lambda _: tell(1), convert=convert)
             model.load_state_dict(tensors, strict=True, assign=True)
             model.eval().requires_grad_(False)
             if options.offload:

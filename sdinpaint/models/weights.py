@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sdinpaint.errors import SettingError
 
 __all__ = ["Contents", "Model", "Packed", "Snapshot", "all_weights", "contents", "forget_derived", "joined", "pack"]
-__all__ += ["Places", "point_to", "release", "unchanged", "write"]
+__all__ += ["Places", "packed_names", "point_to", "release", "unchanged", "write"]
 
 ALIGNED = 64
 """The alignment of weights in bytes, as torch aligns memory; at other addresses products may round differently."""
@@ -131,10 +131,28 @@ def pack(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.weight.is_cuda:
             point_to(module.weight, module.weight.data.contiguous(memory_format=torch.channels_last))
-        elif isinstance(module, Packed):
-            layers = module.packed()
-            if all(type(layer) is nn.Linear for layer in layers):
-                _pack([layer.weight for layer in layers])
+    for weights in _together(model):
+        _pack(weights)
+
+
+def packed_names(model: nn.Module) -> list[list[str]]:
+    """Name the weights that `pack` makes contiguous, for whoever can lay them out so in the first place.
+
+    Args:
+        model: a network.
+
+    Returns:
+        For each packed layer the names of its weights, in order.
+    """
+    names = {weight: name for name, weight in model.named_parameters()}
+    return [[names[weight] for weight in weights] for weights in _together(model)]
+
+
+def _together(model: nn.Module) -> Iterator[list[Any]]:
+    for module in model.modules():
+        layers = module.packed() if isinstance(module, Packed) else ()
+        if layers and all(type(layer) is nn.Linear for layer in layers):
+            yield [layer.weight for layer in layers]
 
 
 def _pack(weights: list[Any]) -> None:

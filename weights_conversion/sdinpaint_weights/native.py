@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from sdinpaint_weights.spool import Convert
+
 TITLES = {
     "unet": "UNet",
     "vae": "VAE",
@@ -88,6 +90,18 @@ class NativeState:
         return {
             name: shape_after(source.edit, [self.weights.shape(source.key)]) for name, source in self.sources.items()
         }
+
+    def converted(self, dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
+        """Return {native name: shape} of the tensors that are stored in another dtype, without reading tensors.
+
+        Args:
+            dtype: the dtype that is asked for.
+
+        Returns:
+            The shapes.
+        """
+        shapes = self.shapes()
+        return {name: shapes[name] for name, source in self.sources.items() if self.weights.dtype(source.key) != dtype}
 
 
 def native_state(weights: Weights, component: str, layout: Layout, *, ema: bool = False) -> NativeState:
@@ -193,6 +207,7 @@ def load_tensors(
     on_tensor: Callable[[str], object] | None = None,
     *,
     allow_nonfinite: bool = False,
+    convert: Convert | None = None,
 ) -> dict[str, Tensor]:
     """Read a component's tensors.
 
@@ -204,6 +219,7 @@ def load_tensors(
         dtype: dtype of the result; None keeps each tensor's own.
         on_tensor: called with each native name when it is read, for a progress bar.
         allow_nonfinite: accept NaN and infinity.
+        convert: converts tensors that are stored in another dtype, into memory by default.
 
     Returns:
         Native name -> tensor on the CPU.
@@ -211,8 +227,10 @@ def load_tensors(
     Raises:
         CheckpointError: bytes are damaged, values are not finite in `dtype`, or weights are zero throughout.
     """
-    from sdinpaint_weights.finite import blank_error, is_blank, is_finite, nonfinite_error
+    from sdinpaint_weights.finite import blank_error, is_blank, is_finite, nonfinite_error, stays_finite
+    from sdinpaint_weights.spool import in_memory
 
+    convert = convert or in_memory
     tensors: dict[str, Tensor] = {}
     names: dict[str, list[str]] = {}
     for name, source in state.sources.items():
@@ -223,15 +241,19 @@ def load_tensors(
     for run in [*state.weights.runs(stays), *([key] for key in names if key in casts)]:
         finite = allow_nonfinite or (len(run) > 1 and is_finite(state.weights.run(run)))
         for key in run:
-            tensor = state.weights.tensor(key, dtype)
-            if not (finite or is_finite(tensor)):
-                raise nonfinite_error(state.weights.path, key, tensor, state.weights.tensor(key))
+            stored = state.weights.tensor(key)
+            wanted = dtype or stored.dtype
+            if not (finite or (is_finite(stored) and stays_finite(stored, wanted))):
+                raise nonfinite_error(state.weights.path, key, stored.to(wanted), stored)
             for name in names[key]:
-                tensors[name] = apply(state.sources[name].edit, [tensor]).contiguous()
+                tensor = apply(state.sources[name].edit, [stored])
+                tensors[name] = convert(name, tensor, wanted) if key in casts else tensor.contiguous()
                 if is_blank(state.component, name, tensors[name]):
                     raise blank_error(state.weights.path, key, tensors[name])
                 if on_tensor is not None:
                     on_tensor(name)
+            if key in casts:
+                state.weights.release(key)
     return tensors
 
 

@@ -107,8 +107,12 @@ class Entry:
         if dtype in (None, stored):
             return tensor
         cast = tensor.to(dtype)
-        file.release(offset, self.extent * self.dtype.itemsize)  # else the file's pages use memory beside the copy
+        self.release()  # else the file's pages use memory beside the copy
         return cast
+
+    def release(self) -> None:
+        """Free the memory of the file's pages that hold this tensor alone."""
+        self.storage.file.release(self.begin, self.extent * self.dtype.itemsize)
 
     def copy(self) -> Tensor:
         """Return the tensor in new memory, through plain reads of the file."""
@@ -258,6 +262,17 @@ class Weights(Mapping[str, "Tensor"]):
             self.entries[key].storage.verify()
         count = (last.begin - first.begin) // first.dtype.itemsize + last.extent
         return first.storage.file.mapped(first.begin, count, first.dtype.torch)
+
+    def release(self, key: str) -> None:
+        """Free the memory of a tensor's pages in the mapped file; a later access reads them again.
+
+        Args:
+            key: name of the tensor.
+
+        Raises:
+            KeyError: there is no such tensor.
+        """
+        self.entries[key].release()
 
     def copy(self, key: str) -> Tensor:
         """Return a tensor in new memory, without mapping the file.
