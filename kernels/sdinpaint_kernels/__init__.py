@@ -6,9 +6,11 @@ from sdinpaint_kernels.attention import attention
 from sdinpaint_kernels.backend import is_functional, is_transformed
 from sdinpaint_kernels.contents import Contents, contents, unchanged
 from sdinpaint_kernels.conv3 import conv3
+from sdinpaint_kernels.conv3_add import conv3_add
 from sdinpaint_kernels.geglu import geglu
 from sdinpaint_kernels.group_norm import group_norm
 from sdinpaint_kernels.linear import linear
+from sdinpaint_kernels.linear_geglu import linear_geglu
 from sdinpaint_kernels.pages import release
 from sdinpaint_kernels.prepacked import forget
 from sdinpaint_kernels.upsample_conv3 import upsample_conv3
@@ -20,6 +22,7 @@ __all__ = [
     "attention",
     "contents",
     "conv3",
+    "conv3_add",
     "forget",
     "geglu",
     "group_norm",
@@ -27,6 +30,7 @@ __all__ = [
     "is_transformed",
     "layer_norm",
     "linear",
+    "linear_geglu",
     "release",
     "unchanged",
     "upsample_conv3",

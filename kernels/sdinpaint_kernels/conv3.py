@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdinpaint_kernels import backend
+from sdinpaint_kernels.conv3_add import conv3_add
 from sdinpaint_kernels.forms import PLAIN, Form, compute
 from sdinpaint_kernels.linear import linear, products
 from sdinpaint_kernels.packed_conv import by_packing
@@ -43,13 +44,15 @@ def conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernels: str
         x: feature map (B, C, H, W).
         weight: (O, C, 3, 3).
         bias: (O,), or None.
-        kernels: "torch" for torch's own convolution, see `backend`.
+        kernels: "torch" for torch's own convolution, on a GPU also "triton", see `backend`.
 
     Returns:
         The output (B, O, H, W).
 
     Source: https://arxiv.org/abs/1509.09308, algorithm 1.
     """
+    if x.is_cuda or backend.INTERPRETED:
+        return conv3_add(x, weight, bias, kernels=kernels)
     if kernels == "torch" or x.numel() == 0 or not backend.on_cpu(x, weight, bias):
         return _plain(x, weight, bias)
     return compute("conv3", FORMS, sizes(x, weight), x, weight, bias)

@@ -108,6 +108,27 @@ def _conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.conv2d(x, weight, bias, padding=1)
 
 
+def _conv3_add(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    addend: Tensor | None = None,
+    residual: Tensor | None = None,
+    maps: Sequence[Tensor] = (),
+    projection: Tensor | None = None,
+) -> Tensor:
+    out = F.conv2d(x, weight, bias, padding=1)
+    if projection is not None:
+        out = out + F.conv2d(torch.cat(list(maps), dim=1), projection[:, :, None, None])
+    out = out if addend is None else out + addend[:, :, None, None]
+    return out if residual is None else out + residual
+
+
+def _linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _geglu(F.linear(x, weight, bias))
+
+
 def _upsample_conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None, size: Sequence[int] = ()) -> Tensor:
     size = tuple(size) or tuple(2 * side for side in x.shape[2:])
     return F.conv2d(F.interpolate(x, size=size, mode="nearest"), weight, bias, padding=1)
@@ -146,6 +167,14 @@ def _of_convolution(
     return f"{height}x{width}, {_size(x)} to {channels}{strided}" + " + bias" * (bias is not None)
 
 
+def _of_sum(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, maps: Sequence[Tensor] = (), **added: Tensor | None
+) -> str:
+    names = [name for name, one in added.items() if one is not None and name != "projection"]
+    projected = [f"{one.shape[1]} projected" for one in maps]
+    return " + ".join([_of_convolution(x, weight, bias), *names, *projected])
+
+
 def _of_upsampling(x: Tensor, weight: Tensor, bias: Tensor | None = None, size: Sequence[int] = ()) -> str:
     return _of_convolution(x, weight, bias) + (f" of {size[0]}x{size[1]}" if size else "")
 
@@ -167,8 +196,10 @@ OPERATIONS: Mapping[str, Operation] = {
     "add_layer_norm": Operation(_add_layer_norm, _of_first),
     "add_bias": Operation(_add_bias, _of_first),
     "conv3": Operation(_conv3, _of_convolution),
+    "conv3_add": Operation(_conv3_add, _of_sum),
     "upsample_conv3": Operation(_upsample_conv3, _of_upsampling),
     "linear": Operation(F.linear, _of_linear),
+    "linear_geglu": Operation(_linear_geglu, _of_linear),
     "F.conv2d": Operation(F.conv2d, _of_convolution),
     "F.linear": Operation(F.linear, _of_linear),
 }

@@ -7,10 +7,20 @@ themselves, and call layers that are not plain. Each fusion gives the result of 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeGuard, cast
 
 import torch
-from sdinpaint_kernels import add_bias, add_layer_norm, attention, conv3, geglu, group_norm, linear, upsample_conv3
+from sdinpaint_kernels import (
+    add_layer_norm,
+    attention,
+    conv3,
+    conv3_add,
+    geglu,
+    group_norm,
+    linear,
+    linear_geglu,
+    upsample_conv3,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -96,13 +106,23 @@ def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
     Returns:
         The output (B, O, H, W).
     """
-    if (
-        not isinstance(conv, nn.Conv2d)
-        or not is_plain(conv)
-        or (conv.kernel_size, conv.stride, conv.groups) != POINTWISE
-    ):
+    if not is_pointwise(conv):
         return conv(x)
     return to_map(linear(to_tokens(x), conv.weight.flatten(1), conv.bias), x)
+
+
+def is_pointwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Tell whether a layer is a plain convolution that is a matrix product.
+
+    Args:
+        conv: any layer.
+
+    Returns:
+        True if it is.
+    """
+    if not isinstance(conv, nn.Conv2d) or not is_plain(conv):
+        return False
+    return (conv.kernel_size, conv.stride, conv.groups) == POINTWISE
 
 
 def product(layer: nn.Module, x: Tensor) -> Tensor:
@@ -144,9 +164,27 @@ def add_conv(x: Tensor, conv: nn.Conv2d, h: Tensor) -> Tensor:
         The sum (B, O, H, W).
     """
     if adds_bias_apart(x):
-        return add_bias(x, conv3(h, conv.weight), bias_of(conv))
+        return conv3_add(h, conv.weight, bias_of(conv), residual=x)
     h = conv3(h, conv.weight, conv.bias)
     return h + x if torch.is_grad_enabled() and (h.requires_grad or x.requires_grad) else h.add_(x)
+
+
+def add_shortcut(x: Tensor, shortcut: nn.Module, conv: nn.Conv2d, h: Tensor) -> Tensor:
+    """Compute shortcut(x) + conv(h), on a GPU without a separate feature map for the shortcut where that is faster.
+
+    Args:
+        x: feature map (B, C, H, W).
+        shortcut: a 1 x 1 convolution to O channels, or nn.Identity.
+        conv: a plain 3 x 3 convolution with a bias.
+        h: its input (B, C', H, W).
+
+    Returns:
+        The sum (B, O, H, W).
+    """
+    if not adds_bias_apart(x) or not is_pointwise(shortcut) or shortcut.bias is None:
+        return add_conv(pointwise(shortcut, x), conv, h)
+    projection, addend = shortcut.weight.flatten(1), shortcut.bias[None]
+    return conv3_add(h, conv.weight, bias_of(conv), addend=addend, maps=[x], projection=projection)
 
 
 def mlp(layers: nn.Module, x: Tensor) -> Tensor:
@@ -219,7 +257,7 @@ def res_block(block: ResBlock, x: Tensor, addend: Tensor) -> Tensor:
     if len(addend) > 1:
         addend = repeated(addend, len(h))
     norm, *_, conv = block.out_layers
-    return add_conv(pointwise(block.skip_connection, x), conv, norm_silu(norm, h, addend, overwrite=True))
+    return add_shortcut(x, block.skip_connection, conv, norm_silu(norm, h, addend, overwrite=True))
 
 
 def addend(block: ResBlock, emb: Tensor) -> Tensor:
@@ -316,6 +354,8 @@ def feed_forward(block: FeedForward, x: Tensor) -> Tensor:
     gate, _, back = block.net
 
     def run(tokens: Tensor) -> Tensor:
+        if adds_bias_apart(tokens) and is_plain(gate.proj):
+            return product(back, linear_geglu(tokens, gate.proj.weight, gate.proj.bias))
         return product(back, geglu(product(gate.proj, tokens)))
 
     if x.is_cuda or x.shape[:2].numel() <= ROWS:
@@ -355,4 +395,4 @@ def vae_res_block(block: VAEResBlock, x: Tensor) -> Tensor:
         h = norm_silu(block.norm2, conv3(h, block.conv1.weight), bias_of(block.conv1)[None], overwrite=True)
     else:
         h = norm_silu(block.norm2, conv3(h, block.conv1.weight, block.conv1.bias), overwrite=True)
-    return add_conv(pointwise(block.nin_shortcut, x) if block.has_shortcut else x, block.conv2, h)
+    return add_shortcut(x, block.nin_shortcut, block.conv2, h) if block.has_shortcut else add_conv(x, block.conv2, h)

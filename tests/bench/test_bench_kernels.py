@@ -222,8 +222,13 @@ def measured(patch, operation, dtype, change=lambda out: out):
         "add_layer_norm": ((lines, lines, scale, scale, 1e-5), {}),
         "add_bias": ((image, image, scale), {}),
         "conv3": ((image, torch.randn(128, 128, 3, 3).to(dtype), scale), {}),
+        "conv3_add": (
+            (image, torch.randn(128, 128, 3, 3).to(dtype), scale),
+            {"residual": image, "addend": scale[None], "maps": [image], "projection": torch.randn(128, 128).to(dtype)},
+        ),
         "upsample_conv3": ((image, torch.randn(128, 128, 3, 3).to(dtype), scale), {}),
         "linear": ((lines, torch.randn(7, 128).to(dtype)), {}),
+        "linear_geglu": ((lines, torch.randn(10, 128).to(dtype), torch.randn(10).to(dtype)), {}),
     }
     args, options = given[operation]
     right = getattr(sdinpaint_kernels, operation)

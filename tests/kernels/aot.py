@@ -232,12 +232,33 @@ def launch_add_bias(samples: int, channels: int, pixels: int, _: int) -> None:
     launch(x, x, empty(channels))
 
 
+def launch_conv3_add(samples: int, channels: int, pixels: int, outputs: int, _: int) -> None:
+    """At the end of a residual block."""
+    from sdinpaint_kernels.conv3_add import launch
+
+    side = round(pixels**0.5)
+    x, weight, residual = (
+        empty(*shape).to(memory_format=torch.channels_last)
+        for shape in ((samples, channels, side, side), (outputs, channels, 3, 3), (samples, outputs, side, side))
+    )
+    launch(x, weight, empty(outputs), None, residual)
+
+
+def launch_linear_geglu(rows: int, channels: int, inner: int, _: int) -> None:
+    """The first half of a feed-forward network."""
+    from sdinpaint_kernels.linear_geglu import launch
+
+    launch(empty(rows, channels), empty(2 * inner, channels), empty(2 * inner))
+
+
 LAUNCHERS: dict[str, Callable[..., None]] = {
     "attention": launch_attention,
     "group_norm": launch_group_norm,
     "geglu": launch_geglu,
     "add_layer_norm": launch_add_layer_norm,
     "add_bias": launch_add_bias,
+    "conv3_add": launch_conv3_add,
+    "linear_geglu": launch_linear_geglu,
 }
 
 

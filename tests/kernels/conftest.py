@@ -5,7 +5,15 @@ from __future__ import annotations
 import interpreter
 import pytest
 
-TOGETHER = ("test_add_bias", "test_add_layer_norm", "test_geglu", "test_group_norm", "test_norm_accuracy")
+TOGETHER = (
+    "test_add_bias",
+    "test_add_layer_norm",
+    "test_conv3_add",
+    "test_geglu",
+    "test_group_norm",
+    "test_linear_geglu",
+    "test_norm_accuracy",
+)
 """Test modules that need the results of one operation each: one process serves them all, and imports torch once."""
 
 

@@ -162,17 +162,20 @@ def test_the_report_names_every_operation():
 def arguments(name, device="cpu"):
     x = torch.randn(2, 64, 3, 5, device=device).contiguous(memory_format=torch.channels_last)
     rows, weight = torch.randn(3, 64, device=device), torch.randn(64, device=device)
+    kernel = torch.randn(64, 64, 3, 3, device=device).contiguous(memory_format=torch.channels_last)
     return {
         "group_norm": (x, 8, weight, weight, 1e-5, True, torch.randn(2, 64, device=device)),
         "geglu": (rows,),
         "add_layer_norm": (rows, rows + 1, weight, weight, 1e-5),
+        "conv3_add": (x, kernel, weight, rows[:1], x, [x, x], torch.randn(64, 128, device=device)),
+        "linear_geglu": (rows, torch.randn(32, 64, device=device), torch.randn(32, device=device)),
     }[name]
 
 
 OPERATIONS = ("group_norm", "geglu", "add_layer_norm")
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", [*OPERATIONS, "conv3_add", "linear_geglu"])
 def test_the_operations_are_well_registered(name):
     assert set(opcheck(getattr(torch.ops.sdinpaint, name).default, arguments(name)).values()) == {"SUCCESS"}
 

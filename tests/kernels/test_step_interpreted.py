@@ -66,7 +66,7 @@ def interpreted():
     backend.choose = counted
     found = {"seed": seed, "torch": error("torch"), "triton": error("triton")}
     found |= {"chosen": dict(chosen), "failed": backend._failures}
-    with interpreter.broken("geglu_kernel", "0.7071067811865476", "0.70"):
+    with interpreter.broken("linear_geglu_kernel", "0.7071067811865476", "0.70"):
         found["broken"] = error("triton")
     return found
 
@@ -82,7 +82,7 @@ def test_the_step_through_the_kernels_is_as_exact_as_torch(found):
 
 def test_every_operation_ran_in_its_kernel(found):
     assert found["failed"] == {}
-    for operation in ("add_layer_norm", "attention", "geglu", "group_norm"):
+    for operation in ("add_layer_norm", "attention", "conv3_add", "group_norm", "linear_geglu"):
         assert found["chosen"][f"{operation} in triton"] == found["chosen"][f"{operation} in torch"] > 0, found
 
 
