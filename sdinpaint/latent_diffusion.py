@@ -241,7 +241,7 @@ class LatentDiffusion:
         """
         check_tensor("latents", latents, f"(B, {self.family.vae.latent_channels}, H, W)")
         with self.using(self.vae):
-            return self._through_vae().decode(latents, tile=self.tile)
+            return self._through_vae().decode(latents, tile=self.tile, graphs=self.graphs)
 
     @explaining_memory()
     def sample_latents(self, image: Tensor, draw: Callable[[Tensor], Tensor] | None = None) -> Tensor:

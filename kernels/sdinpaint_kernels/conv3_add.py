@@ -86,23 +86,29 @@ def conv3_add(
     given = x, weight, bias, addend, residual, list(maps), projection
     obstacle = _obstacle(*given)
     if obstacle is None and (kernels or backend.SETTING) == "auto":
-        obstacle = faster.why_torch("conv3_add", sizes(x, weight), x)
+        obstacle = faster.why_torch("conv3_add", sizes(x, weight, residual, maps), x)
     others = (one for one in (weight, bias, addend, residual, *maps, projection) if one is not None)
     choice = backend.choose("conv3_add", x, *others, requested=kernels, obstacle=obstacle)
     return (_operation if choice.name == "triton" else reference)(*given)
 
 
-def sizes(x: Tensor, weight: Tensor) -> tuple[int, int, int]:
+def sizes(
+    x: Tensor, weight: Tensor, residual: Tensor | None = None, maps: Sequence[Tensor] = ()
+) -> tuple[int, int, int, int]:
     """Tell calls apart.
 
     Args:
         x: feature map (B, C, H, W).
         weight: (O, C, 3, 3).
+        residual: (B, O, H, W), or None.
+        maps: feature maps (B, C', H, W) that are projected and added.
 
     Returns:
-        The numbers of pixels of the batch, and of channels of input and output.
+        The numbers of pixels of the batch, of channels of input and output, and of projected channels: 1 for a
+        residual as it is.
     """
-    return len(x) * x.shape[2] * x.shape[3], weight.shape[1], weight.shape[0]
+    added = sum(one.shape[1] for one in maps) or int(residual is not None)
+    return len(x) * x.shape[2] * x.shape[3], weight.shape[1], weight.shape[0], added
 
 
 def reference(
@@ -161,17 +167,16 @@ def _obstacle(
         return "the kernel takes bias, projection and rows of addend in one piece"
     if x.numel() == 0:
         return "there is nothing to compute"
-    pixels, channels, outputs = sizes(x, weight)
+    pixels, channels, outputs, _ = sizes(x, weight)
     widest = max(channels, outputs, *(one.shape[1] for one in maps), 1)
     return "the kernel's 32-bit offsets do not reach all elements" if pixels * widest >= 2**31 else None
 
 
-def config_for(pixels: int, channels: int, outputs: int) -> Config:
+def config_for(pixels: int, outputs: int) -> Config:
     """Choose the configuration of sizes that nobody measured.
 
     Args:
         pixels: of the batch.
-        channels: of the input.
         outputs: channels of the output.
 
     Returns:
@@ -228,9 +233,9 @@ def launch(
     """
     from sdinpaint_kernels.conv3_add_kernel import add_up, convolve  # noqa: PLC0415 - triton only where it runs
 
-    pixels, channels, outputs = told = sizes(x, weight)
+    pixels, channels, outputs, _ = told = sizes(x, weight, residual, maps)
     widths = [channels, *(one.shape[1] for one in maps)]
-    config = fitted(config or _measured(x, told) or config_for(*told), pixels, widths, outputs)
+    config = fitted(config or _measured(x, told) or config_for(pixels, outputs), pixels, widths, outputs)
     area = x.shape[2] * x.shape[3]
     added = bias, addend, 0 if addend is None or len(addend) == 1 else addend.stride(0), residual
     out = _empty(x, weight)
@@ -254,7 +259,7 @@ def launch(
     return out
 
 
-def _measured(x: Tensor, told: tuple[int, int, int]) -> Config | None:
+def _measured(x: Tensor, told: tuple[int, ...]) -> Config | None:
     found = faster.configuration("conv3_add", told, x.device) if x.is_cuda else None
     return None if found is None else Config(*found)
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 Sizes = tuple[int, ...]
-"""Numbers that tell one call of an operation from another, such as (pixels, channels in, channels out)."""
+"""Numbers that tell one call of an operation from another, such as (rows, channels in, channels out)."""
 
 Table = dict[str, dict[str, dict[str, list[int]]]]
-"""Compute capability, such as "9.0" -> operation -> sizes, such as "8192 320 320" -> a configuration's numbers."""
+"""Compute capability, such as "9.0" -> operation -> sizes, such as "8192 320 320 1" -> a configuration's numbers."""
 
 TABLE = Path(__file__).with_name("faster.json")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from sdinpaint.errors import NumericError, warn
 from sdinpaint.models import tiling
 from sdinpaint.models.layers import is_plain
-from sdinpaint.models.vae import Direction
-from sdinpaint.models.weights import Snapshot, all_weights
+from sdinpaint.models.vae import VAE, Direction
+from sdinpaint.models.weights import Places, Snapshot, all_weights
 
 __all__ = ["TILE", "WHOLE_PIXELS", "GuardedVAE"]
 
@@ -23,6 +24,23 @@ TILE = 256
 """The height and width, in pixels, of a square that has as many pixels as a row strip."""
 
 _WIDENING = threading.Lock()
+_Run = Callable[[Tensor], Sequence[Tensor]]
+
+
+class Graphs(Protocol):
+    """Where functions of tensors on a GPU are captured as CUDA graphs, by key and shapes."""
+
+    def can_capture(self, tensors: Sequence[Tensor]) -> bool:
+        """Tell whether a function of these tensors would be captured."""
+
+    def __call__(
+        self,
+        key: str,
+        function: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor],
+        varying: Sequence[Tensor],
+        constant: tuple[Tensor, ...],
+    ) -> Tensor:
+        """Compute function(varying, constant), by replaying its graph if there is one."""
 
 
 class GuardedVAE:
@@ -59,12 +77,13 @@ class GuardedVAE:
         mean, std = self._run("encode", image, _tile(tile, image.shape[-2:].numel()))
         return mean, std
 
-    def decode(self, latents: Tensor, *, tile: int | None = None) -> Tensor:
+    def decode(self, latents: Tensor, *, tile: int | None = None, graphs: Graphs | None = None) -> Tensor:
         """Decode latents, one batch item after the other.
 
         Args:
             latents: scaled latents (B, 4, H, W).
             tile: side of a square with as many pixels as a row strip; 0 for no strips, None to choose by size.
+            graphs: where a decoder on a GPU that is plain and runs without strips is captured; None captures nothing.
 
         Returns:
             The float32 image (B, 3, 8H, 8W), about in [-1, 1].
@@ -72,15 +91,17 @@ class GuardedVAE:
         Raises:
             NumericError: the result is NaN or infinite in float32 too.
         """
-        return self._run("decode", latents, _tile(tile, 64 * latents.shape[-2:].numel()))[0]
+        return self._run("decode", latents, _tile(tile, 64 * latents.shape[-2:].numel()), graphs)[0]
 
-    def _run(self, direction: Direction, given: Tensor, tile: int) -> list[Tensor]:
+    def _run(self, direction: Direction, given: Tensor, tile: int, graphs: Graphs | None = None) -> list[Tensor]:
         weight = next(self.vae.parameters())
         case = direction, weight.dtype, weight.device
-        outputs = _one_by_one(direction, self._widened(*case) if case in self._overflowed else self.vae, given, tile)
+        outputs = _one_by_one(
+            direction, self._widened(*case) if case in self._overflowed else self.vae, given, tile, graphs
+        )
         finite = _is_finite(outputs)
         if not finite and weight.dtype != torch.float32 and _is_finite([given]):
-            outputs = _one_by_one(direction, self._widened(*case), given, tile)
+            outputs = _one_by_one(direction, self._widened(*case), given, tile, graphs)
             finite = _is_finite(outputs)
         if not finite:
             bad = sum(int((~output.isfinite()).sum()) for output in outputs)
@@ -113,9 +134,20 @@ def _is_finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
-def _one_by_one(direction: Direction, vae: nn.Module, given: Tensor, tile: int) -> list[Tensor]:
+def _one_by_one(direction: Direction, vae: nn.Module, given: Tensor, tile: int, graphs: Graphs | None) -> list[Tensor]:
     """Run a VAE over a batch item by item, so that memory stays flat; return its outputs in float32."""
-    weight = next(vae.parameters())
-    run = tiling.RUNS[direction] if tile and tiling.can_run(vae, given) else None
-    parts = [run(vae, one, tile) if run else vae(one, direction) for one in given.to(weight).split(1)]
-    return [torch.cat(columns).float() for columns in zip(*parts, strict=True)]
+    items = given.to(next(vae.parameters())).split(1)
+    run = _way(direction, vae, items[0], tile, graphs)
+    return [torch.cat(columns).float() for columns in zip(*map(run, items), strict=True)]
+
+
+def _way(direction: Direction, vae: nn.Module, item: Tensor, tile: int, graphs: Graphs | None) -> _Run:
+    """Choose how a VAE runs: in strips, as a captured graph, or called."""
+    if not isinstance(vae, VAE) or not tiling.can_run(vae, item):
+        return lambda one: vae(one, direction)
+    if tile:
+        return lambda one: tiling.RUNS[direction](vae, one, tile)
+    if direction == "decode" and graphs is not None and graphs.can_capture([item]):
+        key = f"decoder {Places(vae).key}"
+        return lambda one: [graphs(key, lambda varying, _: vae.decoder(varying[0]), [vae.unscaled(one)], ())]
+    return lambda one: vae(one, direction)

@@ -91,7 +91,7 @@ class Graphs:
         except RuntimeError as error:
             self.enabled = False
             reason = str(error).partition("\n")[0]
-            message = f"the step cannot be captured as a CUDA graph, so its kernels are launched one by one: {reason}"
+            message = f"a step cannot be captured as a CUDA graph, so kernels are launched one by one: {reason}"
             warn(message)
             return None
 

@@ -182,16 +182,16 @@ def test_on_other_devices_torch_computes_it():
 
 
 def test_a_size_that_nobody_measured_is_left_to_torch(monkeypatch):
-    table = {"9.0": {"conv3_add": {"32 4 8": [64, 64, 64, 4, 4, 2]}}}
+    table = {"9.0": {"conv3_add": {"32 4 8 1": [64, 64, 64, 4, 4, 2]}}}
     monkeypatch.setattr(faster, "table", lambda: table)
     monkeypatch.setattr(faster, "_capability", lambda index: "9.0")
     on_gpu = torch.device("cuda", 0)
-    assert own.Config(*faster.configuration("conv3_add", (32, 4, 8), on_gpu)).split == 2
-    assert faster.configuration("conv3_add", (32, 4, 16), on_gpu) is None
-    assert faster.configuration("linear_geglu", (32, 4, 8), on_gpu) is None
+    assert own.Config(*faster.configuration("conv3_add", (32, 4, 8, 1), on_gpu)).split == 2
+    assert faster.configuration("conv3_add", (32, 4, 8, 0), on_gpu) is None
+    assert faster.configuration("linear_geglu", (32, 4, 8, 1), on_gpu) is None
     monkeypatch.setattr(faster, "_capability", lambda index: "8.0")
-    assert faster.configuration("conv3_add", (32, 4, 8), on_gpu) is None
-    assert "32 x 4 x 8" in faster.why_torch("conv3_add", (32, 4, 8), torch.ones(1))
+    assert faster.configuration("conv3_add", (32, 4, 8, 1), on_gpu) is None
+    assert "32 x 4 x 8 x 1" in faster.why_torch("conv3_add", (32, 4, 8, 1), torch.ones(1))
 
 
 def test_the_committed_table_holds_configurations():
@@ -202,7 +202,7 @@ def test_the_committed_table_holds_configurations():
     for by_operation in faster.table().values():
         for operation, rows in by_operation.items():
             for sizes, config in rows.items():
-                assert len(sizes.split()) == 3
+                assert len(sizes.split()) == (4 if operation == "conv3_add" else 3)
                 operations[operation](*config)
 
 
