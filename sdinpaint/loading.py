@@ -23,7 +23,7 @@ from sdinpaint.keywords import knowing_keywords
 from sdinpaint.latent_diffusion import LatentDiffusion
 from sdinpaint.load_options import LoadOptions
 from sdinpaint.models.offloading import Offloading
-from sdinpaint.models.weights import packed_names, release
+from sdinpaint.models.weights import release
 from sdinpaint.pipeline.events import Event, Listener, event_bars
 from sdinpaint.pipeline.pipeline import Pipeline
 from sdinpaint.text.finding import find_tokenizer
@@ -134,7 +134,7 @@ def load(
             wanted = None if options.offload else dtype
             # elsewhere than on a CPU they are copied to the device
             stays = wanted is not None and device.type == "cpu" and options.mmap
-            with spool(states[name].converted(dtype) if stays else {}, dtype, packed_names(model)) as convert:
+            with spool(states[name].converted(dtype) if stays else {}, dtype) as convert:
                 tensors = load_tensors(states[name], wanted, lambda _: tell(1), convert=convert)
             model.load_state_dict(tensors, strict=True, assign=True)
             model.eval().requires_grad_(False)

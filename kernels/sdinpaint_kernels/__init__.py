@@ -9,10 +9,11 @@ from sdinpaint_kernels.conv3 import conv3
 from sdinpaint_kernels.conv3_add import conv3_add
 from sdinpaint_kernels.geglu import geglu
 from sdinpaint_kernels.group_norm import group_norm
-from sdinpaint_kernels.linear import linear
+from sdinpaint_kernels.heap import keeping_memory
+from sdinpaint_kernels.linear import joint_linear, linear
 from sdinpaint_kernels.linear_geglu import linear_geglu
-from sdinpaint_kernels.pages import release
-from sdinpaint_kernels.prepacked import forget
+from sdinpaint_kernels.pages import lies_in, private_maps, release
+from sdinpaint_kernels.prepacked import forget, is_replaced, verified
 from sdinpaint_kernels.upsample_conv3 import upsample_conv3
 
 __all__ = [
@@ -27,11 +28,17 @@ __all__ = [
     "geglu",
     "group_norm",
     "is_functional",
+    "is_replaced",
     "is_transformed",
+    "joint_linear",
+    "keeping_memory",
     "layer_norm",
+    "lies_in",
     "linear",
     "linear_geglu",
+    "private_maps",
     "release",
     "unchanged",
     "upsample_conv3",
+    "verified",
 ]

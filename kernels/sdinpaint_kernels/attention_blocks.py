@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdinpaint_kernels.linear import linear
+from sdinpaint_kernels.linear import product
 
 QUERIES = 256
 """The number of queries per thread that are processed at a time, so that their scores stay in the thread's cache."""
@@ -63,7 +63,7 @@ def _one_head(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
     values = F.pad(torch.cat([v.T, v.new_ones(1, len(v))]), (0, 0, 0, -(head_dim + 1) % ALIGNED))
     queries = QUERIES * torch.get_num_threads()
     for part, into in zip(q.split(queries), out.split(queries), strict=True):
-        near_largest = linear(part, some).amax(dim=1, keepdim=True)
-        weights = linear(torch.cat([part, -near_largest], dim=1), keys).exp2_()
-        mixed = linear(weights, values)
+        near_largest = product(part, some).amax(dim=1, keepdim=True)
+        weights = product(torch.cat([part, -near_largest], dim=1), keys).exp2_()
+        mixed = product(weights, values)
         torch.div(mixed[:, :head_dim], mixed[:, head_dim : head_dim + 1], out=into)

@@ -108,6 +108,22 @@ def on_cpu(*tensors: Tensor | None) -> bool:
     )
 
 
+def with_residual(out: Tensor, residual: Tensor | None) -> Tensor:
+    """Add a residual to an output that nobody else has, in place unless a graph or a transform needs both.
+
+    Args:
+        out: the output.
+        residual: a tensor of its shape, or None.
+
+    Returns:
+        The sum.
+    """
+    if residual is None:
+        return out
+    recorded = torch.is_grad_enabled() and (out.requires_grad or residual.requires_grad)
+    return out + residual if recorded or is_transformed() else out.add_(residual)
+
+
 def is_transformed() -> bool:
     """Tell whether a compiler, a tracer or a function transform observes the single operations of a model."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or is_functional()

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from sdinpaint_kernels import pages
 
-__all__ = ["Contents", "contents", "unchanged"]
+__all__ = ["Contents", "contents", "place", "unchanged"]
 
 Words = NDArray[np.uint64]
 
@@ -66,7 +66,7 @@ def contents(tensors: Sequence[Tensor]) -> list[Contents]:
     mapped = [x.untyped_storage() if pages.lies_in(x, maps) and pages.is_unwritten(x) else None for x in tensors]
     digests = iter(_digests([x for x, storage in zip(tensors, mapped, strict=True) if storage is None]))
     return [
-        Contents(_place(x), storage, next(digests) if storage is None else None)
+        Contents(place(x), storage, next(digests) if storage is None else None)
         for x, storage in zip(tensors, mapped, strict=True)
     ]
 
@@ -83,7 +83,7 @@ def unchanged(before: Sequence[Contents], tensors: Sequence[Tensor], *, read_dev
     Returns:
         True for each tensor that did not change.
     """
-    same = [one.place == _place(x) for one, x in zip(before, tensors, strict=True)]
+    same = [one.place == place(x) for one, x in zip(before, tensors, strict=True)]
     read = [
         kept and one.mapped is None and (x.is_cpu or read_devices)
         for kept, one, x in zip(same, before, tensors, strict=True)
@@ -95,8 +95,15 @@ def unchanged(before: Sequence[Contents], tensors: Sequence[Tensor], *, read_dev
     ]
 
 
-def _place(x: Tensor) -> tuple[Any, ...]:
-    """Return where and how a tensor lies in memory, and torch's count of writes to it where there is one."""
+def place(x: Tensor) -> tuple[Any, ...]:
+    """Tell where and how a tensor lies in memory, and torch's count of writes to it where there is one.
+
+    Args:
+        x: the tensor.
+
+    Returns:
+        A key that is equal as long as none of these changes.
+    """
     count = 0 if x.is_inference() else x._version
     return x.data_ptr(), x.device, x.dtype, x.shape, x.stride(), count
 

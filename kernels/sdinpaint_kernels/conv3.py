@@ -2,8 +2,8 @@
 
 - tiles: Winograd's F(2 x 2, 3 x 3). Each 2 x 2 of the output is computed from 4 x 4 of the input by 16 products, where
   the sum over 3 x 3 takes 36: input tiles are transformed, multiplied by transformed weights, and transformed back. The
-  transforms only add and subtract. In float32 the precision is that of torch's convolution; in bfloat16 each transform
-  rounds, and the error is about four times torch's. The weights take 16 numbers for each 9.
+  transforms only add and subtract. In float32 the precision is that of torch's convolution; in bfloat16 the transformed
+  tiles and products are rounded, and the error is about twice torch's. The weights take 16 numbers for each 9.
 - packed: oneDNN's convolution with weights in its own order. On small maps torch's convolution spends half of its time
   on reordering them.
 - product: of unfolded windows, with the weights as they are.
@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from sdinpaint_kernels import backend
 from sdinpaint_kernels.conv3_add import conv3_add
 from sdinpaint_kernels.forms import PLAIN, Form, compute
-from sdinpaint_kernels.linear import linear, products
-from sdinpaint_kernels.packed_conv import by_packing
+from sdinpaint_kernels.linear import linear, ordered_products, products
+from sdinpaint_kernels.packed_conv import by_packing, convolution
 from sdinpaint_kernels.prepacked import prepacked
 
 MIN_TILES = 16
@@ -37,13 +37,16 @@ TILES = 512
 G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 
 
-def conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernels: str | None = None) -> Tensor:
-    """Apply a 3 x 3 convolution with stride 1 and zero padding of 1.
+def conv3(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, *, kernels: str | None = None
+) -> Tensor:
+    """Apply a 3 x 3 convolution with stride 1 and zero padding of 1, and add a residual.
 
     Args:
         x: feature map (B, C, H, W).
         weight: (O, C, 3, 3).
         bias: (O,), or None.
+        residual: (B, O, H, W), or None.
         kernels: "torch" for torch's own convolution, on a GPU also "triton", see `backend`.
 
     Returns:
@@ -52,10 +55,10 @@ def conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernels: str
     Source: https://arxiv.org/abs/1509.09308, algorithm 1.
     """
     if x.is_cuda or backend.INTERPRETED:
-        return conv3_add(x, weight, bias, kernels=kernels)
-    if kernels == "torch" or x.numel() == 0 or not backend.on_cpu(x, weight, bias):
-        return _plain(x, weight, bias)
-    return compute("conv3", FORMS, sizes(x, weight), x, weight, bias)
+        return conv3_add(x, weight, bias, residual=residual, kernels=kernels)
+    if kernels == "torch" or x.numel() == 0 or not backend.on_cpu(x, weight, bias, residual):
+        return backend.with_residual(F.conv2d(x, weight, bias, padding=1), residual)
+    return compute("conv3", FORMS, sizes(x, weight), x, weight, bias, residual)
 
 
 def sizes(x: Tensor, weight: Tensor, *_: object) -> tuple[int, int, int]:
@@ -71,44 +74,48 @@ def sizes(x: Tensor, weight: Tensor, *_: object) -> tuple[int, int, int]:
     return weight.shape[1], weight.shape[0], len(x) * x.shape[2:].numel()
 
 
-def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.conv2d(x, weight, bias, padding=1)
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=1) if residual is None else convolution(x, weight, bias, residual)
 
 
-def _is_small(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _is_small(x: Tensor, *_: object) -> bool:
     return x.shape[2:].numel() <= MOST_WINDOWS
 
 
-def _by_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _by_product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     windows = F.unfold(x, 3, padding=1).transpose(1, 2)
-    return linear(windows, weight.flatten(1), bias).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+    added = None if residual is None else residual.flatten(2).transpose(1, 2)
+    return linear(windows, weight, bias, added).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
-def _transform(weight: Tensor) -> Tensor:
-    """Transform weights (O, C, 3, 3) to (16, O, C), in float32 or better until the end."""
+def _transform(weight: Tensor) -> Sequence[Tensor] | Tensor:
+    """Transform weights (O, C, 3, 3) to 16 matrices (O, C), in float32 or better until the end."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     once = torch.tensor(G, dtype=wide, device=weight.device)
     outputs, inputs = weight.shape[:2]
     out = weight.new_empty(16, outputs, inputs)
     for part, into in zip(weight.split(64), out.split(64, dim=1), strict=True):
         into.copy_((part.to(wide).flatten(0, 1).flatten(1) @ torch.kron(once, once).T).T.unflatten(1, (-1, inputs)))
-    return out
+    return ordered_products(out)
 
 
-def _has_tiles(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _has_tiles(x: Tensor, *_: object) -> bool:
     height, width = x.shape[2:]
     return height % 2 == width % 2 == 0 and height * width >= 4 * MIN_TILES
 
 
-def _by_tiles(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _by_tiles(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     weights = prepacked(weight, _transform)
     batch, _, height, width = x.shape
     pixels = x.permute(0, 2, 3, 1)
-    out = x.new_empty(batch, height // 2, 2, width // 2, 2, weights.shape[1])
+    out = x.new_empty(batch, height // 2, 2, width // 2, 2, weight.shape[0])
+    added = None if residual is None else residual.permute(0, 2, 3, 1).view_as(out)
     for images, top, bottom in _chunks(batch, height // 2, width // 2):
         into = out[images, top:bottom]
         multiplied = products(_tiles(pixels[images], top, bottom).flatten(1, 3), weights)
         _assemble([one.view(*into.shape[:2], *into.shape[3::2]) for one in multiplied], bias, into)
+        if added is not None:
+            into.add_(added[images, top:bottom])
     return out.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
@@ -140,10 +147,13 @@ def _tiles(pixels: Tensor, top: int, bottom: int) -> Tensor:
 
 
 def _assemble(products: Sequence[Tensor], bias: Tensor | None, out: Tensor) -> None:
-    """Transform 16 products (B, rows, columns, O) back, add the bias, and write to out (B, rows, 2, columns, 2, O)."""
+    """Transform 16 products (B, rows, columns, O) back, add the bias, and write to out (B, rows, 2, columns, 2, O).
+
+    The sums are in float32, which halves the error of bfloat16.
+    """
     a, b, c, d = (products[start : start + 4] for start in range(0, 16, 4))
-    upper = [(one + two).add_(three) for one, two, three in zip(a, b, c, strict=True)]
-    lower = [(two - three).sub_(four) for two, three, four in zip(b, c, d, strict=True)]
+    upper = [torch.add(one.float(), two).add_(three) for one, two, three in zip(a, b, c, strict=True)]
+    lower = [torch.sub(two.float(), three).sub_(four) for two, three, four in zip(b, c, d, strict=True)]
     for row, (first, second, third, fourth) in enumerate((upper, lower)):
         if bias is not None:  # the second term is in both columns, with the same sign
             second.add_(bias)

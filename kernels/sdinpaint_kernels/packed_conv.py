@@ -29,22 +29,47 @@ def ordered_side(channels: int) -> int:
     return max(LEAST_SIDE, AREA // channels)
 
 
-def by_packing(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 1) -> Tensor:
-    """Apply a convolution.
+def by_packing(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, stride: int = 1, padding: int = 1
+) -> Tensor:
+    """Apply a convolution with weights that are ordered once.
 
     Args:
         x: feature map (B, C, H, W).
         weight: (O, C, rows, columns).
         bias: (O,), or None.
+        residual: (B, O, H', W'), added to the output; or None.
         stride: of both axes.
         padding: rows and columns of zeros on each side.
 
     Returns:
         The output (B, O, H', W').
     """
-    packed = prepacked(weight, _packer(stride, padding))
+    return convolution(x, prepacked(weight, _packer(stride, padding)), bias, residual, stride, padding)
+
+
+def convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, stride: int = 1, padding: int = 1
+) -> Tensor:
+    """Apply oneDNN's convolution, which adds the residual before it rounds.
+
+    Args:
+        x: feature map (B, C, H, W).
+        weight: (O, C, rows, columns), in any order.
+        bias: (O,), or None.
+        residual: (B, O, H', W'), or None.
+        stride: of both axes.
+        padding: rows and columns of zeros on each side.
+
+    Returns:
+        The output (B, O, H', W').
+    """
     sides = [padding] * 2, [stride] * 2, [1, 1]
-    return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *sides, 1, "none", [], "")
+    if residual is None:
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *sides, 1, "none", [], "")
+    return torch.ops.mkldnn._convolution_pointwise.binary(
+        x, residual, weight, bias, *sides, 1, "add", 1.0, None, [], None
+    )
 
 
 @functools.cache

@@ -33,8 +33,8 @@ ARGUMENTS = 3
 """The arguments of a form: x, weight and bias; or queries, keys and values."""
 GROW = ("tiles", "transposed", "packed_transposed")
 """Forms with 16 numbers for each 9 of the weights."""
-PRICE = 0.1
-"""Milliseconds that a megabyte more has to save."""
+PRICE = 0.7
+"""Milliseconds that a megabyte more has to save, so that a step takes no more memory than with plain forms."""
 NOISE = 0.06
 """The share by which a form has to be faster than the plain one."""
 MOST_TIMES = 5.0

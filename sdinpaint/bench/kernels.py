@@ -104,8 +104,18 @@ def _add_bias(x: Tensor, h: Tensor, bias: Tensor) -> Tensor:
     return x + h + bias[:, None, None]
 
 
-def _conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.conv2d(x, weight, bias, padding=1)
+def _conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    out = F.conv2d(x, weight, bias, padding=1)
+    return out if residual is None else out + residual
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    out = F.linear(x, weight.flatten(1), bias)
+    return out if residual is None else out + residual
+
+
+def _joint_linear(x: Tensor, weights: Sequence[Tensor], whole: Tensor | None = None) -> tuple[Tensor, ...]:
+    return tuple(F.linear(x, weight) for weight in weights)
 
 
 def _conv3_add(
@@ -155,8 +165,13 @@ def _of_first(x: Tensor, *_: object, **options: object) -> str:
     return _size(x)
 
 
-def _of_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str:
-    return f"{_size(x)} to {len(weight)}" + " + bias" * (bias is not None)
+def _of_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> str:
+    added = " + bias" * (bias is not None) + " + residual" * (residual is not None)
+    return f"{_size(x)} to {len(weight)}{added}"
+
+
+def _of_joint_linear(x: Tensor, weights: Sequence[Tensor], *_: object) -> str:
+    return f"{_size(x)} to {len(weights)} x {len(weights[0])}"
 
 
 def _of_convolution(
@@ -165,6 +180,10 @@ def _of_convolution(
     channels, _in, height, width = weight.shape
     strided = f", stride {stride[0]}" * (stride[0] > 1)
     return f"{height}x{width}, {_size(x)} to {channels}{strided}" + " + bias" * (bias is not None)
+
+
+def _of_conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> str:
+    return _of_convolution(x, weight, bias) + " + residual" * (residual is not None)
 
 
 def _of_sum(
@@ -195,10 +214,11 @@ OPERATIONS: Mapping[str, Operation] = {
     "geglu": Operation(_geglu, _of_first),
     "add_layer_norm": Operation(_add_layer_norm, _of_first),
     "add_bias": Operation(_add_bias, _of_first),
-    "conv3": Operation(_conv3, _of_convolution),
+    "conv3": Operation(_conv3, _of_conv3),
     "conv3_add": Operation(_conv3_add, _of_sum),
     "upsample_conv3": Operation(_upsample_conv3, _of_upsampling),
-    "linear": Operation(F.linear, _of_linear),
+    "linear": Operation(_linear, _of_linear),
+    "joint_linear": Operation(_joint_linear, _of_joint_linear),
     "linear_geglu": Operation(_linear_geglu, _of_linear),
     "F.conv2d": Operation(F.conv2d, _of_convolution),
     "F.linear": Operation(F.linear, _of_linear),

@@ -61,8 +61,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Let each token of x (B, L, D) attend to itself and the tokens before it; return (B, L, D)."""
-        q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attention(q, k, v, causal=True).flatten(2))
+        layers = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (fused.product(layer, x).unflatten(-1, (self.heads, -1)) for layer in layers)
+        return fused.product(self.out_proj, attention(q, k, v, causal=True).flatten(2))
 
 
 class MLP(nn.Module):
@@ -76,7 +77,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layers to each token of x (B, L, D); return (B, L, D)."""
-        return self.fc2(self.activation(self.fc1(x)))
+        return fused.product(self.fc2, self.activation(fused.product(self.fc1, x)))
 
 
 class Layer(nn.Module):

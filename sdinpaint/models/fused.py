@@ -17,6 +17,7 @@ from sdinpaint_kernels import (
     conv3_add,
     geglu,
     group_norm,
+    joint_linear,
     linear,
     linear_geglu,
     upsample_conv3,
@@ -96,19 +97,21 @@ def norm_silu(norm: nn.Module, x: Tensor, addend: Tensor | None = None, *, overw
     )
 
 
-def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
-    """Apply a 1 x 1 convolution as a matrix product, which adds the bias at no cost.
+def pointwise(conv: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Apply a 1 x 1 convolution as a matrix product, which adds the bias and a residual at no cost.
 
     Args:
         conv: the convolution; one that is not 1 x 1 or not plain is called.
         x: feature map (B, C, H, W).
+        residual: feature map (B, O, H, W), or None.
 
     Returns:
         The output (B, O, H, W).
     """
     if not is_pointwise(conv):
-        return conv(x)
-    return to_map(linear(to_tokens(x), conv.weight.flatten(1), conv.bias), x)
+        return conv(x) if residual is None else residual + conv(x)
+    added = None if residual is None else to_tokens(residual)
+    return to_map(linear(to_tokens(x), conv.weight, conv.bias, added), x)
 
 
 def is_pointwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
@@ -125,19 +128,20 @@ def is_pointwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
     return (conv.kernel_size, conv.stride, conv.groups) == POINTWISE
 
 
-def product(layer: nn.Module, x: Tensor) -> Tensor:
-    """Apply a linear layer with the faster of torch's libraries.
+def product(layer: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Apply a linear layer with the faster of torch's libraries, and add a residual.
 
     Args:
         layer: the linear layer; one that is not plain is called.
         x: (..., C).
+        residual: (..., O), or None.
 
     Returns:
         The output (..., O).
     """
     if not isinstance(layer, nn.Linear) or not is_plain(layer):
-        return layer(x)
-    return linear(x, layer.weight, layer.bias)
+        return layer(x) if residual is None else residual + layer(x)
+    return linear(x, layer.weight, layer.bias, residual)
 
 
 def adds_bias_apart(x: Tensor) -> bool:
@@ -153,7 +157,7 @@ def adds_bias_apart(x: Tensor) -> bool:
 
 
 def add_conv(x: Tensor, conv: nn.Conv2d, h: Tensor) -> Tensor:
-    """Compute x + conv(h) without a separate feature map for the sum, unless autograd needs one.
+    """Compute x + conv(h) without a separate feature map for the sum.
 
     Args:
         x: feature map (B, O, H, W).
@@ -165,8 +169,7 @@ def add_conv(x: Tensor, conv: nn.Conv2d, h: Tensor) -> Tensor:
     """
     if adds_bias_apart(x):
         return conv3_add(h, conv.weight, bias_of(conv), residual=x)
-    h = conv3(h, conv.weight, conv.bias)
-    return h + x if torch.is_grad_enabled() and (h.requires_grad or x.requires_grad) else h.add_(x)
+    return conv3(h, conv.weight, conv.bias, x)
 
 
 def add_shortcut(x: Tensor, shortcut: nn.Module, conv: nn.Conv2d, h: Tensor) -> Tensor:
@@ -187,23 +190,25 @@ def add_shortcut(x: Tensor, shortcut: nn.Module, conv: nn.Conv2d, h: Tensor) -> 
     return conv3_add(h, conv.weight, bias_of(conv), addend=addend, maps=[x], projection=projection)
 
 
-def mlp(layers: nn.Module, x: Tensor) -> Tensor:
-    """Apply linear layers and the activations between them.
+def mlp(layers: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Apply linear layers and the activations between them, and add a residual.
 
     For few rows torch's own product would depend on the address of the weights, and so on how a file was laid out.
 
     Args:
         layers: one layer, or a sequence of layers.
         x: (..., C).
+        residual: (..., O), or None.
 
     Returns:
         The output (..., O).
     """
     if not isinstance(layers, nn.Sequential) or not is_plain(layers):
-        return product(layers, x)
-    for layer in layers:
+        return product(layers, x, residual)
+    *before, last = layers
+    for layer in before:
         x = mlp(layer, x)
-    return x
+    return mlp(last, x, residual)
 
 
 def norm_silu_conv(layers: nn.Module, x: Tensor) -> Tensor:
@@ -285,37 +290,42 @@ def bias_of(conv: nn.Module) -> Tensor:
     return cast(Tensor, conv.bias)
 
 
-def self_attention(block: Attention, x: Tensor) -> Tensor:
-    """Apply self-attention, with one product for queries, keys and values where their weights are packed.
+def self_attention(block: Attention, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Apply self-attention, with one product for queries, keys and values where that needs no copy of the weights.
 
     Args:
         block: a self-attention whose layers are plain.
         x: tokens (B, N, C).
+        residual: tokens (B, N, C) that are added to the output, or None.
 
     Returns:
         The output (B, N, C).
     """
-    layers = block.to_q, block.to_k, block.to_v
-    packed = joined([layer.weight for layer in layers])
-    if packed is None:
-        q, k, v = (linear(x, layer.weight).unflatten(-1, (block.heads, -1)) for layer in layers)
-    else:
-        q, k, v = linear(x, packed).unflatten(-1, (3, block.heads, -1)).unbind(2)
-    return mlp(block.to_out, attention(q, k, v).flatten(2))
+    weights = [layer.weight for layer in (block.to_q, block.to_k, block.to_v)]
+    projected = joint_linear(x, weights, joined(weights))
+    q, k, v = (one.unflatten(-1, (block.heads, -1)) for one in projected)
+    return mlp(block.to_out, attention(q, k, v).flatten(2), residual)
 
 
-def cross_attention(block: Attention, x: Tensor, sources: Iterable[tuple[Sequence[Tensor] | Tensor, float]]) -> Tensor:
+def cross_attention(
+    block: Attention,
+    x: Tensor,
+    sources: Iterable[tuple[Sequence[Tensor] | Tensor, float]],
+    residual: Tensor | None = None,
+) -> Tensor:
     """Apply cross-attention with precomputed keys and values.
 
     Args:
         block: a cross-attention whose layers are plain.
         x: tokens (B, N, C); the batch may be a divisor of that of the keys.
         sources: for each source its keys and values, (B, L, C) each, and its weight.
+        residual: tokens that are added to the output, with the batch of x or of the keys; or None.
 
     Returns:
         The output (B, N, C), with the batch of the keys.
     """
-    return mlp(block.to_out, attend(product(block.to_q, x), sources, block.heads))
+    mixed = attend(product(block.to_q, x), sources, block.heads)
+    return mlp(block.to_out, mixed, None if residual is None else repeated(residual, len(mixed)))
 
 
 def attend(q: Tensor, sources: Iterable[tuple[Sequence[Tensor] | Tensor, float]], heads: int) -> Tensor:
@@ -338,7 +348,7 @@ def attend(q: Tensor, sources: Iterable[tuple[Sequence[Tensor] | Tensor, float]]
     return cast(Tensor, total)
 
 
-def feed_forward(block: FeedForward, x: Tensor) -> Tensor:
+def feed_forward(block: FeedForward, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """Apply a feed-forward network; on a CPU to some tokens at a time, so that its hidden layer stays small.
 
     The system provides memory of many megabytes anew each time, which takes as long as a product over it.
@@ -346,6 +356,7 @@ def feed_forward(block: FeedForward, x: Tensor) -> Tensor:
     Args:
         block: a feed-forward network whose layers are plain.
         x: tokens (B, N, C).
+        residual: tokens (B, N, C) that are added to the output, or None.
 
     Returns:
         The output (B, N, C).
@@ -353,30 +364,66 @@ def feed_forward(block: FeedForward, x: Tensor) -> Tensor:
     gate: Any
     gate, _, back = block.net
 
-    def run(tokens: Tensor) -> Tensor:
-        if adds_bias_apart(tokens) and is_plain(gate.proj):
-            return product(back, linear_geglu(tokens, gate.proj.weight, gate.proj.bias))
-        return product(back, geglu(product(gate.proj, tokens)))
+    def run(tokens: Tensor, added: Tensor | None) -> Tensor:
+        return product(back, gated(gate.proj, tokens), added)
 
     if x.is_cuda or x.shape[:2].numel() <= ROWS:
-        return run(x)
-    return torch.cat([run(part) for part in x.flatten(0, 1).split(ROWS)]).view(*x.shape[:2], -1)
+        return run(x, residual)
+    parts = x.flatten(0, 1).split(ROWS)
+    added = [None] * len(parts) if residual is None else residual.flatten(0, 1).split(ROWS)
+    return torch.cat(list(map(run, parts, added))).view(*x.shape[:2], -1)
 
 
-def add_norm(norm: nn.Module, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Add a residual and normalise the sum, in one pass over memory on a GPU.
+def gated(layer: nn.Module, x: Tensor) -> Tensor:
+    """Apply a linear layer and GEGLU.
+
+    Args:
+        layer: the linear layer; one that is not plain is called.
+        x: (..., C).
+
+    Returns:
+        The gated half (..., O / 2).
+    """
+    if not isinstance(layer, nn.Linear) or not is_plain(layer) or layer.bias is None:
+        return geglu(product(layer, x))
+    return linear_geglu(x, layer.weight, layer.bias)
+
+
+def add(layer: nn.Module, x: Tensor, h: Tensor, *given: Any) -> Tensor:
+    """Compute x + layer(h); on a CPU in the last product of the layer, which then rounds once.
+
+    Args:
+        layer: self-attention, cross-attention or a feed-forward network.
+        x: tokens (B, N, C); the batch may be a divisor of that of the output.
+        h: the input of the layer (B, N, C).
+        given: the other inputs of the layer.
+
+    Returns:
+        The sum (B, N, C).
+    """
+    if not adds_bias_apart(x) and is_plain(layer):
+        return layer(h, *given, residual=x)
+    h = layer(h, *given)
+    return repeated(x, len(h)) + h
+
+
+def add_norm(norm: nn.Module, layer: nn.Module, x: Tensor, h: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    """Compute x + layer(h) and normalise it; on a GPU the sum and the norm in one pass over memory.
 
     Args:
         norm: a LayerNorm.
-        x: tokens (B, N, C).
-        h: the residual (B, N, C).
+        layer: self-attention or cross-attention.
+        x: tokens (B, N, C); the batch may be a divisor of that of the output.
+        h: the input of the layer (B, N, C).
+        given: the other inputs of the layer.
 
     Returns:
-        x + h, and the normalised sum, (B, N, C) each.
+        The sum, and the normalised sum, (B, N, C) each.
     """
-    if isinstance(norm, LayerNorm) and is_plain(norm) and norm.weight is not None and norm.bias is not None:
-        return add_layer_norm(h, x, norm.weight, norm.bias, norm.eps)
-    x = x + h
+    if adds_bias_apart(x) and isinstance(norm, LayerNorm) and is_plain(norm) and norm.bias is not None:
+        h = layer(h, *given)
+        return add_layer_norm(h, repeated(x, len(h)), norm.weight, norm.bias, norm.eps)
+    x = add(layer, x, h, *given)
     return x, norm(x)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
+from sdinpaint_kernels import keeping_memory
 from torch import Tensor, nn
 
 from sdinpaint.errors import NumericError, warn
@@ -96,9 +97,9 @@ class GuardedVAE:
     def _run(self, direction: Direction, given: Tensor, tile: int, graphs: Graphs | None = None) -> list[Tensor]:
         weight = next(self.vae.parameters())
         case = direction, weight.dtype, weight.device
-        outputs = _one_by_one(
-            direction, self._widened(*case) if case in self._overflowed else self.vae, given, tile, graphs
-        )
+        vae = self._widened(*case) if case in self._overflowed else self.vae
+        with keeping_memory():
+            outputs = _one_by_one(direction, vae, given, tile, graphs)
         finite = _is_finite(outputs)
         if not finite and weight.dtype != torch.float32 and _is_finite([given]):
             outputs = _one_by_one(direction, self._widened(*case), given, tile, graphs)

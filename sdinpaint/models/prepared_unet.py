@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sdinpaint.families import UNetConfig
 from sdinpaint.models import fused
 from sdinpaint.models.layers import is_plain, needs_gradients, repeated
-from sdinpaint.models.weights import Model, Places, Snapshot
+from sdinpaint.models.weights import Model, Places, Snapshot, verified
 
 Context = Tensor | Sequence[tuple[Tensor, float]]
 """The input of cross-attention: text embeddings (B, L, D), or several such sources, each with its weight."""
@@ -167,4 +167,5 @@ class PreparedUNet:
         starts = range(0, len(conditioning_cache), count)
         by_text = [conditioning_cache[start : start + count] for start in starts]
         sources = [list(zip(one, self.weights, strict=True)) for one in by_text]
-        return self.unet(x, projected, dict(zip(self.texts, sources, strict=True)), None, control)
+        with verified(self.unet.parameters()):
+            return self.unet(x, projected, dict(zip(self.texts, sources, strict=True)), None, control)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from sdinpaint_kernels import attention, geglu
+from sdinpaint_kernels import attention
 from torch import Tensor, nn
 
 from sdinpaint.families import UNetConfig
@@ -115,12 +115,21 @@ class SelfAttention(Attention):
         """Return the layers that one product computes where they are plain."""
         return self.to_q, self.to_k, self.to_v
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Let every token of x (B, N, C) attend to all of them; return (B, N, C)."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Let every token attend to all of them.
+
+        Args:
+            x: tokens (B, N, C).
+            residual: tokens (B, N, C) that are added to the output, or None.
+
+        Returns:
+            The output (B, N, C).
+        """
         if is_plain(self) and all(type(layer) is nn.Linear and layer.bias is None for layer in self.packed()):
-            return fused.self_attention(self, x)
+            return fused.self_attention(self, x, residual)
         q, k, v = (self.heads_of(project(x)) for project in (self.to_q, self.to_k, self.to_v))
-        return self.to_out(attention(q, k, v).flatten(2))
+        h = self.to_out(attention(q, k, v).flatten(2))
+        return h if residual is None else residual + h
 
 
 @plain
@@ -138,26 +147,28 @@ class CrossAttention(Attention):
         """
         return torch.stack([self.to_k(context), self.to_v(context)])
 
-    def forward(self, x: Tensor, context: Context | Precomputed) -> Tensor:
+    def forward(self, x: Tensor, context: Context | Precomputed, residual: Tensor | None = None) -> Tensor:
         """Let every token attend to the text, or to several sources.
 
         Args:
             x: tokens (B, N, C).
             context: text embeddings (B, L, D), or sources, or the precomputed keys and values of this block and others.
+            residual: tokens that are added to the output, with the batch of x or of the context; or None.
 
         Returns:
             The output (B, N, C).
         """
         if isinstance(context, dict):
-            return fused.cross_attention(self, x, context[self])
+            return fused.cross_attention(self, x, context[self], residual)
         if is_plain(self):
             products = (
                 ([fused.product(project, one) for project in (self.to_k, self.to_v)], weight)
                 for one, weight in sources_of(context)
             )
-            return fused.cross_attention(self, x, products)
+            return fused.cross_attention(self, x, products, residual)
         called = (((self.to_k(one), self.to_v(one)), weight) for one, weight in sources_of(context))
-        return self.to_out(fused.attend(self.to_q(x), called, self.heads))
+        h = self.to_out(fused.attend(self.to_q(x), called, self.heads))
+        return h if residual is None else repeated(residual, len(h)) + h
 
 
 @plain
@@ -170,7 +181,7 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x (B, N, C); return (B, N, inner)."""
-        return geglu(self.proj(x))
+        return fused.gated(self.proj, x)
 
 
 @plain
@@ -181,9 +192,19 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the network to each token of x (B, N, C); return (B, N, C)."""
-        return fused.feed_forward(self, x) if are_plain(self.net, GEGLU, nn.Identity, nn.Linear) else self.net(x)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Apply the network to each token.
+
+        Args:
+            x: tokens (B, N, C).
+            residual: tokens (B, N, C) that are added to the output, or None.
+
+        Returns:
+            The output (B, N, C).
+        """
+        if are_plain(self.net, GEGLU, nn.Identity, nn.Linear):
+            return fused.feed_forward(self, x, residual)
+        return self.net(x) if residual is None else residual + self.net(x)
 
 
 @plain
@@ -209,10 +230,9 @@ class TransformerBlock(nn.Module):
         Returns:
             The output (B, N, C).
         """
-        x, h = fused.add_norm(self.norm2, x, self.attn1(self.norm1(x)))
-        h = self.attn2(h, context)
-        x, h = fused.add_norm(self.norm3, repeated(x, len(h)), h)
-        return x + self.ff(h)
+        x, h = fused.add_norm(self.norm2, self.attn1, x, self.norm1(x))
+        x, h = fused.add_norm(self.norm3, self.attn2, x, h, context)
+        return fused.add(self.ff, x, h)
 
 
 @plain
@@ -247,11 +267,10 @@ class SpatialTransformer(nn.Module):
             tokens = to_tokens(fused.pointwise(self.proj_in, h))
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
+        x = repeated(x, len(tokens))
         if self.linear_projection:
-            h = to_map(fused.product(self.proj_out, tokens), x)
-        else:
-            h = fused.pointwise(self.proj_out, to_map(tokens, x))
-        return repeated(x, len(h)) + h
+            return to_map(fused.product(self.proj_out, tokens, to_tokens(x)), x)
+        return fused.pointwise(self.proj_out, to_map(tokens, x), x)
 
 
 @plain

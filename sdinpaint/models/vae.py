@@ -63,7 +63,7 @@ class Attention(nn.Module):
         """Let every position of x (B, C, H, W) attend to all of them; return (B, C, H, W)."""
         h = self.norm(x)
         q, k, v = (to_tokens(fused.pointwise(conv, h)).unsqueeze(2) for conv in (self.q, self.k, self.v))
-        return x + fused.pointwise(self.proj_out, to_map(attention(q, k, v).squeeze(2), x))
+        return fused.pointwise(self.proj_out, to_map(attention(q, k, v).squeeze(2), x), x)
 
 
 @plain

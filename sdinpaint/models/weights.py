@@ -12,13 +12,23 @@ from itertools import chain, pairwise
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
-from sdinpaint_kernels import Contents, contents, forget, release, unchanged
+from sdinpaint_kernels import (
+    Contents,
+    contents,
+    forget,
+    is_replaced,
+    lies_in,
+    private_maps,
+    release,
+    unchanged,
+    verified,
+)
 from torch import Tensor, nn
 
 from sdinpaint.errors import SettingError
 
 __all__ = ["Contents", "Model", "Packed", "Snapshot", "all_weights", "contents", "forget_derived", "joined", "pack"]
-__all__ += ["Places", "packed_names", "point_to", "release", "unchanged", "write"]
+__all__ += ["Places", "is_replaced", "point_to", "release", "unchanged", "verified", "write"]
 
 ALIGNED = 64
 """The alignment of weights in bytes, as torch aligns memory; at other addresses products may round differently."""
@@ -123,36 +133,20 @@ def point_to(weight: Tensor, data: Tensor) -> None:
 def pack(model: nn.Module) -> None:
     """Make weights that are read together contiguous, and on a GPU make convolutions channels-last.
 
-    Weights on the meta device, and those of replaced layers, stay as they are.
+    Weights on the meta device, and those of replaced layers, stay as they are. So do those that are mapped from a file,
+    as products take them in an order of their own.
 
     Args:
         model: a network, or a part of one.
     """
+    maps = private_maps()
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.weight.is_cuda:
             point_to(module.weight, module.weight.data.contiguous(memory_format=torch.channels_last))
-    for weights in _together(model):
-        _pack(weights)
-
-
-def packed_names(model: nn.Module) -> list[list[str]]:
-    """Name the weights that `pack` makes contiguous, for whoever can lay them out so in the first place.
-
-    Args:
-        model: a network.
-
-    Returns:
-        For each packed layer the names of its weights, in order.
-    """
-    names = {weight: name for name, weight in model.named_parameters()}
-    return [[names[weight] for weight in weights] for weights in _together(model)]
-
-
-def _together(model: nn.Module) -> Iterator[list[Any]]:
-    for module in model.modules():
-        layers = module.packed() if isinstance(module, Packed) else ()
-        if layers and all(type(layer) is nn.Linear for layer in layers):
-            yield [layer.weight for layer in layers]
+        elif isinstance(module, Packed):
+            layers = module.packed()
+            if all(type(layer) is nn.Linear and not lies_in(layer.weight, maps) for layer in layers):
+                _pack([layer.weight for layer in layers])
 
 
 def _pack(weights: list[Any]) -> None:

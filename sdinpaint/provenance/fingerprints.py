@@ -17,7 +17,7 @@ from sdinpaint.checkpoints.sources import COMPONENTS
 from sdinpaint.images.input_image import InputImage
 from sdinpaint.latent_diffusion import LatentDiffusion
 from sdinpaint.masks.text import Soft
-from sdinpaint.models.weights import Snapshot, all_weights
+from sdinpaint.models.weights import Snapshot, all_weights, is_replaced, release
 from sdinpaint.text.tokenizer import Tokenizer
 
 __all__ = ["fingerprint", "weights_of"]
@@ -42,7 +42,7 @@ def fingerprint(module: nn.Module) -> str:
     Returns:
         The digest in hexadecimal digits.
     """
-    state = sorted((name.replace(COMPILED, ""), tensor) for name, tensor in module.state_dict().items())
+    state = sorted((name.replace(COMPILED, ""), tensor) for name, tensor in module.state_dict(keep_vars=True).items())
     with ThreadPoolExecutor(_THREADS) as pool:  # hashlib releases the interpreter's lock
         digests = pool.map(_bytes_sha256, (tensor for _, tensor in state))
         rows = [
@@ -84,8 +84,11 @@ def _bytes_sha256(tensor: Any) -> str:
         buffer = io.BytesIO()
         torch.save(tensor, buffer)
         return hashlib.sha256(buffer.getbuffer()).hexdigest()
-    flat = tensor.cpu().contiguous().flatten().view(torch.uint8)  # numpy has no bfloat16
-    return hashlib.sha256(flat.numpy().data).hexdigest()
+    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)  # numpy has no bfloat16
+    digest = hashlib.sha256(flat.numpy().data).hexdigest()
+    if is_replaced(tensor):
+        release(tensor.detach())
+    return digest
 
 
 def _vocabulary_sha256(tokenizer: Tokenizer) -> str:

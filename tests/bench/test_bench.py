@@ -33,7 +33,7 @@ from sdinpaint.checkpoints.opening import DEMO
 from sdinpaint.errors import NumericError, SdInpaintError, SettingError
 from sdinpaint.images.blending import BLENDS
 from sdinpaint.loading import save_diffusers
-from sdinpaint.models import unet
+from sdinpaint.models import fused
 
 TOLD = "print('took 1.25 s')"
 FIELDS = {"part", "what", "family", "dtype", "device", "size", "steps", "system", "unit", "values", "ratio", "check"}
@@ -540,7 +540,7 @@ def test_tuning_compares_each_configuration_with_the_shipped_one(monkeypatch):
         tuning, "milliseconds", lambda calls, device: lambda: 1.0 if calls[0].args[1].rows == 8 else 2.0
     )
     with kernels.recording() as calls:
-        unet.geglu(torch.randn(2, 4, 32))
+        fused.geglu(torch.randn(2, 4, 32))
     [(what, call, line)] = kernels.heaviest_first("UNet step", calls, demo_case())
     found = list(tuning._tuned(what, call, line, demo_case(device="cpu")))
     rows = [row for row in found if not isinstance(row, str)]

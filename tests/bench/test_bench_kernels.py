@@ -16,7 +16,7 @@ from sdinpaint.bench.peers.systems import OURS, SdInpaint
 from sdinpaint.bench.roofline import flop_count
 from sdinpaint.checkpoints.opening import DEMO
 from sdinpaint.errors import NumericError
-from sdinpaint.models import VAE, UNet, layers, unet
+from sdinpaint.models import VAE, UNet, fused, layers, unet
 
 FIELDS = {"part", "what", "family", "dtype", "stored", "device", "size", "steps", "system", "unit", "values", "check"}
 STEP, DECODE = "UNet step", "VAE decode"
@@ -24,7 +24,7 @@ OUTPUTS = {
     layers.GroupNorm: "group_norm",
     unet.SelfAttention: "attention",
     unet.CrossAttention: "attention",
-    unet.GEGLU: "geglu",
+    unet.GEGLU: "linear_geglu",
 }
 """The modules of the UNet that put out what an operation does, or its heads side by side."""
 
@@ -62,7 +62,8 @@ def counted(calls, operation):
 
 
 def test_every_operation_of_the_library_is_known():
-    about = {"Contents", "contents", "forget", "is_functional", "is_transformed", "release", "unchanged"}
+    about = {"Contents", "contents", "forget", "is_functional", "is_replaced", "is_transformed", "keeping_memory"}
+    about |= {"lies_in", "private_maps", "release", "unchanged", "verified"}
     parts = {"layer_norm"}  # of add_layer_norm
     assert {*sdinpaint_kernels.__all__} - about - parts <= {*OPERATIONS}
 
@@ -83,7 +84,9 @@ def test_what_is_recorded_of_a_step_is_what_its_modules_put_out(calls):
     system.step()
     assert found == {name: counted(calls[STEP], name) for name in found}
     blocks = sum(isinstance(module, unet.TransformerBlock) for module in system.pipe.unet.modules())
-    assert sum(call.count for call in calls[STEP].values() if call.operation == "add_layer_norm") == 2 * blocks
+    transformers = sum(isinstance(module, unet.SpatialTransformer) for module in system.pipe.unet.modules())
+    added = {name: call.count for name, call in calls[STEP].items() if "+ residual" in name and "linear" in name}
+    assert sum(added.values()) == 3 * blocks + transformers
 
 
 def test_the_arithmetic_of_all_that_is_recorded_is_that_of_the_models(calls):
@@ -104,21 +107,21 @@ def test_the_arithmetic_of_all_that_is_recorded_is_that_of_the_models(calls):
 
 def test_calls_that_are_told_alike_are_one_and_all_is_as_it_was_afterwards():
     x = torch.randn(2, 3, 8)
-    before = unet.geglu
+    before = fused.geglu
     with recording() as calls:
-        F.linear(unet.geglu(x), torch.ones(5, 4))
-        F.linear(unet.geglu(x), torch.ones(5, 4))
-        F.linear(unet.geglu(x), torch.ones(5, 4), torch.ones(5))
+        F.linear(fused.geglu(x), torch.ones(5, 4))
+        F.linear(fused.geglu(x), torch.ones(5, 4))
+        F.linear(fused.geglu(x), torch.ones(5, 4), torch.ones(5))
     found = {told: call.count for told, call in calls.items()}
     assert found == {"geglu 2x3x8": 3, "F.linear 2x3x4 to 5": 2, "F.linear 2x3x4 to 5 + bias": 1}
-    assert unet.geglu is before
+    assert fused.geglu is before
 
 
 def test_what_says_how_an_operation_runs_tells_calls_apart(quickly):
     x = torch.randn(2, 3, 8)
     with recording() as calls:
-        unet.geglu(x)
-        unet.geglu(x, kernels="torch")
+        fused.geglu(x)
+        fused.geglu(x, kernels="torch")
     assert list(calls) == ["geglu 2x3x8", "geglu 2x3x8, by torch"]
     quickly.setattr(kernels, "recorded_calls", lambda case: {STEP: calls})
     assert len(list(measure_kernels(demo_case(), ()))) == 4
@@ -228,6 +231,7 @@ def measured(patch, operation, dtype, change=lambda out: out):
         ),
         "upsample_conv3": ((image, torch.randn(128, 128, 3, 3).to(dtype), scale), {}),
         "linear": ((lines, torch.randn(7, 128).to(dtype)), {}),
+        "joint_linear": ((lines, [torch.randn(7, 128).to(dtype) for _ in range(3)]), {}),
         "linear_geglu": ((lines, torch.randn(10, 128).to(dtype), torch.randn(10).to(dtype)), {}),
     }
     args, options = given[operation]

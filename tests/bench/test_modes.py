@@ -129,9 +129,9 @@ def test_a_tile_of_ones_own_reaches_the_autoencoder(monkeypatch):
     for name in ("encode", "decode"):
         whole = getattr(through, name)
 
-        def noted(self, given, *, tile=None, whole=whole):
+        def noted(self, given, *, tile=None, whole=whole, **others):
             asked.append(tile)
-            return whole(self, given, tile=tile)
+            return whole(self, given, tile=tile, **others)
 
         monkeypatch.setattr(through, name, noted)
     options = {"steps": 1, "seed": 1, "progress": False}

@@ -7,8 +7,10 @@ import importlib
 import interpreter
 import pytest
 import torch
-from sdinpaint_kernels import backend, linear
+from safetensors.torch import save_file
+from sdinpaint_kernels import backend, linear, linear_geglu, prepacked
 from sdinpaint_kernels.cpu_kinds import cpu_kind
+from sdinpaint_weights.reader import open_weights
 from torch.nn import functional as F
 
 own = importlib.import_module("sdinpaint_kernels.linear")
@@ -44,10 +46,78 @@ def test_it_takes_views_of_any_strides():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "outputs"), SHAPES)
+def test_a_residual_is_added_before_the_sum_is_rounded(shape, outputs, dtype):
+    x, weight, bias = draw(shape, outputs, dtype)
+    residual = torch.randn(*shape[:-1], outputs).to(dtype)
+    exact = F.linear(x.double(), weight.double(), bias.double()) + residual.double()
+    for kernels in (None, "torch"):
+        found = linear(x, weight, bias, residual, kernels=kernels)
+        check(found, F.linear(x, weight, bias) + residual, exact)
+    if dtype == torch.bfloat16:
+        assert interpreter.relative(linear(x, weight, bias, residual), exact) <= torch.finfo(dtype).eps / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gate_is_part_of_the_product(dtype):
+    x, weight, bias = draw((2, 7, 48), 96, dtype)
+
+    def right(*given):
+        value, gate = F.linear(*given).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+    check(linear_geglu(x, weight, bias), right(x, weight, bias), right(x.double(), weight.double(), bias.double()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_matrices_by_their_own_weights(dtype):
     x, weights = torch.randn(16, 50, 24).to(dtype), torch.randn(16, 40, 24).to(dtype)
     torchs, exact = (torch.einsum("knc,koc->kno", a, b) for a, b in ((x, weights), (x.double(), weights.double())))
-    check(torch.stack(own.products(x, weights)), torchs, exact)
+    check(torch.stack(own.products(x, own.ordered_products(weights))), torchs, exact)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16])
+def mapped(request, tmp_path):
+    """Three weights of one file, which are mapped."""
+    drawn = {name: torch.randn(256, 320).to(request.param) for name in "qkv"}
+    save_file(drawn, tmp_path / "weights.safetensors")
+    weights = open_weights(tmp_path / "weights.safetensors")
+    return [weights[name] for name in "qkv"]
+
+
+def draw_rows(weight, rows=9):
+    return torch.randn(rows, weight.shape[1]).to(weight.dtype)
+
+
+def test_weights_of_a_file_are_replaced_by_their_reordered_copy(mapped, spy):
+    released = spy(prepacked.pages, "release")
+    x, weight = draw_rows(mapped[0]), mapped[0]
+    in_memory = linear(x, weight.clone())
+    assert not released  # a copy of weights without a file would be one more
+    for _ in range(2):
+        assert interpreter.relative(linear(x, weight), in_memory.double()) <= torch.finfo(x.dtype).eps
+    assert len(released) == 1
+    weight.view(torch.int16 if weight.dtype == torch.bfloat16 else torch.int32).numpy()[3] = 0
+    assert (linear(x, weight)[:, 3] == 0).all()
+
+
+def test_several_weights_of_a_file_are_one_product(mapped, spy):
+    x = draw_rows(mapped[0])
+    in_memory, whole = [weight.clone() for weight in mapped], torch.cat(mapped)
+    calls = {1: (mapped,), 3: (in_memory,)}, {1: (in_memory, whole)}
+    for count, given in [pair for one in calls for pair in one.items()]:
+        done = spy(own, "product")
+        for found, weight in zip(own.joint_linear(x, *given), mapped, strict=True):
+            check(found, F.linear(x, weight), F.linear(x.double(), weight.double()))
+        assert len(done) == count
+    mapped[1].zero_()
+    assert not own.joint_linear(x, mapped)[1].any()
+
+
+def test_a_gated_product_takes_weights_of_a_file(mapped):
+    x, bias = draw_rows(mapped[0]), torch.zeros(256, dtype=mapped[0].dtype)
+    expected = linear_geglu(x, mapped[0].clone(), bias)
+    assert interpreter.relative(linear_geglu(x, mapped[0], bias), expected.double()) <= torch.finfo(x.dtype).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])

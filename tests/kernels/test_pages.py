@@ -24,6 +24,13 @@ def resident(x):
     return int(np.count_nonzero(told & pages.PRESENT)) * mmap.PAGESIZE
 
 
+@pytest.fixture(autouse=True, params=["searched by the system", "read"])
+def way(request, substitute):
+    """The two ways to learn of written pages; the first is new in Linux 6.7."""
+    if request.param == "read":
+        substitute(pages, PAGEMAP_SCAN=0)
+
+
 @pytest.fixture
 def mapped(tmp_path):
     """Ones in a private map of a file, all of them read."""

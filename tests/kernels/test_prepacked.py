@@ -132,7 +132,9 @@ def test_a_check_that_always_agrees_lets_old_weights_compute(operation, sabotage
 def test_what_is_cached_goes_with_the_weights(operation):
     x, weight = draw()
     operation(x, weight)
-    kept = weakref.ref(prepacked._cache[weight].form)
+    form = prepacked._cache[weight].form
+    kept = weakref.ref(form[0] if isinstance(form, list) else form)
+    del form
     other = copy.deepcopy(weight)
     operation(x, other)
     del weight
@@ -141,3 +143,29 @@ def test_what_is_cached_goes_with_the_weights(operation):
     assert len([one for one in prepacked._cache if one is other]) == 1
     forget(other)
     assert other not in prepacked._cache
+
+
+def test_a_block_checks_once_and_sees_what_torch_counts(weight, operation, spy):
+    x, _ = draw()
+    before = operation(x, weight)
+    if weight.is_inference():  # torch counts nothing for these
+        return
+    checks = spy(prepacked, "unchanged")
+    with prepacked.verified([weight]):
+        for _ in range(3):
+            assert torch.equal(operation(x, weight), before)
+        assert len(checks) == 1
+        with torch.no_grad():
+            weight.mul_(2)
+        assert not torch.equal(operation(x, weight), before)
+    weight.data.mul_(2)
+    right = operation(x, weight, kernels="torch")
+    assert float((operation(x, weight) - right).abs().max() / right.abs().max()) < 1e-5
+
+
+def test_a_block_does_not_trust_what_changed_before(operation):
+    x, weight = draw()
+    before = operation(x, weight)
+    weight.data.mul_(2)
+    with prepacked.verified([weight]):
+        assert not torch.equal(operation(x, weight), before)

@@ -257,7 +257,7 @@ def test_a_failed_run_leaves_all_models_offloaded(both, sabotage, substitute):
 
 def test_no_graph_is_captured_of_offloaded_models(model, replays):
     """A recording holds the addresses of weights."""
-    for offload, count in ((False, 1), (True, 0)):
+    for offload, count in ((False, 2), (True, 0)):  # UNet, and VAE decoder
         replays.made = 0
         pipe = load(model, device="cpu", offload=offload, progress=False)
         RUNS["inpaint"](pipe)

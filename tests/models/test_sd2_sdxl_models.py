@@ -18,7 +18,7 @@ from sdinpaint.models.unet import timestep_embedding
 
 pytestmark = pytest.mark.peer
 
-TEXT, UNETS = 1e-5, 1e-4
+TEXT, UNETS = 3e-5, 1e-4
 TIMES = (0.0, 413.75, 999.0)
 
 

@@ -347,13 +347,15 @@ def test_writing_checks_names_and_shapes_before_it_writes(pipe):
     assert torch.equal(layer.weight, before + 1)
 
 
-def test_packed_weights_are_aligned_and_their_file_s_pages_released(folder):
+def test_weights_of_a_file_stay_in_its_pages(folder):
     pipe = load(folder, device="cpu", progress=False)
-    layers = [one.packed() for one in pipe.unet.modules() if isinstance(one, weights.Packed)]
+    layers = [layer for one in pipe.unet.modules() if isinstance(one, weights.Packed) for layer in one.packed()]
     assert layers
-    for packed in layers:
-        assert weights.joined([one.weight for one in packed]) is not None
-        assert packed[0].weight.data_ptr() % weights.ALIGNED == 0
+    assert all(weights.lies_in(layer.weight, weights.private_maps()) for layer in layers)
+    packed = [layer.weight for layer in copy.deepcopy(layers[:3])]
+    weights._pack(packed)
+    assert weights.joined(packed) is not None
+    assert packed[0].data_ptr() % weights.ALIGNED == 0
 
 
 # Modes and flags

@@ -21,11 +21,9 @@ from sdinpaint_weights import spool as module
 from sdinpaint_weights.spool import spool
 
 import sdinpaint
-from sdinpaint.models.weights import joined, packed_names
 
 PAGE = mmap.PAGESIZE
 LARGE = (700, 31)
-NAMES = ("q", "k", "v")
 RSS = Path("/proc/self/statm")
 
 
@@ -45,9 +43,9 @@ def drawn(stored=torch.float16):
     return tensors | {"turned": tensors["turned"].mT, "conv": tensors["conv"].to(memory_format=torch.channels_last)}
 
 
-def converted(tensors, dtype=torch.float32, together=(NAMES,)):
+def converted(tensors, dtype=torch.float32):
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    with spool(shapes, dtype, together) as convert:
+    with spool(shapes, dtype) as convert:
         return {name: convert(name, tensor, dtype) for name, tensor in tensors.items()}
 
 
@@ -75,17 +73,7 @@ def test_bits_are_those_of_a_conversion_in_memory(stored, dtype, piece, substitu
     found = converted(tensors, dtype)
     same(found, tensors, dtype)
     assert mapped(found) == tensors.keys() - {"bias"}
-    assert all(found[name].data_ptr() % PAGE == 0 for name in ("conv", "q", "turned"))
-
-
-def test_tensors_that_belong_together_are_contiguous():
-    found = converted(drawn())
-    matrix = joined([found[name] for name in NAMES])
-    assert torch.equal(matrix, torch.cat([found[name] for name in NAMES]))
-    assert matrix.data_ptr() == found["q"].data_ptr()
-    assert joined([found[name] for name in ("k", "q", "v")]) is None
-    some = converted({name: tensor for name, tensor in drawn().items() if name != "v"})
-    assert mapped(some) >= {"q", "k"}
+    assert all(found[name].data_ptr() % PAGE == 0 for name in mapped(found))
 
 
 def test_copies_of_one_tensor_hold_no_others():
@@ -251,10 +239,7 @@ def test_a_model_of_another_dtype_is_mapped(halves, dtype, substitute):
     substitute(module, SMALL=1 << 11)
     found = load(halves, dtype=dtype)
     weights = large(found)
-    packed = [names for names in packed_names(found.unet) if any(f"0.{name}" in weights for name in names)]
-    assert packed
-    split = {f"0.{name}" for names in packed for name in names}  # not multiples of 64 bytes would be packed again
-    assert mapped(weights) >= weights.keys() - split
+    assert mapped(weights) == weights.keys()
     in_memory = load(halves, dtype=dtype, mmap=False)
     assert not mapped(large(in_memory))
     for name, weight in large(in_memory).items():

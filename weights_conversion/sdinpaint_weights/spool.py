@@ -7,13 +7,12 @@ to. The file has no name: the system deletes it when the last tensor in it dies,
 from __future__ import annotations
 
 import errno
-import itertools
 import math
 import mmap
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -37,7 +36,7 @@ Source: Linux, Documentation/filesystems/proc.rst, section 3.5
 """
 IN_MEMORY = {"tmpfs", "ramfs"}
 SMALL = 1 << 15
-"""Bytes of a block of tensors below which it stays in memory."""
+"""Bytes of a tensor below which it stays in memory."""
 PIECE = 1 << 19
 """Elements that are converted at a time, while those before are written."""
 MARGIN = 1 << 30
@@ -59,7 +58,7 @@ def in_memory(_name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def spool(shapes: Mapping[str, Shape], dtype: torch.dtype, together: Iterable[Sequence[str]] = ()) -> Iterator[Convert]:
+def spool(shapes: Mapping[str, Shape], dtype: torch.dtype) -> Iterator[Convert]:
     """Provide a conversion of tensors into a temporary file, for as long as the `with` block lasts.
 
     Where the system is not Linux, or the folder for temporary files has no room, cannot be written to or is in memory
@@ -68,12 +67,11 @@ def spool(shapes: Mapping[str, Shape], dtype: torch.dtype, together: Iterable[Se
     Args:
         shapes: name -> shape of the tensors that are to be converted.
         dtype: the dtype that they are converted to.
-        together: lists of names of tensors that are to be contiguous in memory, in this order.
 
     Yields:
         The function that converts one of the tensors; small ones stay in memory.
     """
-    blocks = list(_blocks(shapes, dtype, together))
+    blocks = list(_blocks(shapes, dtype))
     if not blocks or sys.platform != "linux":
         yield in_memory
         return
@@ -89,11 +87,12 @@ def spool(shapes: Mapping[str, Shape], dtype: torch.dtype, together: Iterable[Se
 
 
 class _Block(NamedTuple):
-    """Tensors of one storage, which begin at the start of a page."""
+    """The place of a tensor in the file, which begins at the start of a page."""
 
+    name: str
+    shape: Shape
     start: int
     end: int
-    shapes: Mapping[str, Shape]
 
 
 class _Place(NamedTuple):
@@ -111,13 +110,11 @@ class _Spool:
         self._buffers = torch.empty(2, PIECE, dtype=dtype, device="cpu")
         self._places: dict[str, _Place] = {}
         self._done: list[Tensor] = []
-        for block in blocks:
-            counts = list(map(math.prod, block.shapes.values()))
-            whole = torch.frombuffer(memory, dtype=dtype, count=sum(counts), offset=block.start).untyped_storage()
-            for (name, shape), start in zip(block.shapes.items(), itertools.accumulate([0, *counts]), strict=False):
-                part = torch.empty(0, dtype=dtype, device="cpu")
-                part.set_(whole, start, shape, contiguous_stride(shape))  # a view would hold its base
-                self._places[name] = _Place(block.start + start * dtype.itemsize, part)
+        for name, shape, start, _ in blocks:
+            part = torch.empty(0, dtype=dtype, device="cpu")
+            whole = torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=start).untyped_storage()
+            part.set_(whole, 0, shape, contiguous_stride(shape))  # a view would hold its base
+            self._places[name] = _Place(start, part)
 
     def __call__(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         place = self._places.get(name)
@@ -161,20 +158,15 @@ def _write_all(file: int, data: memoryview, offset: int) -> bool:
     return True
 
 
-def _blocks(shapes: Mapping[str, Shape], dtype: torch.dtype, together: Iterable[Sequence[str]]) -> Iterator[_Block]:
-    """Lay out the tensors that are large enough, each block at the next page."""
-    firsts = {names[0]: names for names in together if all(name in shapes for name in names)}
-    followers = {name for names in firsts.values() for name in names[1:]}
+def _blocks(shapes: Mapping[str, Shape], dtype: torch.dtype) -> Iterator[_Block]:
+    """Lay out the tensors that are large enough, each at the next page."""
     end = 0
-    for first in shapes:
-        if first in followers:
-            continue
-        block = {name: shapes[name] for name in firsts.get(first, (first,))}
-        size = dtype.itemsize * sum(map(math.prod, block.values()))
+    for name, shape in shapes.items():
+        size = dtype.itemsize * math.prod(shape)
         if size >= SMALL:
             start = -(-end // mmap.PAGESIZE) * mmap.PAGESIZE
             end = start + size
-            yield _Block(start, end, block)
+            yield _Block(name, shape, start, end)
 
 
 def _reserve(file: IO[bytes], size: int) -> mmap.mmap:
