@@ -1,7 +1,7 @@
 """Linear layers; on the CPU by oneDNN, whose products add a residual or multiply by a gate before they round.
 
 The operations are those that torch's own compiler emits. Weights that are mapped from a file are reordered once, and
-the copy replaces them in memory; others are read as they are. Both give the same numbers.
+the copy replaces them in memory; others are read as they are. The two agree within rounding.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from sdinpaint_weights.atomic import atomic_write
 from torch import Tensor
 
 from sdinpaint.bench.cases import Case
-from sdinpaint.bench.kernels import OPERATIONS, Recorded, heaviest_first, milliseconds, recorded_calls
+from sdinpaint.bench.kernels import Recorded, heaviest_first, milliseconds, recorded_calls
+from sdinpaint.bench.operations import OPERATIONS
 from sdinpaint.bench.peers.commands import Command
 from sdinpaint.bench.report.rows import Row, latest, measured
 from sdinpaint.bench.timing import interleaved, rounds_of

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from sdinpaint.bench import kernels
 from sdinpaint.bench.cases import Case
-from sdinpaint.bench.kernels import OPERATIONS, TORCH, Recorder, measure_kernels, recorded_calls, recording
+from sdinpaint.bench.kernels import TORCH, Recorder, measure_kernels, recorded_calls, recording
+from sdinpaint.bench.operations import OPERATIONS
 from sdinpaint.bench.peers.systems import OURS, SdInpaint
 from sdinpaint.bench.roofline import flop_count
 from sdinpaint.checkpoints.opening import DEMO
