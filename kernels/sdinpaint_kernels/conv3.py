@@ -4,6 +4,7 @@
   the sum over 3 x 3 takes 36: input tiles are transformed, multiplied by transformed weights, and transformed back. The
   transforms only add and subtract. In float32 the precision is that of torch's convolution; in bfloat16 the transformed
   tiles and products are rounded, and the error is about twice torch's. The weights take 16 numbers for each 9.
+- large_tiles: F(4 x 4, 3 x 3), in float32 only, see `winograd`.
 - packed: oneDNN's convolution with weights in its own order. On small maps torch's convolution spends half of its time
   on reordering them.
 - product: of unfolded windows, with the weights as they are.
@@ -24,6 +25,7 @@ from sdinpaint_kernels.forms import PLAIN, Form, compute
 from sdinpaint_kernels.linear import linear, ordered_products, products
 from sdinpaint_kernels.packed_conv import by_packing, convolution
 from sdinpaint_kernels.prepacked import prepacked
+from sdinpaint_kernels.winograd import by_large_tiles, has_large_tiles
 
 MIN_TILES = 16
 """The minimum number of 2 x 2 tiles of an image."""
@@ -163,6 +165,7 @@ def _assemble(products: Sequence[Tensor], bias: Tensor | None, out: Tensor) -> N
 
 FORMS = {
     "tiles": Form(_by_tiles, _has_tiles),
+    "large_tiles": Form(by_large_tiles, has_large_tiles),
     "packed": Form(by_packing),
     "product": Form(_by_product, _is_small),
     PLAIN: Form(_plain),

@@ -8,6 +8,7 @@ transposed convolution with a 4 x 4 kernel and a stride of 2. It takes 16 produc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from sdinpaint_kernels.conv3 import conv3, sizes
 from sdinpaint_kernels.forms import PLAIN, Form, compute
 from sdinpaint_kernels.packed_conv import ordered_side
 from sdinpaint_kernels.prepacked import prepacked
+from sdinpaint_kernels.winograd import UPSAMPLED, by_large_tiles, has_large_tiles
 
 # The weights (columns) that are summed for each of the four rows of the transposed kernel.
 SUMMED = ((0.0, 0.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 0.0))
@@ -78,6 +80,7 @@ SIDES = [1, 1], [0, 0], [2, 2], [1, 1]
 FORMS = {
     "packed_transposed": Form(_packed),
     "transposed": Form(_transposed),
+    "large_tiles": Form(partial(by_large_tiles, scheme=UPSAMPLED), has_large_tiles),
     PLAIN: Form(_plain),
 }
 """The forms of `upsample_conv3` on the CPU."""
