@@ -88,7 +88,7 @@ def by_large_tiles(
     before, after = _transforms(scheme)
     chunks = list(_chunks(batch, rows, columns, max(channels, outputs)))
     most = max((images.stop - images.start) * (bottom - top) * columns for images, top, bottom in chunks)
-    memory = x.new_empty(2, len(before) * most * max(channels, outputs))
+    memory = [x.new_empty(len(before) * most * max(channels, outputs)) for _ in range(2)]  # each from malloc's heap
     for row, column in itertools.product(range(factor), repeat=2):
         weights = _transformed(weight, scheme, row, column)
         for images, top, bottom in chunks:
@@ -130,7 +130,7 @@ def _windows(band: Tensor, scheme: Scheme, row: int, column: int) -> Tensor:
     return inputs.unfold(1, side, SIDE).unfold(2, side, SIDE).permute(4, 5, 0, 1, 2, 3)
 
 
-def _multiplied(windows: Tensor, before: Tensor, weights: Tensor, after: Tensor, memory: Tensor) -> Tensor:
+def _multiplied(windows: Tensor, before: Tensor, weights: Tensor, after: Tensor, memory: Sequence[Tensor]) -> Tensor:
     """Multiply windows (side, side, B, rows, columns, C) in the space of the transforms: (SIDE**2, tiles * O)."""
     numbers, channels, outputs = len(before), windows.shape[-1], weights.shape[-1]
     tiles = windows.shape[2:5].numel()

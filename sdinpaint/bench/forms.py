@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from sdinpaint_kernels import cpu_kinds
+from sdinpaint_kernels.heap import keeping_memory
 from sdinpaint_weights.atomic import atomic_write
 from torch import Tensor
 
@@ -65,7 +66,7 @@ def measure_forms(case: Case, commands: Sequence[Command]) -> Iterator[dict[str,
                 sizes = _module(call.operation).sizes(*_arguments(call.on_meta()))
                 kept = work.setdefault((call.operation, sizes), call)
                 kept.count += call.count if kept is not call else 0
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, keeping_memory():  # as where models run: large maps cost no page faults
         for (operation, sizes), call in rounds_of(list(work.items())):
             yield from _measured(operation, sizes, call, case, Path(folder))
 
