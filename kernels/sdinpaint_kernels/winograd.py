@@ -29,6 +29,8 @@ MOST_NUMBERS = 2**20
 """The maximum for all threads: 300 MB of transforms."""
 MIN_TILES = 16
 """The minimum number of tiles of an image."""
+MOST_WEIGHTS = 640 * 640
+"""The maximum of inputs times outputs: a call holds 36 transformed weights of each, 59 MB."""
 
 Matrix = Sequence[Sequence[float]]
 
@@ -51,18 +53,19 @@ UPSAMPLED = Scheme((0.4, -0.4, 1.2, -1.2), (((1, 0, 0), (0, 1, 1)), ((1, 1, 0), 
 """Two outputs for each input, of two taps: upsampled to the nearest, one input meets two of three weights."""
 
 
-def has_large_tiles(x: Tensor, *_: object) -> bool:
-    """Tell whether a map can be computed by large tiles.
+def has_large_tiles(x: Tensor, weight: Tensor, *_: object) -> bool:
+    """Tell whether a convolution can be computed by large tiles.
 
     Args:
         x: feature map (B, C, H, W).
+        weight: (O, C, 3, 3).
 
     Returns:
-        True in float32 where tiles fill height and width.
+        True in float32 where tiles fill height and width, and transformed weights take little memory.
     """
     height, width = x.shape[2:]
     fits = height % SIDE == width % SIDE == 0 and height * width >= MIN_TILES * SIDE**2
-    return fits and x.dtype == torch.float32
+    return fits and x.dtype == torch.float32 and weight.shape[:2].numel() <= MOST_WEIGHTS
 
 
 def by_large_tiles(

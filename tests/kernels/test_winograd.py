@@ -87,6 +87,13 @@ def test_the_next_form_computes_what_tiles_do_not_fill(name, shape, transforms):
     assert not any(scheme is winograd.UPSAMPLED or name == "conv3" for _, scheme, *_ in transforms)
 
 
+def test_the_next_form_takes_many_weights(transforms, substitute):
+    given = draw(1, 128, 128, 16, 16)
+    substitute(winograd, MOST_WEIGHTS=128 * 128 - 1)
+    assert torch.equal(conv3(*given), plain(*given))
+    assert not transforms
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float16])
 def test_it_takes_float32_only(dtype, transforms):
     given = draw(1, 128, 128, 16, 16, dtype)
