@@ -7,6 +7,7 @@ from sdinpaint_kernels.backend import is_functional, is_transformed
 from sdinpaint_kernels.contents import Contents, contents, unchanged
 from sdinpaint_kernels.conv3 import conv3
 from sdinpaint_kernels.conv3_add import conv3_add
+from sdinpaint_kernels.downsample_conv3 import downsample_conv3
 from sdinpaint_kernels.geglu import geglu
 from sdinpaint_kernels.group_norm import group_norm
 from sdinpaint_kernels.heap import keeping_memory
@@ -24,6 +25,7 @@ __all__ = [
     "contents",
     "conv3",
     "conv3_add",
+    "downsample_conv3",
     "forget",
     "geglu",
     "group_norm",

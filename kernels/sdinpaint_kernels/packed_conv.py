@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdinpaint_kernels.prepacked import prepacked
 
-__all__ = ["by_packing", "ordered_side"]
+__all__ = ["by_packing", "convolution", "ordered_side", "packer"]
 
 AREA = 64 * 320
 """Side times channels of the map that weights are ordered for, as in the UNets; the order holds for any map."""
@@ -29,23 +29,19 @@ def ordered_side(channels: int) -> int:
     return max(LEAST_SIDE, AREA // channels)
 
 
-def by_packing(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, stride: int = 1, padding: int = 1
-) -> Tensor:
-    """Apply a convolution with weights that are ordered once.
+def by_packing(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """Apply a 3 x 3 convolution that keeps height and width, with weights that are ordered once.
 
     Args:
         x: feature map (B, C, H, W).
-        weight: (O, C, rows, columns).
+        weight: (O, C, 3, 3).
         bias: (O,), or None.
-        residual: (B, O, H', W'), added to the output; or None.
-        stride: of both axes.
-        padding: rows and columns of zeros on each side.
+        residual: (B, O, H, W), added to the output; or None.
 
     Returns:
-        The output (B, O, H', W').
+        The output (B, O, H, W).
     """
-    return convolution(x, prepacked(weight, _packer(stride, padding)), bias, residual, stride, padding)
+    return convolution(x, prepacked(weight, packer(1, 1)), bias, residual)
 
 
 def convolution(
@@ -73,8 +69,16 @@ def convolution(
 
 
 @functools.cache
-def _packer(stride: int, padding: int) -> Callable[[Tensor], Tensor]:
-    """Return the function that orders weights; the same one for the same arguments, as the cache of forms asks for."""
+def packer(stride: int, padding: int) -> Callable[[Tensor], Tensor]:
+    """Return the function that orders weights; the same one for the same arguments, as the cache of forms asks for.
+
+    Args:
+        stride: of both axes.
+        padding: rows and columns of zeros on each side.
+
+    Returns:
+        The function of weights (O, C, rows, columns).
+    """
 
     def pack(weight: Tensor) -> Tensor:
         inputs, side = weight.shape[1], ordered_side(weight.shape[1])

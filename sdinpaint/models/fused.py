@@ -15,6 +15,7 @@ from sdinpaint_kernels import (
     attention,
     conv3,
     conv3_add,
+    downsample_conv3,
     geglu,
     group_norm,
     joint_linear,
@@ -34,6 +35,8 @@ ROWS = 1024
 
 POINTWISE = ((1, 1), (1, 1), 1)
 """The kernel size, stride and groups of a convolution that is a matrix product."""
+HALVING = ((3, 3), (2, 2), (1, 1), 1, "zeros")
+"""The kernel size, stride, dilation, groups and padding mode of a convolution that halves height and width."""
 
 
 class ResBlock(Protocol):
@@ -241,6 +244,24 @@ def upsample(conv: nn.Module, x: Tensor, size: Sequence[int] | None) -> Tensor:
     if isinstance(conv, Conv3) and is_plain(conv):
         return upsample_conv3(x, conv.weight, conv.bias, size or ())
     return conv(F.interpolate(x, size or [2 * side for side in x.shape[-2:]], mode="nearest"))
+
+
+def downsample(conv: nn.Module, x: Tensor) -> Tensor:
+    """Apply a convolution that halves height and width.
+
+    Args:
+        conv: the convolution; one that is not plain, or not 3 x 3 with a stride of 2, is called.
+        x: feature map (B, C, H, W).
+
+    Returns:
+        The output (B, O, H', W').
+    """
+    if not isinstance(conv, nn.Conv2d) or not is_plain(conv):
+        return conv(x)
+    sizes = conv.kernel_size, conv.stride, conv.dilation, conv.groups, conv.padding_mode
+    if sizes != HALVING or conv.padding not in ((0, 0), (1, 1)):
+        return conv(x)
+    return downsample_conv3(x, conv.weight, conv.bias, int(conv.padding[0]))
 
 
 def res_block(block: ResBlock, x: Tensor, addend: Tensor) -> Tensor:

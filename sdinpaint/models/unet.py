@@ -283,7 +283,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Downsample x (B, C, H, W); return (B, C, ceil(H / 2), ceil(W / 2))."""
-        return self.op(x)
+        return fused.downsample(self.op, x)
 
 
 @plain
