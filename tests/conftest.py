@@ -42,8 +42,10 @@ heap._libc = lambda: None  # so that the library leaves that setting alone
 
 @pytest.fixture
 def freed_memory():
-    """Give memory back to the system when it is freed."""
+    """Give memory back to the system when it is freed, and what other tests have freed."""
     keep_memory(1 << 17)
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
     yield
     keep_memory(1 << 30)
 

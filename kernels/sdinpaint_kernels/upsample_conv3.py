@@ -48,11 +48,7 @@ def upsample_conv3(
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return conv3(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias)
-
-
-def _transposed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.conv_transpose2d(x, prepacked(weight, _transposed_kernel), bias, stride=2, padding=1)
+    return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1)
 
 
 def _transposed_kernel(weight: Tensor) -> Tensor:
@@ -79,7 +75,6 @@ SIDES = [1, 1], [0, 0], [2, 2], [1, 1]
 """Padding, padding of the output, stride and dilation of the transposed convolution."""
 FORMS = {
     "packed_transposed": Form(_packed),
-    "transposed": Form(_transposed),
     "large_tiles": Form(partial(by_large_tiles, scheme=UPSAMPLED), has_large_tiles),
     PLAIN: Form(_plain),
 }

@@ -33,7 +33,7 @@ MEASURED = ("conv3", "upsample_conv3", "attention")
 WITH_WEIGHTS = MEASURED[:2]
 ARGUMENTS = 3
 """The arguments of a form: x, weight and bias; or queries, keys and values."""
-GROW = ("tiles", "transposed", "packed_transposed")
+GROW = ("tiles", "packed_transposed")
 """Forms with 16 numbers for each 9 of the weights."""
 PRICE = 0.7
 """Milliseconds that a megabyte more has to save, so that a step takes no more memory than with plain forms."""

@@ -90,6 +90,10 @@ def _upsample_conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None, size:
     return F.conv2d(F.interpolate(x, size=size, mode="nearest"), weight, bias, padding=1)
 
 
+def _downsample_conv3(x: Tensor, weight: Tensor, bias: Tensor | None = None, padding: int = 1) -> Tensor:
+    return F.conv2d(x, weight, bias, stride=2, padding=padding)
+
+
 def _size(x: Tensor) -> str:
     """Describe a tensor as "2x320x64x64", with its memory format unless it is contiguous."""
     size = "x".join(map(str, x.shape))
@@ -144,6 +148,10 @@ def _of_upsampling(x: Tensor, weight: Tensor, bias: Tensor | None = None, size: 
     return _of_convolution(x, weight, bias) + (f" of {size[0]}x{size[1]}" if size else "")
 
 
+def _of_downsampling(x: Tensor, weight: Tensor, bias: Tensor | None = None, padding: int = 1) -> str:
+    return _of_convolution(x, weight, bias, (2, 2)) + f", padding {padding}"
+
+
 @dataclass(frozen=True)
 class Operation:
     """An operation that the models call."""
@@ -163,6 +171,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "conv3": Operation(_conv3, _of_conv3),
     "conv3_add": Operation(_conv3_add, _of_sum),
     "upsample_conv3": Operation(_upsample_conv3, _of_upsampling),
+    "downsample_conv3": Operation(_downsample_conv3, _of_downsampling),
     "linear": Operation(_linear, _of_linear),
     "joint_linear": Operation(_joint_linear, _of_joint_linear),
     "linear_geglu": Operation(_linear_geglu, _of_linear),

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from sdinpaint.families import TextConfig
 from sdinpaint.models import fused
+from sdinpaint.models.layers import is_plain, plain
+from sdinpaint.models.weights import verified
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -27,12 +29,13 @@ def quick_gelu(x: Tensor) -> Tensor:
     Returns:
         x * sigmoid(1.702 x), the shape of x.
     """
-    return x * torch.sigmoid(1.702 * x)
+    return x * (1.702 * x).sigmoid_()
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
+@plain
 class Embeddings(nn.Module):
     """The sum of token and position embeddings."""
 
@@ -48,6 +51,7 @@ class Embeddings(nn.Module):
         )
 
 
+@plain
 class SelfAttention(nn.Module):
     """Causal multi-head self-attention."""
 
@@ -66,6 +70,7 @@ class SelfAttention(nn.Module):
         return fused.product(self.out_proj, attention(q, k, v, causal=True).flatten(2))
 
 
+@plain
 class MLP(nn.Module):
     """Two linear layers with an activation between them."""
 
@@ -80,6 +85,7 @@ class MLP(nn.Module):
         return fused.product(self.fc2, self.activation(fused.product(self.fc1, x)))
 
 
+@plain
 class Layer(nn.Module):
     """A pre-norm transformer layer: attention and MLP, each with a residual connection."""
 
@@ -108,6 +114,7 @@ def end_positions(ids: Tensor) -> Tensor:
     return ids.argmax(dim=-1)
 
 
+@plain
 class TextEncoder(nn.Module):
     """The stack of transformer layers."""
 
@@ -116,6 +123,7 @@ class TextEncoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
 
 
+@plain
 class TextModel(nn.Module):
     """Embeddings, transformer layers and the final norm."""
 
@@ -126,6 +134,7 @@ class TextModel(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.width, config.norm_eps)
 
 
+@plain
 class CLIPText(nn.Module):
     """A text encoder. It returns the text embeddings for a UNet, and for SDXL's second one the pooled text as well."""
 
@@ -157,6 +166,11 @@ class CLIPText(nn.Module):
         Returns:
             Text embeddings (B, L, D), and the pooled text (B, P), which is None where the encoder has no projection.
         """
+        # where layers are plain, no other code runs between them, which could write to weights unseen
+        with verified(self.parameters() if is_plain(self) else ()):
+            return self._encode(ids)
+
+    def _encode(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         config, norm = self.config, self.text_model.final_layer_norm
         kept = config.num_layers - config.skip_last
         layers = self.text_model.encoder.layers

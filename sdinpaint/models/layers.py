@@ -14,7 +14,8 @@ from torch.nn.modules import module as torch_module
 Class = TypeVar("Class", bound=type[nn.Module])
 
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
-    kind: kind.forward for kind in (nn.Linear, nn.Conv2d, nn.SiLU, nn.Identity, nn.Sequential, nn.ModuleList)
+    kind: kind.forward
+    for kind in (nn.Linear, nn.Conv2d, nn.Embedding, nn.LayerNorm, nn.SiLU, nn.Identity, nn.Sequential, nn.ModuleList)
 }
 """The classes of plain layers, each with its `forward` at the time of import."""
 _CALL = nn.Module.__call__

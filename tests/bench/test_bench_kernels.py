@@ -231,6 +231,7 @@ def measured(patch, operation, dtype, change=lambda out: out):
             {"residual": image, "addend": scale[None], "maps": [image], "projection": torch.randn(128, 128).to(dtype)},
         ),
         "upsample_conv3": ((image, torch.randn(128, 128, 3, 3).to(dtype), scale), {}),
+        "downsample_conv3": ((image, torch.randn(128, 128, 3, 3).to(dtype), scale), {"padding": 0}),
         "linear": ((lines, torch.randn(7, 128).to(dtype)), {}),
         "joint_linear": ((lines, [torch.randn(7, 128).to(dtype) for _ in range(3)]), {}),
         "linear_geglu": ((lines, torch.randn(10, 128).to(dtype), torch.randn(10).to(dtype)), {}),

@@ -30,7 +30,7 @@ def draw():
 @pytest.fixture(autouse=True, params=["tiles", "packed"])
 def form(request, substitute):
     """A form that prepacks."""
-    choose(substitute, request.param, f"{request.param}_transposed", "transposed")
+    choose(substitute, request.param, "packed_transposed")
     return request.param
 
 

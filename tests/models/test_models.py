@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch import nn
 from sdinpaint.checkpoints.configs import text_config, unet_config, vae_config
 from sdinpaint.checkpoints.schedule_config import schedule_config
 from sdinpaint.families import SD15, SD15_INPAINT
-from sdinpaint.models import VAE, CLIPText, UNet, fused
+from sdinpaint.models import VAE, CLIPText, UNet, clip, fused
 from sdinpaint.models.layers import to_map, to_tokens
 from sdinpaint.models.unet import timestep_embedding
 
@@ -267,6 +268,17 @@ def test_vae_shapes_and_samples(vae, tiny):
     assert vae.decode(sample).shape == image.shape
     unscaled = vae.encoder(image.contiguous(memory_format=torch.channels_last))
     torch.testing.assert_close(vae.quant_conv(unscaled)[:, :4] * tiny.vae.scaling_factor, mean)
+
+
+def test_a_plain_text_encoder_checks_its_weights_once(tiny, monkeypatch):
+    text = CLIPText(tiny.text).eval().requires_grad_(False)
+    ids = torch.zeros(1, 77, dtype=torch.int64)
+    begun = []
+    monkeypatch.setattr(clip, "verified", lambda weights: begun.append(len(list(weights))) or nullcontext())
+    expected = text(ids)
+    text.text_model.encoder.layers[0].mlp.register_forward_hook(lambda *_: None)  # it may write to weights
+    assert torch.equal(text(ids), expected)
+    assert begun == [len(list(text.parameters())), 0]
 
 
 def test_text_encoder_is_causal(tiny):
