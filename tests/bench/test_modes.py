@@ -103,12 +103,12 @@ def bytes_per_pixel(pipe):
     return (large - small) / (SIZES[1] ** 2 - SIZES[0] ** 2)
 
 
-def test_a_large_canvas_keeps_the_stated_bound(pipe, freed_memory):
+def test_a_large_canvas_keeps_the_stated_bound(pipe):
     # what the process takes beside it only adds, so the lower of two counts
     assert 14 < min(bytes_per_pixel(pipe) for _ in range(2)) <= CANVAS_BYTES
 
 
-def test_a_canvas_in_float32_is_seen(pipe, monkeypatch, freed_memory):
+def test_a_canvas_in_float32_is_seen(pipe, monkeypatch):
     """Broken on purpose."""
     whole = blending._to_bytes
     monkeypatch.setattr(blending, "_to_bytes", lambda levels: whole(np.asarray(levels, np.float32)))
