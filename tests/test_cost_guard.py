@@ -26,6 +26,7 @@ from costs import (
     pytest_terminal_summary,
     rises,
 )
+from sdinpaint_kernels import forms
 from torch.nn import functional as F
 
 from sdinpaint.models import ControlNet, ControlNetConfig, fused, guarded_vae, layers, prepared_unet, unet
@@ -50,6 +51,14 @@ def draw(seed, *shape):
 
 
 IMAGE, LATENTS = draw(1, 1, 3, *SIZE), draw(2, 1, 4, 8, 9)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plain_forms():
+    """Convolutions in torch's own form: others differ by the kind of the processor, and check their weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forms, "ranked", lambda *_: (forms.PLAIN,))
+        yield
 
 
 @pytest.fixture(scope="module")
