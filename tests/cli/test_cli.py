@@ -226,7 +226,7 @@ def test_warnings_of_others_stay_what_they_are(loads, pipe):
 
     loads(load)
     with pytest.warns(UserWarning, match="something else") as caught:
-        done = inpaint("any")
+        done = inpaint("any", seed=5)  # with some seeds random weights make an image that is doubted
     assert [str(one.message) for one in caught] == ["something else"]
     assert done.stderr.endswith("kept\nnote: something of ours\n")
 
