@@ -3,7 +3,7 @@
 - tiles: Winograd's F(2 x 2, 3 x 3). Each 2 x 2 of the output is computed from 4 x 4 of the input by 16 products, where
   the sum over 3 x 3 takes 36: input tiles are transformed, multiplied by transformed weights, and transformed back. The
   transforms only add and subtract. In float32 the precision is that of torch's convolution; in bfloat16 the transformed
-  tiles and products are rounded, and the error is about twice torch's. The weights take 16 numbers for each 9.
+  tiles and products are rounded, and the error is about three times torch's. The weights take 16 numbers for each 9.
 - large_tiles: F(4 x 4, 3 x 3), in float32 only, see `winograd`.
 - packed: oneDNN's convolution with weights in its own order. On small maps torch's convolution spends half of its time
   on reordering them.

@@ -96,7 +96,7 @@ def test_weights_of_a_file_are_replaced_by_their_reordered_copy(mapped, spy):
     assert not released  # a copy of weights without a file would be one more
     for _ in range(2):
         assert interpreter.relative(linear(x, weight), in_memory.double()) <= torch.finfo(x.dtype).eps
-    assert len(released) == 1
+    assert len(released) == backend._cpu_supports(x.dtype)
     weight.view(torch.int16 if weight.dtype == torch.bfloat16 else torch.int32).numpy()[3] = 0
     assert (linear(x, weight)[:, 3] == 0).all()
 
@@ -109,7 +109,7 @@ def test_several_weights_of_a_file_are_one_product(mapped, spy):
         done = spy(own, "product")
         for found, weight in zip(own.joint_linear(x, *given), mapped, strict=True):
             check(found, F.linear(x, weight), F.linear(x.double(), weight.double()))
-        assert len(done) == count
+        assert len(done) == count * backend._cpu_supports(x.dtype)
     mapped[1].zero_()
     assert not own.joint_linear(x, mapped)[1].any()
 

@@ -65,7 +65,7 @@ def headline(rows: Iterable[Row]) -> str:
     columns: dict[str, Callable[[Line], str]] = {"": _what, "dtype": lambda line: dtypes(_first(line))}
     for kind, found in last.items():
         before = f"{kind}: " * (len(last) > 1)
-        peers = dict.fromkeys(library(row) for row in found if row["system"] != OURS)
+        peers = sorted({library(row) for row in found if row["system"] != OURS})
         columns[f"{before}{OURS}"] = _cell(kind, OURS, lambda row: f"{number(row['p50'])} {row['unit']}")
         columns |= {f"{before}/ {peer}": _cell(kind, peer, layout_cell) for peer in peers}
     compared = [line for line in lines if OURS in {system for _, system in line}]
