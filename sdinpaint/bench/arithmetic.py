@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from sdinpaint.bench.cases import Case, StepInputs
+from sdinpaint.bench.cases import STEP, Case, StepInputs
 from sdinpaint.bench.roofline import flop_count
 from sdinpaint.checkpoints.building import build
 from sdinpaint.checkpoints.opening import open_checkpoint
@@ -39,11 +39,13 @@ def _flops(case: Case) -> dict[str, int]:
     unet, vae = models["unet"], models["vae"]
     given = StepInputs.draw(family, case)
     with torch.device("meta"):
-        x = torch.empty(2, family.unet.in_channels, *given.x.shape[-2:])
-        vector = None if family.unet.vector_dim is None else torch.empty(2, family.unet.vector_dim)
-        t = torch.empty(2)
+        count = 2 * len(given.x)
+        x = torch.empty(count, family.unet.in_channels, *given.x.shape[-2:])
+        vector = None if family.unet.vector_dim is None else torch.empty(count, family.unet.vector_dim)
+        contexts = given.contexts.repeat_interleave(len(given.x), dim=0)
+        t = torch.empty(count)
     return {
-        "guided step": flop_count(lambda: unet(x, t, given.contexts, vector)),
+        STEP: flop_count(lambda: unet(x, t, contexts, vector)),
         "VAE decode": flop_count(lambda: vae.decode(given.latents)),
         "VAE encode": flop_count(lambda: vae.posterior(given.image)),
     }

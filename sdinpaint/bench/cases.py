@@ -14,17 +14,19 @@ from sdinpaint.checkpoints.building import find_dtype
 from sdinpaint.families import Family
 from sdinpaint.sampling.schedules import train_sigmas
 
-__all__ = ["GUIDANCE", "PROMPT", "SEED", "TIMESTEP", "Case", "StepInputs", "picture_and_mask"]
+__all__ = ["GUIDANCE", "PROMPT", "SEED", "STEP", "TIMESTEP", "Case", "StepInputs", "picture_and_mask"]
 
 PROMPT = "a red fox"
 GUIDANCE = 7.5
 SEED = 7
+STEP = "guided step"
+"""The name of that measurement."""
 TIMESTEP = 512.0
 """The timestep of the measured step: exact in every dtype, since OpenVINO rounds it to the one it computes in."""
 
 
-HELD_BACK = ("peers", "checkpoint", "rounds")
-"""Fields of a case that say nothing of a single row."""
+HELD_BACK = ("peers", "checkpoint", "rounds", "images")
+"""Fields of a case that say nothing of a single row, or that its `what` says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,8 @@ class Case:
     rounds: int
     quick: bool
     peers: tuple[str, ...] = ()
+    images: int = 1
+    """Images at once in the guided step."""
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -62,11 +66,13 @@ class StepInputs:
     """Inputs of one guided step, and of the networks before and after it; float32, the same for every system."""
 
     x: Tensor
-    """Noisy latents (1, 4, H, W) at `sigma`."""
+    """Noisy latents (N, 4, H, W) of all images at `sigma`."""
     sigma: float
     """The noise level that belongs to TIMESTEP in training."""
     mask: Tensor
+    """(N, 1, H, W), with a square hole."""
     masked_latents: Tensor
+    """(N, 4, H, W)."""
     contexts: Tensor
     """Text embeddings (2, 77, D): of the negative and of the positive prompt."""
     pooled: Tensor | None
@@ -96,14 +102,15 @@ class StepInputs:
             return torch.randn(*shape, generator=generator).to(case.device)
 
         shape = (1, family.vae.latent_channels, side, side)
-        mask = torch.zeros(1, 1, side, side, device=case.device)
+        noisy = (case.images, *shape[1:])
+        mask = torch.zeros(case.images, 1, side, side, device=case.device)
         mask[..., side // 4 : side // 2, side // 4 : side // 2] = 1
         pooled = family.texts[-1].projection_dim
         return cls(
-            x=normal(*shape) * (1 + sigma**2) ** 0.5,
+            x=normal(*noisy) * (1 + sigma**2) ** 0.5,
             sigma=sigma,
             mask=mask,
-            masked_latents=normal(*shape),
+            masked_latents=normal(*noisy),
             contexts=normal(2, family.text.context_length, family.unet.context_dim),
             pooled=None if family.unet.vector_dim is None or pooled is None else normal(2, pooled),
             sizes=torch.tensor([case.size, case.size, 0, 0, case.size, case.size], device=case.device),

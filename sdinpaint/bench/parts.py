@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdinpaint.bench import checks
 from sdinpaint.bench.arithmetic import float32_bytes, flops_of
-from sdinpaint.bench.cases import Case
+from sdinpaint.bench.cases import STEP, Case
 from sdinpaint.bench.child import Figures, first_picture, import_seconds, in_child
 from sdinpaint.bench.defects import measure_defects
 from sdinpaint.bench.forms import measure_forms
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 TORCH = "torch"
 RUNS: dict[str, Callable[[System], Any]] = {
-    "guided step": lambda system: system.step(),
+    STEP: lambda system: system.step(),
     "VAE decode": lambda system: system.decode(),
     "VAE encode": lambda system: system.encode(),
     "text encoders, 2 prompts": lambda system: system.encode_text(),
@@ -107,22 +107,26 @@ def measure_memory(case: Case, commands: Sequence[Command]) -> Iterator[Found]:
 def measure_step(case: Case, commands: Sequence[Command]) -> Iterator[Found]:
     """Measure the seconds of a guided step and of the networks before and after it, systems interleaved.
 
+    Several images at once make a difference to the step alone, so that nothing else is measured then.
+
     Args:
-        case: checkpoint, size, dtype, device, rounds and baselines.
+        case: checkpoint, size, images, dtype, device, rounds and baselines.
         commands: unused.
 
     Returns:
         Rows, and texts for baselines that have none.
     """
-    exact, flops = _exact(case), flops_of(case)
+    runs = RUNS if case.images == 1 else {STEP: RUNS[STEP]}
+    exact, flops = _exact(case, runs), flops_of(case)
     systems = yield from _opened("step", case)
-    for what, run in RUNS.items():
-        check = partial(checks.check_tensor, what, exact.get(what))
+    for name, run in runs.items():
+        what = name if case.images == 1 else f"{name}, {case.images} images"
+        check = partial(checks.check_tensor, what, exact.get(name))
         passed = yield from _compared("step", case, systems, run, check)
-        calls = {name: timed(partial(run, systems[name]), case.device) for name in passed}
+        calls = {system: timed(partial(run, systems[system]), case.device) for system in passed}
         values = interleaved(calls, case.rounds)
         for row in _rows("step", case, what, "s", values, checks=passed):
-            yield {**row, **_of_roofline(case, flops.get(what), row["p50"])}
+            yield {**row, **_of_roofline(case, flops.get(name), row["p50"])}
 
 
 def measure_picture(case: Case, commands: Sequence[Command]) -> Iterator[Found]:
@@ -197,13 +201,13 @@ def _imports(case: Case) -> Iterator[Row]:
         yield {**row, "percent_of_floor": 100 * torch_alone / row["p50"]}
 
 
-def _exact(case: Case) -> dict[str, Tensor]:
+def _exact(case: Case, runs: Mapping[str, Callable[[System], Tensor]]) -> dict[str, Tensor]:
     """Return our outputs in float32; none where that is the dtype, or needs more than half of the free memory."""
     wide, free = replace(case, dtype="float32"), free_bytes(torch.device(case.device))
     if case.dtype == wide.dtype or (free is not None and float32_bytes(case) > free / 2):
         return {}
     ours = open_system(OURS, wide)
-    return {what: run(ours) for what, run in RUNS.items()}
+    return {what: run(ours) for what, run in runs.items()}
 
 
 def _pictures(case: Case, commands: Sequence[Command]) -> Generator[Found, None, dict[str, str]]:

@@ -43,6 +43,8 @@ ON_CPU = ("defects", "startup")
 """Parts that run once on the CPU, in float32, whatever dtypes and device are chosen."""
 SIZED = ("memory", "kernels", "step", "picture", "tuning", "forms")
 """Parts whose images have the size that is chosen; others have sizes of their own, or no images."""
+STEPPED = "step"
+"""The part of which the number of images can be chosen."""
 LEAST_SIZE = 64
 """Sizes are multiples of it, which every UNet and VAE halves evenly."""
 STEPS, ROUNDS = 20, 5
@@ -76,6 +78,8 @@ class Options:
     """"auto" is replaced by "cuda" where there is a GPU, else by "cpu"."""
     size: int | None = None
     """Height and width of the images of SIZED; None: those that the model was trained at."""
+    images: int | None = None
+    """Images at once in the guided step of the part "step"; None: 1."""
     steps: int | None = None
     rounds: int | None = None
     """None: STEPS and ROUNDS, or for a quick run QUICK_STEPS and QUICK_ROUNDS."""
@@ -95,7 +99,7 @@ class Options:
             object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
         else:
             find_device(self.device)  # now, and not after the parts that run on the CPU
-        for name in ("steps", "rounds"):
+        for name in ("steps", "rounds", "images"):
             if (given := getattr(self, name)) is not None and given < 1:
                 raise SettingError("BENCH_COUNT", name, f"{given}", expected="1 or more")
         if self.size is not None and (self.size < 1 or self.size % LEAST_SIZE):
@@ -103,6 +107,9 @@ class Options:
         if self.size is not None and not {*SIZED} & {*self.parts}:
             expected = f"a part whose images have a size that is chosen: {', '.join(SIZED)}"
             raise SettingError("BENCH_SIZE", "size", f"{self.size} for the part {self.part}", expected=expected)
+        if self.images is not None and STEPPED not in self.parts:
+            found = f"{self.images} for the part {self.part}"
+            raise SettingError("BENCH_COUNT", "images", found, expected=f"the part {STEPPED}")
         for name in ("most_seconds", "most_bytes"):
             if (limit := getattr(self, name)) is not None and not limit > 0:
                 raise SettingError("BENCH_LIMIT", name, f"{limit:g}", expected="more than 0")
@@ -207,6 +214,7 @@ def _case(options: Options, family: str, dtype: str, source: str, part: str) -> 
         rounds=_rounds(options),
         quick=options.quick,
         peers=options.peers,
+        images=options.images or 1 if part == STEPPED else 1,
     )
 
 

@@ -39,6 +39,7 @@ NAMES = Value("names with commas between", "sd15,sd2", lambda text: tuple(text.s
 @click.option("--stored", metavar="DTYPE", help="The dtype of random weights' files.  [the dtype that is computed in]")
 @click.option("--device", default="auto", show_default=True, help="auto is cuda where there is a GPU, else cpu.")
 @click.option("--size", type=int, help="Pixels a side of images.  [as the model was trained; quick: at most 256]")
+@click.option("--images", type=int, help="step: guided steps of so many images at once.  [1]")
 @click.option("--steps", type=int, help="Sampling steps of an image.  [20; quick: 2]")
 @click.option("--rounds", type=int, help="Interleaved rounds of each measurement.  [5; quick: 2]")
 @click.option(

@@ -18,6 +18,7 @@ from sdinpaint_kernels import backend
 
 from sdinpaint import cli
 from sdinpaint.bench import child, kernels, parts, seams, startup, suite, tuning
+from sdinpaint.bench.arithmetic import flops_of
 from sdinpaint.bench.cases import Case, StepInputs
 from sdinpaint.bench.checkpoints import random_pipeline
 from sdinpaint.bench.child import in_child
@@ -93,6 +94,27 @@ def test_rows_hold_their_fields(tmp_path, peer):
         assert row["p20"] <= row["p50"] <= row["p80"]
         assert row["environment"]["torch"] == torch.__version__
         assert (row["ratio"] is None) == (row["system"] == OURS)
+
+
+def test_a_step_of_several_images_is_a_measurement_of_its_own(tmp_path, peer):
+    measure(options(tmp_path, "step", peers=(peer,), images=3))
+    rows = rows_in(tmp_path, "step")
+    assert [(row["what"], row["system"]) for row in rows] == [("guided step, 3 images", name) for name in (OURS, peer)]
+    single = flops_of(demo_case(size=128))["guided step"] / 1e12
+    assert [row["tflop"] for row in rows] == [pytest.approx(3 * single)] * 2
+
+
+def test_images_belong_to_the_part_that_steps(tmp_path):
+    with pytest.raises(SettingError, match="the part step") as caught:
+        options(tmp_path, "load", images=3)
+    assert caught.value.code == "BENCH_COUNT"
+
+
+def test_the_diffusers_baseline_steps_several_images_as_we_do():
+    one = demo_case(images=2)
+    ours, theirs = SdInpaint(one).step(), open_system("diffusers", one).step()
+    assert ours.shape == (2, 4, 8, 8)
+    assert torch.allclose(ours, theirs, atol=1e-3)
 
 
 def test_the_table_shows_the_latest_rows_and_passes_over_those_of_other_benchmarks(tmp_path):

@@ -103,19 +103,21 @@ class Diffusers:
         return self.inputs.x / math.hypot(1, self.inputs.sigma)
 
     def fed(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor] | None]:
-        """Return the UNet's inputs in a guided step, a batch of 2: x, t, context, further conditioning."""
+        """Return the UNet's inputs in a guided step, two of each image: x, t, context, further conditioning."""
         given, dtype = self.inputs, self.case.torch_dtype
         t = torch.tensor(TIMESTEP, device=given.x.device)
         takes_mask = self.family.unet.in_channels > given.x.shape[1]
         fed = torch.cat([self.scaled, given.mask, given.masked_latents], dim=1) if takes_mask else self.scaled
         added = None
         if given.pooled is not None:
-            added = {"text_embeds": given.pooled.to(dtype), "time_ids": given.sizes.expand(2, -1)}
-        return torch.cat([fed] * 2).to(dtype), t, given.contexts.to(dtype), added
+            pooled = given.pooled.repeat_interleave(self.case.images, dim=0)
+            added = {"text_embeds": pooled.to(dtype), "time_ids": given.sizes.expand(len(pooled), -1)}
+        contexts = given.contexts.repeat_interleave(self.case.images, dim=0)
+        return torch.cat([fed] * 2).to(dtype), t, contexts.to(dtype), added
 
     @torch.inference_mode()
     def step(self) -> Tensor:
-        """Run one guided step as its pipelines do, both halves in one batch, and return x0 (1, 4, H, W)."""
+        """Run one guided step as its pipelines do, both halves in one batch, and return x0 (N, 4, H, W)."""
         x, t, contexts, added = self.fed()
         output = self.pipe.unet(x, t, contexts, added_cond_kwargs=added, return_dict=False)[0]
         uncond, cond = output.float().chunk(2)
