@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from sdinpaint_kernels.linear import product
 
-QUERIES = 256
-"""The number of queries per thread that are processed at a time, so that their scores stay in the thread's cache."""
+SCORES, LEAST, MOST = 2**20, 64, 256
+"""The scores of the queries that a thread processes at a time, so that they stay in its cache; and bounds of those
+queries: with fewer, the products would wait for the keys, and with more, nothing is gained."""
 KEY_STRIDE = 16
 """The step between the keys that are searched for a number near each query's largest score; it keeps exp finite."""
 ALIGNED = 16
@@ -61,7 +62,7 @@ def _one_head(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
     some = k[::KEY_STRIDE].contiguous()
     keys = F.pad(k, (0, 1), value=1.0)
     values = F.pad(torch.cat([v.T, v.new_ones(1, len(v))]), (0, 0, 0, -(head_dim + 1) % ALIGNED))
-    queries = QUERIES * torch.get_num_threads()
+    queries = max(LEAST, min(SCORES // len(k), MOST)) * torch.get_num_threads()
     for part, into in zip(q.split(queries), out.split(queries), strict=True):
         near_largest = product(part, some).amax(dim=1, keepdim=True)
         weights = product(torch.cat([part, -near_largest], dim=1), keys).exp2_()

@@ -28,7 +28,7 @@ def draw(batch, queries, keys, heads, head_dim, spread=1.0):
 @pytest.fixture(autouse=True)
 def small(substitute):
     """So that small inputs are cut into several blocks."""
-    substitute(attention_blocks, QUERIES=24)
+    substitute(attention_blocks, LEAST=8, MOST=24)
     choose(substitute, "blocks")
 
 
@@ -120,3 +120,18 @@ def test_torch_s_own_runs_where_onednn_has_no_bfloat16(monkeypatch, forbid):
     forbid(own, "by_blocks")
     given = draw(*SHAPES[0])
     assert torch.equal(attention(*given), attention(*given, kernels="torch"))
+
+
+def test_the_scores_of_a_block_do_not_grow_with_the_keys(blocks, substitute):
+    substitute(attention_blocks, SCORES=8 * 200, LEAST=4, MOST=64)
+    sizes, product = [], attention_blocks.product
+
+    def measured(x, weight):
+        sizes.append(len(x) * len(weight))
+        return product(x, weight)
+
+    substitute(attention_blocks, product=measured)
+    for keys in (50, 200, 400):
+        sizes.clear()
+        attention(*draw(1, 300, keys, 1, 16))
+        assert max(sizes) <= max(8 * 200, 4 * keys) * torch.get_num_threads()
