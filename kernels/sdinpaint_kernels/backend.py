@@ -99,13 +99,19 @@ def on_cpu(*tensors: Tensor | None) -> bool:
         and not INTERPRETED
         and not is_transformed()
         and not is_observed()
-        and all(tensor is None or (tensor.is_cpu and type(tensor) in PLAIN) for tensor in tensors)
+        and all(tensor is None or _is_readable(tensor) for tensor in tensors)
         and len(dtypes) == 1
         and _cpu_supports(*dtypes)
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))
     )
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Tell whether a tensor holds plain numbers as oneDNN reads them, which takes every vector as contiguous."""
+    plain = tensor.is_cpu and type(tensor) in PLAIN and tensor.layout == torch.strided
+    return plain and (tensor.ndim != 1 or tensor.is_contiguous())
 
 
 def with_residual(out: Tensor, residual: Tensor | None) -> Tensor:

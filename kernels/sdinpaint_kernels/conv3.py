@@ -60,7 +60,8 @@ def conv3(
         return conv3_add(x, weight, bias, residual=residual, kernels=kernels)
     if kernels == "torch" or x.numel() == 0 or not backend.on_cpu(x, weight, bias, residual):
         return backend.with_residual(F.conv2d(x, weight, bias, padding=1), residual)
-    return compute("conv3", FORMS, sizes(x, weight), x, weight, bias, residual)
+    added = None if residual is None else residual.expand(len(x), len(weight), *x.shape[2:])  # oneDNN does not check it
+    return compute("conv3", FORMS, sizes(x, weight), x, weight, bias, added)
 
 
 def sizes(x: Tensor, weight: Tensor, *_: object) -> tuple[int, int, int]:

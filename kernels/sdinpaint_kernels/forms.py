@@ -31,6 +31,8 @@ PLAIN = "plain"
 """The form that is torch's own operation, which takes every call."""
 SAFE = ("packed", "packed_transposed", PLAIN)
 """The forms of a kind that nobody measured."""
+RANKED = 4096
+"""The number of sizes whose forms are remembered; a server may see maps of any size."""
 
 
 def _always(*_: object) -> bool:
@@ -65,7 +67,7 @@ def compute(operation: str, forms: Mapping[str, Form], sizes: Sizes, x: Tensor, 
     return forms[PLAIN].run(x, *given)
 
 
-@functools.cache
+@functools.lru_cache(RANKED)
 def ranked(kind: str, dtype: str, operation: str, sizes: Sizes) -> Sequence[str]:
     """Name the forms of an operation, the fastest first.
 

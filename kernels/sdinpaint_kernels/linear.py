@@ -39,7 +39,8 @@ def linear(
     """
     if kernels != "torch" and x.numel() > 0 and backend.on_cpu(x, weight, bias, residual):
         ordered = _ordered(x, [weight], _order)
-        return product(x, _matrix(weight) if ordered is None else ordered, bias, residual, "add")
+        added = None if residual is None else residual.expand(*x.shape[:-1], len(weight))  # oneDNN does not check it
+        return product(x, _matrix(weight) if ordered is None else ordered, bias, added, "add")
     return backend.with_residual(F.linear(x, _matrix(weight), bias), residual)
 
 

@@ -70,7 +70,7 @@ def lies_in(x: Tensor, maps: Sequence[tuple[int, int]]) -> bool:
     Returns:
         True if it is.
     """
-    start, end = x.data_ptr(), x.data_ptr() + x.nbytes
+    start, end = x.data_ptr(), _end(x)
     if not x.is_cpu or start == end:
         return False
     at = bisect.bisect_right(maps, start, key=operator.itemgetter(0))
@@ -88,7 +88,13 @@ def is_unwritten(x: Tensor) -> bool:
     Returns:
         True if none was; False where the system does not tell.
     """
-    return _none_written(x.data_ptr() // mmap.PAGESIZE, -(-(x.data_ptr() + x.nbytes) // mmap.PAGESIZE))
+    return _none_written(x.data_ptr() // mmap.PAGESIZE, -(-_end(x) // mmap.PAGESIZE))
+
+
+def _end(x: Tensor) -> int:
+    """Return the address behind the last number of a tensor, which may have gaps between its numbers."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr() + (x.numel() and last + 1) * x.itemsize
 
 
 def _none_written(first: int, last: int) -> bool:

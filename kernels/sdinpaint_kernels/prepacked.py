@@ -94,13 +94,14 @@ def verified(weights: Iterable[Tensor]) -> Iterator[None]:
     before: dict[int, Prepacked] = getattr(_thread, "verified", {})
     cached = [(weight, one) for weight in weights if isinstance(one := _cache.get(weight), Prepacked)]
     _thread.verified = before | {id(one): one for weight, one in cached if _is_true(one, [weight, *one.others])}
-    _thread.made = False
+    made, _thread.made = getattr(_thread, "made", False), False
     try:
         yield
     finally:
         _thread.verified = before
         if _thread.made:  # transforms leave holes between the copies
             give_back()
+        _thread.made = made
 
 
 def forget(weight: Tensor) -> None:
@@ -126,7 +127,7 @@ def is_replaced(weight: Tensor) -> bool:
 
 
 def _holds(cached: object, weights: Sequence[Tensor], make: Callable[..., Any]) -> bool:
-    if not isinstance(cached, Prepacked) or cached.make is not make:
+    if not isinstance(cached, Prepacked) or (cached.make, len(cached.contents)) != (make, len(weights)):
         return False
     if id(cached) in getattr(_thread, "verified", {}):
         return all(one.place == place(weight) for one, weight in zip(cached.contents, weights, strict=True))

@@ -151,7 +151,7 @@ def _fit(memory: Tensor, *shape: int) -> Tensor:
 def _transformed(weight: Tensor, scheme: Scheme, row: int, column: int) -> Tensor:
     """Transform weights (O, C, 3, 3) to matrices (side * side, C, O)."""
     outputs, channels = weight.shape[:2]
-    once = [_evaluated(scheme.points, len(phase)) @ torch.tensor(phase).double() for phase in scheme.phases]
+    once = [_evaluated(scheme.points, len(phase)) @ _exact(phase) for phase in scheme.phases]
     both = torch.kron(once[row], once[column]).to(weight.dtype)
     return (both @ weight.flatten(2).flatten(0, 1).T).view(-1, outputs, channels).transpose(1, 2)
 
@@ -166,5 +166,9 @@ def _transforms(scheme: Scheme) -> tuple[Tensor, Tensor]:
 
 def _evaluated(points: Sequence[float], count: int) -> Tensor:
     """Make the matrix (points and infinity, count) that evaluates polynomials of so many coefficients, in float64."""
-    powers = torch.tensor(points, dtype=torch.float64)[:, None] ** torch.arange(count)
-    return torch.cat([powers, torch.eye(count, dtype=torch.float64)[-1:]])
+    infinity = [0] * (count - 1) + [1]
+    return _exact([*([point**power for power in range(count)] for point in points), infinity])
+
+
+def _exact(matrix: Matrix) -> Tensor:
+    return torch.tensor(matrix, dtype=torch.float64, device="cpu")

@@ -38,7 +38,7 @@ def examine() -> dict[str, str]:
         "python": f"{platform.python_version()} on {platform.platform()}",
         **{name: _version(name) for name in PACKAGES},
         "CUDA": torch.version.cuda or "this torch is built for CPUs",
-        "CPU": backend.cpu_report(),
+        "CPU": _cpu(),
         "GPU": _gpu(),
         "kernels": _kernels(),
         "CUDA graphs": _graphs(),
@@ -56,6 +56,13 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _cpu() -> str:
+    try:
+        return backend.cpu_report()
+    except ValueError as error:  # a variable that names no kind
+        return str(error)
 
 
 def _gpu() -> str:

@@ -21,6 +21,8 @@ from builders import random_pipeline, small
 from click.testing import CliRunner
 from closeness import same_image
 from PIL import Image
+from sdinpaint_kernels import backend
+from sdinpaint_kernels.cpu_kinds import cpu_kind
 
 import sdinpaint
 from sdinpaint import Mask, cli
@@ -414,7 +416,8 @@ def test_inspect_shows_the_settings_of_an_image(model):
 
 def test_doctor_tells_what_is_there(model, environment, substitute):
     substitute(opening, DEMO=model)
-    environment(SDINPAINT_TOKENIZER="nowhere")
+    substitute(backend, cpu_kind=cpu_kind.__wrapped__)
+    environment(SDINPAINT_TOKENIZER="nowhere", SDINPAINT_CPU_KIND="abacus")
     done = run("doctor")
     found = json.loads(run("doctor", "--json").stdout)
     assert done.exit_code == 0
@@ -422,6 +425,7 @@ def test_doctor_tells_what_is_there(model, environment, substitute):
     assert torch.__version__.startswith(found["torch"])  # a build adds "+cpu" to the version of the package
     assert found["demo checkpoint"].startswith("included")
     assert "nowhere" in found["CLIP vocabulary"]
+    assert "SDINPAINT_CPU_KIND is 'abacus'" in found["CPU"]
 
 
 def test_demo_writes_its_sheet(model, substitute):

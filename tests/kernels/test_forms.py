@@ -122,6 +122,10 @@ def test_a_kind_that_nobody_measured_takes_what_cannot_lose(substitute):
     forms.ranked.cache_clear()
 
 
+def test_sizes_without_end_are_not_all_remembered():
+    assert forms.ranked.cache_info().maxsize == forms.RANKED
+
+
 def test_a_process_may_pretend_another_kind():
     program = "from sdinpaint_kernels.cpu_kinds import cpu_kind; print(cpu_kind())"
     environment = {"SDINPAINT_CPU_KIND": "avx2", "PYTHONPATH": ":".join(sys.path)}

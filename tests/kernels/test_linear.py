@@ -7,8 +7,9 @@ import importlib
 import interpreter
 import pytest
 import torch
+from forming import choose
 from safetensors.torch import save_file
-from sdinpaint_kernels import backend, linear, linear_geglu, prepacked
+from sdinpaint_kernels import backend, conv3, downsample_conv3, linear, linear_geglu, prepacked, upsample_conv3
 from sdinpaint_kernels.cpu_kinds import cpu_kind
 from sdinpaint_weights.reader import open_weights
 from torch.nn import functional as F
@@ -114,6 +115,14 @@ def test_several_weights_of_a_file_are_one_product(mapped, spy):
     assert not own.joint_linear(x, mapped)[1].any()
 
 
+@pytest.mark.parametrize("counts", [(3, 1), (1, 3), (3, 2)])
+def test_the_same_weights_serve_alone_and_together(mapped, counts):
+    x = draw_rows(mapped[0])
+    for count in counts:
+        for found, weight in zip(own.joint_linear(x, mapped[:count]), mapped, strict=False):
+            check(found, F.linear(x, weight), F.linear(x.double(), weight.double()))
+
+
 def test_a_gated_product_takes_weights_of_a_file(mapped):
     x, bias = draw_rows(mapped[0]), torch.zeros(256, dtype=mapped[0].dtype)
     expected = linear_geglu(x, mapped[0].clone(), bias)
@@ -159,6 +168,39 @@ def test_when_the_cpu_has_no_way_of_its_own(name, substitute):
     substitute(backend, **CHOSEN[name])
     assert not backend.on_cpu(*given)
     assert backend.cpu_report().startswith("torch alone: ")
+
+
+GAPS = {
+    "every second number": lambda bias: bias.repeat_interleave(2)[::2],
+    "one number": lambda bias: bias[:1].expand(16),
+}
+
+
+@pytest.mark.parametrize("name", GAPS)
+@pytest.mark.parametrize("operation", [conv3, upsample_conv3, downsample_conv3, linear, linear_geglu])
+def test_a_bias_need_not_be_contiguous(operation, name, substitute):
+    choose(substitute, "packed", "packed_transposed")
+    shapes = ((1, 8, 16, 16), (16, 8, 3, 3)) if "conv" in operation.__name__ else ((5, 8), (16, 8))
+    x, weight, bias = (torch.randn(shape) for shape in (*shapes, (16,)))
+    given = x, weight, GAPS[name](bias)
+    torch.testing.assert_close(operation(*given), operation(*given, kernels="torch"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", [None, "torch"])
+def test_a_residual_of_another_shape_is_refused_or_repeated(kernels, substitute):
+    choose(substitute, "packed")
+    (x, weight, _), (image, filters) = draw((5, 8), 16), (torch.randn(2, 8, 4, 4), torch.randn(16, 8, 3, 3))
+    for operation, given, shape in ((linear, (x, weight), (5, 16)), (conv3, (image, filters), (2, 16, 4, 4))):
+        one, other = torch.randn(1, *shape[1:]), torch.randn(shape[0] + 1, *shape[1:])
+        found = operation(*given, None, one, kernels=kernels)
+        torch.testing.assert_close(found, operation(*given) + one, rtol=1e-5, atol=1e-5)
+        with pytest.raises(RuntimeError, match=r"size|shape"):
+            operation(*given, None, other, kernels=kernels)
+
+
+def test_sparse_weights_are_torch_s():
+    x, weight, _ = draw((5, 8), 16)
+    torch.testing.assert_close(linear(x, weight.to_sparse_csr()), F.linear(x, weight))
 
 
 def test_what_the_cpu_does_not_take():

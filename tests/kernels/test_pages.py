@@ -67,6 +67,14 @@ def test_a_part_takes_nothing_of_its_neighbours(mapped):
     assert mapped.sum() == SIZE // 4 + 6
 
 
+def test_a_write_behind_a_gap_is_noticed(mapped):
+    part = mapped.view(-1, 1024)[:, :8]
+    assert pages.lies_in(part, pages.private_maps())
+    assert pages.is_unwritten(part)
+    part[-1] = 7
+    assert not pages.is_unwritten(part)
+
+
 def test_memory_of_no_file_stays():
     x = torch.ones(SIZE // 4)
     assert not pages.release(x)

@@ -163,6 +163,16 @@ def test_a_block_checks_once_and_sees_what_torch_counts(weight, operation, spy):
     assert float((operation(x, weight) - right).abs().max() / right.abs().max()) < 1e-5
 
 
+def test_a_block_within_a_block_leaves_it_to_give_memory_back(operation, spy):
+    given = spy(prepacked, "give_back")
+    with prepacked.verified([]):
+        operation(*draw())
+        with prepacked.verified([]):
+            pass
+        assert not given
+    assert len(given) == 1
+
+
 def test_a_block_does_not_trust_what_changed_before(operation):
     x, weight = draw()
     before = operation(x, weight)

@@ -68,6 +68,15 @@ def test_it_takes_a_view_of_any_strides(name):
     check(name, x[:, :, 2:-2, ::2].flip(3), weight, bias)
 
 
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_default_device_changes_nothing(name):
+    winograd._transforms.cache_clear()
+    given = draw(1, 24, 24, 16, 16)
+    with torch.device("meta"):
+        found = OPERATIONS[name][0](*given)
+    assert torch.equal(found, OPERATIONS[name][0](*given))
+
+
 @pytest.mark.parametrize("form", ["contiguous_format", "channels_last"])
 def test_it_adds_a_residual(form):
     x, weight, bias = draw(2, 128, 96, 16, 24)
