@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sdinpaint.checkpoints.inspecting import Report, inspect
     from sdinpaint.checkpoints.merging import to_inpainting, widen_input
     from sdinpaint.errors import SdInpaintError, SdInpaintWarning
+    from sdinpaint.extracting import extract_lora
     from sdinpaint.load_options import LoadOptions
     from sdinpaint.loading import load, save_diffusers
     from sdinpaint.masks import Mask
@@ -31,7 +32,7 @@ __all__ = [
     "inspect",
     "load",
 ]
-__all__ += ["convert", "replay", "save_diffusers", "to_inpainting", "widen_input"]
+__all__ += ["convert", "extract_lora", "replay", "save_diffusers", "to_inpainting", "widen_input"]
 
 # Found on first use, so that the command line can explain itself without waiting for torch.
 _HOMES = {
@@ -48,6 +49,7 @@ _HOMES = {
     "save_diffusers": "loading",
     "Pipeline": "pipeline",
     "replay": "replaying",
+    "extract_lora": "extracting",
     "Request": "pipeline.requests",
     "Result": "pipeline.results",
 }

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from sdinpaint_weights.errors import CheckpointError, SdInpaintError, said, shown, shown_lines
 
 __all__ = [
+    "AdapterError",
     "Cancelled",
     "CheckpointError",
     "ImageError",
@@ -48,6 +49,10 @@ class MaskError(SdInpaintError, ValueError):
 
 class SettingError(SdInpaintError, ValueError):
     """An argument that is not one of the allowed values."""
+
+
+class AdapterError(SdInpaintError, ValueError):
+    """A LoRA or an embedding that cannot be added to this model; the model stays as it was."""
 
 
 class TokenizerError(SdInpaintError, OSError, ValueError):

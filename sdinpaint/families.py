@@ -22,6 +22,20 @@ Kind = Literal["sd1", "sd2", "sdxl"]
 
 KINDS: dict[Kind, str] = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}
 """Kinds that tensor names and shapes identify -> title in reports."""
+
+
+def title_of_kind(kind: str) -> str:
+    """Name a kind of models in a report.
+
+    Args:
+        kind: "sd1", "sd2" or "sdxl".
+
+    Returns:
+        Its title; another text stays as it is.
+    """
+    return next((title for name, title in KINDS.items() if name == kind), kind)
+
+
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 """Names in a diffusers folder; only SDXL has the second ones."""

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from sdinpaint.adapters.adapted import Adaptable
 from sdinpaint.checks import as_list, axes_of, check_call, check_tensor
 from sdinpaint.errors import SettingError, explaining_memory
 from sdinpaint.families import Family, deviations
@@ -31,7 +32,7 @@ class Mapped(Protocol):
         """Raise CheckpointError where one of them has changed."""
 
 
-class LatentDiffusion:
+class LatentDiffusion(Adaptable):
     """The networks of one checkpoint by name, and each step of latent diffusion with them.
 
     Args:

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args
+from types import NoneType
+from typing import Any, NamedTuple, get_args
 
-from sdinpaint.checks import check_choice, check_path, check_switch, check_whole, dtype_name
+from sdinpaint.checks import check_choice, check_number, check_path, check_switch, check_whole, dtype_name
 from sdinpaint.errors import SettingError, said
 from sdinpaint.families import Prediction
 from sdinpaint.keywords import knowing_keywords
 
-__all__ = ["OPTIONS", "LoadOptions"]
+__all__ = ["OPTIONS", "LoadOptions", "LoraOption"]
 
 MAX_TILE = 2**16
 AUTO = "auto"
 _RECORDED = {"recorded": True}
 """Marks what decides which weights are loaded and how images come out, and so belongs into a manifest."""
+
+
+class LoraOption(NamedTuple):
+    """A LoRA to add to a model, with the arguments of `add_lora`."""
+
+    source: str | Path
+    weight: float = 1.0
+    text_weight: float | None = None
+    name: str | None = None
+    blocks: Mapping[str, float] | None = None
+    strict: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +54,8 @@ class LoadOptions:
         revision: a branch, tag or commit of `source` on the hub.
         local_files_only: whether the hub's cache is all that is used of the hub.
         mmap: whether weights may stay mapped to their file.
+        loras: LoRAs to add: files, or pairs of a file and its weight, or `LoraOption`s.
+        embeddings: textual inversions to add: files, or pairs of a file and its token.
 
     Raises:
         SettingError: a value is of the wrong type or out of its bounds.
@@ -63,6 +77,8 @@ class LoadOptions:
     revision: str | None = field(default=None, metadata=_RECORDED)
     local_files_only: bool = False
     mmap: bool = True
+    loras: Any = ()
+    embeddings: Any = ()
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -80,6 +96,8 @@ class LoadOptions:
             put(self, "tile", check_whole("tile", self.tile, 0, MAX_TILE))
         if self.prediction is not None:
             check_choice("prediction", self.prediction, get_args(Prediction))
+        put(self, "loras", tuple(map(_lora, _several("loras", self.loras))))
+        put(self, "embeddings", tuple(map(_embedding, _several("embeddings", self.embeddings))))
         put(self, "tokenizer", _tokenizer(self.tokenizer))
         put(self, "device", _device(self.device))
         put(self, "dtype", None if self.dtype is None or _is_auto(self.dtype) else dtype_name(self.dtype))
@@ -92,7 +110,8 @@ class LoadOptions:
     @property
     def places(self) -> list[str | Path]:
         """The paths, and names of the hub, that the model is read from, as they were given."""
-        given = (self.source, self.config, self.vae, self.controlnet, self.base, self.tokenizer)
+        added = (*(lora.source for lora in self.loras), *(file for file, _ in self.embeddings))
+        given = (self.source, self.config, self.vae, self.controlnet, self.base, self.tokenizer, *added)
         return [place for place in given if isinstance(place, str | Path)]
 
     def to_manifest(self) -> dict[str, Any]:
@@ -122,12 +141,55 @@ class LoadOptions:
         known = [one.name for one in fields(cls) if one.metadata == _RECORDED]
         for name in stored:
             check_choice("load", name, known, code="MANIFEST_BROKEN", of="manifest")
-        return cls(**{"source": manifest["model"], "dtype": manifest["dtype"], **stored, **changes})
+        adapters = manifest.get("adapters", [])
+        loras = [  # with the keys that were left out then: that the file is the same one is checked by its digest
+            LoraOption(one["source"], one["weight"], one["text_weight"], one["name"], one["blocks"], strict=False)
+            for one in adapters
+            if one["kind"] == "lora"
+        ]
+        embeddings = [(one["source"], one["name"]) for one in adapters if one["kind"] == "embedding"]
+        added = {"loras": loras, "embeddings": embeddings}
+        return cls(**{"source": manifest["model"], "dtype": manifest["dtype"], **stored, **added, **changes})
 
 
 OPTIONS = [one.name for one in fields(LoadOptions)]
 """The names of all options."""
 LoadOptions.__init__ = knowing_keywords()(LoadOptions.__init__)  # type: ignore[method-assign]
+
+
+def _several(name: str, given: Any) -> list[Any]:
+    """Return what was given as a list; a path alone is a list of one."""
+    if given is None:
+        return []
+    if isinstance(given, str | os.PathLike | LoraOption):
+        return [given]
+    if isinstance(given, Mapping | bytes) or not isinstance(given, Iterable):
+        found, expected = f"a {type(given).__name__}", "a list of files, or of pairs of a file and what belongs to it"
+        raise SettingError(f"SETTING_{name.upper()}", name, found, expected=expected)
+    return list(given)
+
+
+def _lora(given: Any) -> LoraOption:
+    """Return a LoRA that was given as a path, or with its weights behind it."""
+    parts = (given,) if isinstance(given, str | os.PathLike) else given
+    if not isinstance(parts, tuple | list) or not 1 <= len(parts) <= len(LoraOption._fields):
+        expected = "a file, (file, weight), (file, weight, text_weight) or a LoraOption"
+        raise SettingError("SETTING_LORAS", "loras", said(given), expected=expected)
+    option = LoraOption(*parts)
+    text = option.text_weight
+    return option._replace(
+        source=check_path("loras", option.source),
+        weight=check_number("loras", option.weight, code="SETTING_WEIGHT"),
+        text_weight=None if text is None else check_number("loras", text, code="SETTING_WEIGHT"),
+    )
+
+
+def _embedding(given: Any) -> tuple[str | Path, str | None]:
+    """Return a textual inversion that was given as a path, or with its token behind it."""
+    parts = (given, None) if isinstance(given, str | os.PathLike) else given
+    if not isinstance(parts, tuple | list) or len(parts) != 2 or not isinstance(parts[1], str | NoneType):
+        raise SettingError("SETTING_EMBEDDINGS", "embeddings", said(given), expected="a file, or (file, token)")
+    return check_path("embeddings", parts[0]), parts[1]
 
 
 def _is_auto(value: Any) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from sdinpaint_weights.atomic import atomic_folder, keep_others
@@ -52,6 +54,8 @@ def load(
     revision: str | None = None,
     local_files_only: bool = False,
     mmap: bool = True,
+    loras: Sequence[Any] = (),
+    embeddings: Sequence[Any] = (),
     progress: bool = True,
     on_event: Listener | None = None,
 ) -> Pipeline:
@@ -81,6 +85,8 @@ def load(
         revision: a branch, tag or commit of `source` on the hub.
         local_files_only: fetch nothing, and use what the hub's cache holds.
         mmap: False reads weights into memory in place of mapping the file, for drives that change or vanish.
+        loras: LoRAs to add: files, (file, weight), (file, weight, text_weight), or `LoraOption`s; see `add_lora`.
+        embeddings: textual inversions to add: files, or (file, token); see `add_embedding`.
         progress: show bars in a terminal or a notebook.
         on_event: called with an `Event` of the stage "load" for every tensor.
 
@@ -91,6 +97,7 @@ def load(
         CheckpointError: the checkpoint cannot be found, understood or loaded.
         TokenizerError: CLIP's vocabulary is not found, or does not fit.
         SettingError: an option is of the wrong type or out of its bounds.
+        AdapterError: a LoRA or an embedding does not fit the model.
         OutOfMemoryError: memory does not suffice.
     """
     given = locals()  # every argument by its name
@@ -147,7 +154,7 @@ def load(
     offloading = Offloading(device, dtype, models.values()) if options.offload else None
     control = models.pop(CONTROLNET, None)
     unet, autoencoder, *texts = models.values()
-    return Pipeline(
+    pipe = Pipeline(
         checkpoint.family,
         unet,
         autoencoder,
@@ -160,6 +167,11 @@ def load(
         loaded=options,
         mapped=Watched(files),
     )
+    for lora in options.loras:
+        pipe.add_option(lora, progress=progress)
+    for file, token in options.embeddings:
+        pipe.add_embedding(file, token)
+    return pipe
 
 
 @knowing_keywords()

@@ -18,6 +18,7 @@ from source_tree import ROOT, read_modules
 PAGE = ROOT / "docs" / "errors.md"
 WHEN = {
     "CheckpointError": "A file or folder of weights cannot be used as asked. Give another file, or fetch it again.",
+    "AdapterError": "A LoRA or an embedding cannot be added to this model, which stays as it was. Take another file.",
     "ImageError": "An image cannot be read or written, or is not usable. Change the image or its path.",
     "MaskError": "A mask does not fit its image, or its meaning is unclear. Change the mask.",
     "SettingError": "An argument, an option or an environment variable is outside of what it may be. Change its value.",

@@ -37,9 +37,9 @@ from safetensors.torch import save
 from sdinpaint_weights.folder import open_folder_component
 from sdinpaint_weights.reader import open_weights
 
-from sdinpaint.checkpoints.sources import read_json
 from sdinpaint.errors import SdInpaintError
 from sdinpaint.masks.picking import by_label
+from sdinpaint.paths import read_json
 from sdinpaint.text.vocabulary import END, START, clip_layout, read_vocabulary
 
 SECONDS, MEGABYTES = 2.0, 600

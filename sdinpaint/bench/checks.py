@@ -15,7 +15,7 @@ from sdinpaint.bench.peers.systems import OURS
 from sdinpaint.errors import NumericError
 from sdinpaint.metrics import psnr
 
-__all__ = ["check_load", "check_memory", "check_picture", "check_tensor", "subject"]
+__all__ = ["check_adapter", "check_load", "check_memory", "check_picture", "check_tensor", "subject"]
 
 Bytes = NDArray[np.uint8]
 
@@ -83,6 +83,25 @@ def check_memory(case: Case, name: str, runs: Sequence[Figures]) -> str:
     if not all(one["finite"] for one in runs):
         raise _wrong("memory", case, name, "NaN or infinity", "finite numbers")
     return "finite"
+
+
+def check_adapter(case: Case, name: str, found: Figures) -> str:
+    """Check that a LoRA changed a step, and say whether the model was the same after it was taken off.
+
+    Args:
+        case: the case.
+        name: the system.
+        found: its figures.
+
+    Returns:
+        The check in words.
+
+    Raises:
+        NumericError: the step is the same with it, or NaN or infinite.
+    """
+    if not found["finite"]:
+        raise _wrong("adapters", case, name, "a step that is not finite, or the same as without", "another step")
+    return "removal is exact" if found["exact"] else "finite; removal is not exact"
 
 
 def check_tensor(what: str, exact: Tensor | None, case: Case, name: str, found: Tensor, ours: Tensor) -> str:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from sdinpaint.bench.cases import Case
 from sdinpaint.bench.growth import peak_bytes
+from sdinpaint.bench.lora_files import write_lora
 from sdinpaint.bench.paintings import paint
 from sdinpaint.bench.peers.systems import PEERS, System, open_system
 from sdinpaint.errors import SdInpaintError
@@ -155,6 +157,39 @@ def picture_memory(name: str, case: Case) -> Figures:
     return _known(found) | {"finite": float(np.asarray(made[0]).std() > 0)}
 
 
+def adapter(name: str, case: Case) -> Figures:
+    """Add a LoRA to a system that has run once, step with it, and take it off.
+
+    Args:
+        name: the system.
+        case: the case.
+
+    Returns:
+        Seconds to `add` and to `remove` it, and of a `step` with it beside one without (`plain`); bytes of the `peak`
+        memory of adding, with the loaded system, where the operating system tells it; `finite`, whether the step with
+        it is, and another one; `exact`, whether a step after it is the one from before.
+    """
+    before, system = _loaded(name, case)
+    with TemporaryDirectory(prefix="sdinpaint-bench-") as folder:
+        path = Path(folder) / "lora.safetensors"
+        write_lora(path, case.checkpoint)
+        first = system.step()
+        found: dict[str, float | None] = {"plain": _seconds(system.step)}
+        found["peak"] = _peak(lambda: found.update(add=_seconds(lambda: system.add_lora(path))), before, case)
+        changed = system.step()
+        found["step"] = _seconds(system.step)
+        found["remove"] = _seconds(system.remove_lora)
+        last = system.step()
+    finite = bool(changed.isfinite().all()) and not torch.equal(changed, first)
+    return _known(found) | {"finite": finite, "exact": torch.equal(first, last)}
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
 def _loaded(name: str, case: Case) -> tuple[int, System]:
     """Return the resident memory before a system, and the system with its weights in memory."""
     before = resident(torch.device(case.device))
@@ -217,6 +252,7 @@ MEASURES = {
     "load": load,
     "step memory": step_memory,
     "picture memory": picture_memory,
+    "adapters": adapter,
     "modes": paint,
     FIRST: first,
 }

@@ -51,6 +51,15 @@ RUNS: dict[str, Callable[[System], Any]] = {
 }
 MEMORY = {"step memory": ("step", "second step"), "picture memory": ("picture",)}
 """The figures of each process in which memory is measured."""
+ADAPTERS = "adapters"
+ADAPTED = {
+    "add a LoRA": ("add", "s", 1.0),
+    "add a LoRA, peak memory": ("peak", "GB", 1e-9),
+    "guided step with a LoRA": ("step", "s", 1.0),
+    "guided step without": ("plain", "s", 1.0),
+    "remove a LoRA": ("remove", "s", 1.0),
+}
+"""Rows of that part -> figure of the process, unit, and factor."""
 GB = 1e9
 SLOW = 30.0
 """Seconds of loading after which a system, one that converts and compiles first, is loaded only once."""
@@ -102,6 +111,24 @@ def measure_memory(case: Case, commands: Sequence[Command]) -> Iterator[Found]:
                 yield from _rows(
                     "memory", case, f"{what}, peak memory", "GB", _column(kept, what, 1 / GB), checks=passed
                 )
+
+
+def measure_adapters(case: Case, commands: Sequence[Command]) -> Iterator[Found]:
+    """Measure adding a LoRA of rank 64 to the weights, steps with it, and taking it off, each time in a new process.
+
+    Args:
+        case: checkpoint, size, dtype, device, rounds and baselines.
+        commands: unused.
+
+    Returns:
+        Rows, and texts for baselines that have none.
+    """
+    found = yield from _children(ADAPTERS, case, rounds=case.rounds)
+    passed = yield from _checked(ADAPTERS, case, found, lambda name: checks.check_adapter(case, name, found[name][0]))
+    kept = {name: found[name] for name in passed}
+    for what, (name, unit, factor) in ADAPTED.items():
+        if name in found[OURS][0]:
+            yield from _rows(ADAPTERS, case, what, unit, _column(kept, name, factor), checks=passed)
 
 
 def measure_step(case: Case, commands: Sequence[Command]) -> Iterator[Found]:
@@ -182,6 +209,7 @@ PARTS: dict[str, Callable[[Case, Sequence[Command]], Iterable[Found]]] = {
     "defects": measure_defects,
     "tuning": measure_tuning,
     "forms": measure_forms,
+    ADAPTERS: measure_adapters,
 }
 """Functions by part: (case, commands of other programs) -> rows."""
 

@@ -30,7 +30,7 @@ from sdinpaint.progress import progress_bar
 __all__ = ["ALL", "AUTO", "GROWTH", "Options", "Outcome", "run"]
 
 ALL, GROWTH, AUTO = "all", "growth", "auto"
-BY_NAME = (GROWTH, "modes", "seams", "defects", "tuning", "forms")
+BY_NAME = (GROWTH, "modes", "seams", "defects", "tuning", "forms", "adapters")
 """Parts that run only when they are named, because they take long or measure no speed."""
 NO_MODEL = "none"
 """The family of rows that no model has part in."""
@@ -41,7 +41,7 @@ Only the included checkpoint has learned the scenes of the first two; defects do
 """
 ON_CPU = ("defects", "startup")
 """Parts that run once on the CPU, in float32, whatever dtypes and device are chosen."""
-SIZED = ("memory", "kernels", "step", "picture", "tuning", "forms")
+SIZED = ("memory", "kernels", "step", "picture", "tuning", "forms", "adapters")
 """Parts whose images have the size that is chosen; others have sizes of their own, or no images."""
 STEPPED = "step"
 """The part of which the number of images can be chosen."""

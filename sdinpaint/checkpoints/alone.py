@@ -13,8 +13,9 @@ from sdinpaint.checkpoints.configs import text_config, unet_config, vae_config
 from sdinpaint.checkpoints.control_config import controlnet_config
 from sdinpaint.checkpoints.opening import CONTROLNET
 from sdinpaint.checkpoints.schedule_config import schedule_config
-from sdinpaint.checkpoints.sources import Component, read_json
+from sdinpaint.checkpoints.sources import Component
 from sdinpaint.families import FAMILIES, SD15, TEXT_ENCODERS, Family
+from sdinpaint.paths import read_json
 from sdinpaint.text.vocabulary import read_vocabulary
 
 __all__ = ["SERVES_AS", "SETTINGS_FILES", "configured", "settings_serve_as"]

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sdinpaint.checkpoints.built_values import TABLES
-from sdinpaint.checkpoints.sources import Component, Json, read_json
+from sdinpaint.checkpoints.sources import Component
 from sdinpaint.checkpoints.yaml_files import words_beside
 from sdinpaint.errors import CheckpointError
 from sdinpaint.families import TEXT_ENCODERS, TOKENIZERS, Family, TextConfig
+from sdinpaint.paths import Json, read_json
 
 __all__ = ["config_notes", "refuse_last_block", "refuse_other_controlnets", "require_configs"]
 __all__ += ["tokenizer_configs"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sdinpaint_weights.adapter_names import UNET
 from sdinpaint_weights.atomic import atomic_folder
 from sdinpaint_weights.edits import apply, shape_after
 from sdinpaint_weights.export import FILES, Target, export_plan, write_json
@@ -18,18 +20,20 @@ from sdinpaint_weights.native import NativeState
 from sdinpaint_weights.stream import Item, not_written, require_space, write_stream
 from sdinpaint_weights.targets import nearest_folder, overlap
 
+from sdinpaint.adapters.merging import Merged, read_loras
 from sdinpaint.checkpoints.alone import configured
 from sdinpaint.checkpoints.building import build, find_dtype, own_tokenizer
 from sdinpaint.checkpoints.configs import PAD_TOKENS
 from sdinpaint.checkpoints.diffusers_configs import controlnet_json, diffusers_configs
 from sdinpaint.checkpoints.embedded import embedded
 from sdinpaint.checkpoints.opening import CONTROLNET, Checkpoint, open_checkpoint
-from sdinpaint.checkpoints.sources import COMPONENTS, Component, as_path, open_parts
+from sdinpaint.checkpoints.sources import COMPONENTS, Component, open_parts
 from sdinpaint.checks import check_choice, check_path, check_switch
 from sdinpaint.errors import CheckpointError, SettingError, TokenizerError, warn
-from sdinpaint.families import SD15, TOKENIZERS, TextConfig
+from sdinpaint.families import SD15, TEXT_ENCODERS, TOKENIZERS, TextConfig
 from sdinpaint.keywords import knowing_keywords
-from sdinpaint.load_options import OPTIONS, LoadOptions
+from sdinpaint.load_options import OPTIONS, LoadOptions, LoraOption
+from sdinpaint.paths import as_path
 from sdinpaint.progress import progress_bar
 from sdinpaint.text.finding import find_tokenizer
 from sdinpaint.text.tokenizer import Tokenizer
@@ -72,6 +76,7 @@ def convert(
     dtype: str | torch.dtype | None = None,
     *,
     ema: bool = False,
+    loras: Sequence[Any] = (),
     overwrite: bool = False,
     progress: bool = True,
     **opening: Any,
@@ -87,6 +92,7 @@ def convert(
         layout: "diffusers", or "ldm" for a single file; None chooses "ldm" if the target ends with .safetensors.
         dtype: float32, float16 or bfloat16; None keeps the dtype and every bit of each tensor.
         ema: take the UNet's averaged weights.
+        loras: LoRAs to merge into the weights, given as to `load`.
         overwrite: replace the result of an earlier conversion.
         progress: show a progress bar.
         opening: other arguments of `load` with which to open the source: config, vae, base, prediction, variant,
@@ -94,15 +100,17 @@ def convert(
 
     Raises:
         CheckpointError: the source cannot be read, or the target cannot be written.
+        AdapterError: a LoRA does not fit the model.
         SettingError: an argument is wrong.
     """
     source, target = check_path("source", source), as_path(check_path("target", target))
     ema, progress = check_switch("ema", ema), check_switch("progress", progress)
     layout, dtype = check_request(target, layout, dtype, (source, *places_of(opening)), overwrite)
-    model = _open_alone(as_path(source), **opening)
+    options = LoadOptions(source=source, ema=ema, loras=loras, **opening)
+    check_apart(target, (lora.source for lora in options.loras))
+    model = None if options.loras else _open_alone(as_path(source), **opening)
     if model is None:
-        options = LoadOptions(source=source, ema=ema, **opening)
-        model = model_of(open_checkpoint(options, progress=progress), ema, options.config)
+        model = model_of(open_checkpoint(options, progress=progress), ema, options.config, options.loras)
     write_model(model, target, layout, dtype, progress=progress)
 
 
@@ -118,7 +126,12 @@ def places_of(opening: Mapping[str, Any]) -> list[str | Path]:
     return [opening[name] for name in ("config", "vae", "base") if opening.get(name) is not None]
 
 
-def model_of(checkpoint: Checkpoint, ema: bool = False, config: str | Path | None = None) -> Model:
+def model_of(
+    checkpoint: Checkpoint,
+    ema: bool = False,
+    config: str | Path | None = None,
+    loras: Sequence[LoraOption] = (),
+) -> Model:
     """Prepare a checkpoint for writing, after a check of all names and shapes.
 
     A warning says which tensors and components are left out.
@@ -127,14 +140,18 @@ def model_of(checkpoint: Checkpoint, ema: bool = False, config: str | Path | Non
         checkpoint: the opened checkpoint.
         ema: whether it was opened with the UNet's averaged weights.
         config: a folder whose tokenizers, if it has any, are used for a single file.
+        loras: LoRAs to merge into the weights.
 
     Returns:
         The model to write.
 
     Raises:
+        AdapterError: a LoRA does not fit the model.
         CheckpointError: names or shapes do not fit.
     """
-    build(checkpoint)
+    networks = {name: network for name, network in build(checkpoint).items() if name in (UNET, *TEXT_ENCODERS)}
+    read = read_loras(loras, networks, checkpoint.family.kind)
+    merged = Merged(read, networks)
     for sentence in (*checkpoint.notes, *_left_out(checkpoint)):
         warn(f"{checkpoint.path}: {sentence}")
     family, states = checkpoint.family, checkpoint.states
@@ -143,7 +160,10 @@ def model_of(checkpoint: Checkpoint, ema: bool = False, config: str | Path | Non
     return Model(
         path=checkpoint.path,
         kind=family.kind,
-        components={name: native_items(state) for name, state in states.items()},
+        components={
+            name: [replace(item, produce=merged(name, item.name, item.produce)) for item in native_items(state)]
+            for name, state in states.items()
+        },
         tables=diffusers_configs(family),
         tokenizers={
             name: (_own(home, name) or inside, text) for name, text in zip(TOKENIZERS, family.texts, strict=False)
@@ -154,6 +174,7 @@ def model_of(checkpoint: Checkpoint, ema: bool = False, config: str | Path | Non
             "family": family.name,
             "ema": "yes" if ema or checkpoint.layouts["unet"].ema_only else "no",
             "modelspec.prediction_type": {"eps": "epsilon", "v": "v"}[family.schedule.prediction],
+            **({"merged_loras": json.dumps([lora.to_manifest() for lora in read])} if read else {}),
         },
     )
 

@@ -17,16 +17,18 @@ from sdinpaint_weights.reader import open_weights
 from sdinpaint_weights.weights import Weights
 
 from sdinpaint.checkpoints.configs import check_fit
+from sdinpaint.checkpoints.describing_adapters import AdapterReport, describe_adapter, title_of
 from sdinpaint.checkpoints.embedded import VOCABULARY
 from sdinpaint.checkpoints.findings import Finding
 from sdinpaint.checkpoints.known_shapes import has_known_shapes
 from sdinpaint.checkpoints.opening import CONTROLNET, Checkpoint, open_checkpoint
-from sdinpaint.checkpoints.sources import COMPONENTS, as_path, open_parts
+from sdinpaint.checkpoints.sources import COMPONENTS, open_parts
 from sdinpaint.checks import check_path, check_switch
 from sdinpaint.errors import SdInpaintError, shown, shown_lines
 from sdinpaint.families import KINDS, deviations
 from sdinpaint.keywords import knowing_keywords
 from sdinpaint.load_options import LoadOptions
+from sdinpaint.paths import as_path
 from sdinpaint.progress import progress_bar
 
 __all__ = ["Report", "inspect"]
@@ -70,6 +72,8 @@ class Report:
     """The argument of `load` by which it can be used nevertheless, in words; empty where there is none."""
     verified: int = 0
     """Number of tensors that were read through; 0 unless requested."""
+    adapter: AdapterReport | None = None
+    """The contents of a LoRA or another addition to a model; None for models and their parts."""
     findings: tuple[Finding, ...] = ()
     """Tensors among them that cannot be right, and unusual ones."""
 
@@ -94,11 +98,7 @@ class Report:
         own = ", ".join(f"{name} {value}" for name, value in self.deviations.items())
         lines = [
             f"{shown(self.path)}: {self.title}",
-            f"  family      {self.family}, layout {self.layout}, {self.in_channels or 'no'} input channels",
-            f"  prediction  {self.prediction or 'unknown'}{why}",
-            *([f"  deviates    {own}"] if own else []),
-            f"  averages    {'EMA weights of the UNet' if self.has_ema else 'no EMA weights'}",
-            f"  vocabulary  {'in the folder' if self.has_tokenizer else 'not included'}",
+            *(self._model_lines(why, own) if self.adapter is None else self.adapter.lines()),
             f"  parameters  {total:,}",
         ]
         for component, count in self.parameters.items():
@@ -121,6 +121,15 @@ class Report:
         else:
             lines.append("  loads       every tensor is accounted for")
         return shown_lines("\n".join(lines))
+
+    def _model_lines(self, why: str, own: str) -> list[str]:
+        return [
+            f"  family      {self.family}, layout {self.layout}, {self.in_channels or 'no'} input channels",
+            f"  prediction  {self.prediction or 'unknown'}{why}",
+            *([f"  deviates    {own}"] if own else []),
+            f"  averages    {'EMA weights of the UNet' if self.has_ema else 'no EMA weights'}",
+            f"  vocabulary  {'in the folder' if self.has_tokenizer else 'not included'}",
+        ]
 
 
 @knowing_keywords()
@@ -162,7 +171,12 @@ def inspect(
     try:
         checkpoint = open_checkpoint(options)
     except SdInpaintError as error:
-        report, opened, states = _report_foreign(path, variant, error), _readable(path, variant), {}
+        adapter, states = _adapter(source, path), {}
+        if adapter is None:
+            report, opened = _report_foreign(path, variant, error), _readable(path, variant)
+        else:
+            report, weights = adapter
+            opened, path = {"adapter": weights}, weights.path
     else:
         report, path, states = _report(checkpoint, _problem(checkpoint)), checkpoint.path, checkpoint.states
         opened = {name: state.weights for name, state in states.items()}
@@ -215,6 +229,43 @@ def _report(checkpoint: Checkpoint, problem: str) -> Report:
         why=(*reasons, *checkpoint.notes[bool(checkpoint.outside) :]),  # those outside have a line of their own
         problem=problem,
     )
+
+
+def _adapter(source: str | Path, path: Path) -> tuple[Report, Weights] | None:
+    """Open and describe an adapter; None for anything else."""
+    if path.suffix == ".json":
+        return None
+    from sdinpaint.adapters.reading import find_weights  # noqa: PLC0415 - needs torch, which takes seconds
+
+    try:
+        file, config = find_weights(source)
+        weights = open_weights(file)
+    except SdInpaintError:  # the error of opening it as a model tells more
+        return None
+    described = describe_adapter(weights, config)
+    if described is None:
+        return None
+    layout, adapter, serves_as, problem = described
+    report = Report(
+        path=str(path if path.is_dir() else file),
+        title=title_of(layout),
+        family=layout.family,
+        layout=layout.kind,
+        in_channels=None,
+        prediction=None,
+        prediction_why="",
+        deviations={},
+        has_ema=False,
+        has_tokenizer=False,
+        **_counts({"adapter": [(weights.shape(key), weights.stored_dtype(key)) for key in weights]}),
+        junk=(),
+        sha256={},
+        why=(),
+        problem=problem,
+        serves_as=serves_as,
+        adapter=adapter,
+    )
+    return report, weights
 
 
 def _report_foreign(path: Path, variant: str | None, error: SdInpaintError) -> Report:

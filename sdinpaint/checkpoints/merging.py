@@ -21,13 +21,14 @@ from sdinpaint.checkpoints.converting import (
 )
 from sdinpaint.checkpoints.diffusers_configs import diffusers_configs
 from sdinpaint.checkpoints.opening import open_checkpoint
-from sdinpaint.checkpoints.sources import Component, as_path, open_parts
+from sdinpaint.checkpoints.sources import Component, open_parts
 from sdinpaint.checks import check_path
 from sdinpaint.errors import CheckpointError, SettingError, said
 from sdinpaint.families import FAMILIES, Family
 from sdinpaint.keywords import knowing_keywords
 from sdinpaint.load_options import OPTIONS, LoadOptions
 from sdinpaint.models import UNet
+from sdinpaint.paths import as_path
 
 __all__ = ["to_inpainting", "widen_input"]
 

@@ -25,10 +25,11 @@ from sdinpaint.checkpoints.control_config import controlnet_config
 from sdinpaint.checkpoints.prediction import Evidence, find_prediction, has_marker
 from sdinpaint.checkpoints.schedule_buffers import check_buffers
 from sdinpaint.checkpoints.schedule_config import schedule_config
-from sdinpaint.checkpoints.sources import COMPONENTS, Component, Json, as_path, open_parts, read_json
+from sdinpaint.checkpoints.sources import COMPONENTS, Component, open_parts
 from sdinpaint.errors import CheckpointError
 from sdinpaint.families import FAMILIES, TEXT_ENCODERS, TOKENIZERS, ControlNetConfig, Family, Prediction
 from sdinpaint.load_options import LoadOptions
+from sdinpaint.paths import Json, as_path, read_json
 
 __all__ = ["CONTROLNET", "DEMO", "Checkpoint", "open_checkpoint"]
 

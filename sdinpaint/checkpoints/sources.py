@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from sdinpaint_weights.door import Refusal, read_whole
 from sdinpaint_weights.folder import open_folder_component, weights_files
 from sdinpaint_weights.layout import Layout, identify, require_family
 from sdinpaint_weights.native import NativeState, native_state
@@ -18,12 +15,11 @@ from sdinpaint_weights.weights import Weights
 from sdinpaint.checkpoints.embedded import embedded_tables
 from sdinpaint.errors import CheckpointError
 from sdinpaint.families import KINDS
+from sdinpaint.paths import Json, read_json
 
-__all__ = ["COMPONENTS", "Component", "Json", "as_path", "open_parts", "read_json"]
+__all__ = ["COMPONENTS", "Component", "open_parts"]
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-MAX_JSON = 1_000_000
-Json = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -54,21 +50,6 @@ class Component:
         if self.model is not None:
             return read_json(self.model / name)
         return embedded_tables(self.state.weights).get(name, {})
-
-
-def as_path(source: str | Path) -> Path:
-    """Return the path that a person writes, in which ~ is a home folder.
-
-    Args:
-        source: the path, or a name of another kind.
-
-    Returns:
-        The path.
-    """
-    try:
-        return Path(source).expanduser()
-    except RuntimeError:  # a user that does not exist
-        return Path(source)
 
 
 def open_parts(
@@ -116,34 +97,6 @@ def open_parts(
 def _model_around(folder: Path) -> Path | None:
     """Return the diffusers folder in which a component's own folder is; None where it is in none."""
     return folder.parent if (folder.parent / "model_index.json").is_file() else None
-
-
-def read_json(path: Path) -> Json:
-    """Read a JSON file whose top level is a table.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The table; empty where there is no such file.
-
-    Raises:
-        CheckpointError: the file is not JSON, not a table, or too large.
-    """
-    hint = "fetch the file again, or give a folder of configurations: config=FOLDER"
-    try:
-        text = read_whole(path, MAX_JSON)
-    except Refusal as refusal:
-        if refusal.reason == "missing" and not path.is_symlink():
-            return {}
-        raise CheckpointError("CKPT_BAD_CONFIG", path, refusal.found, expected="a JSON file", hint=hint) from refusal
-    try:
-        table = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError("CKPT_BAD_CONFIG", path, f"not JSON: {error}", expected="a table", hint=hint) from error
-    if not isinstance(table, dict):
-        raise CheckpointError("CKPT_BAD_CONFIG", path, "not a table", expected="a table", hint=hint)
-    return table
 
 
 def _parts(

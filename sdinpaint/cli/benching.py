@@ -74,6 +74,7 @@ def bench(
       picture   a whole image; a new process until its first image
       quality   scores of held-out scenes, by sampler and steps (included checkpoint)
       startup   the command line, beside importing torch
+      adapters  a LoRA of rank 64: adding it, a step with it, removing it
       modes     peak memory up to 4096 pixels, in tiles and with offloading
       growth    cost by image size, batch size and steps, each until a limit
       seams     the edge of the hole, by blend and colour matching (included checkpoint)

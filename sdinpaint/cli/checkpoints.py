@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from sdinpaint.cli.common import BAD_INPUT, FILE, hub_options, json_option, quiet_option, say, together
+from sdinpaint.cli.common import BAD_INPUT, FILE, hub_options, json_option, lora_option, quiet_option, say, together
 from sdinpaint.cli.settings_page import settings_page
 from sdinpaint.cli.values import DTYPE
 from sdinpaint.errors import shown
@@ -89,11 +89,13 @@ writing_options = together(
 )
 @click.option("--ema", is_flag=True, help="Take the averaged (EMA) weights of the UNet.")
 @click.option("--base", metavar="PATH", help="Model that supplies the components that SOURCE lacks.")
+@lora_option
 @writing_options
 def convert(source: str, target: Path, quiet: bool, **options: Any) -> None:
     """Write SOURCE in another layout or dtype: TARGET is a diffusers folder, or one .safetensors file.
 
-    SOURCE is a whole model, a VAE or a ControlNet. Without --dtype every bit is kept.
+    SOURCE is a whole model, a VAE or a ControlNet. Without --dtype every bit is kept. With --lora the LoRA is merged
+    into the weights.
 
     \b
     Examples:

@@ -18,6 +18,7 @@ import click
 from sdinpaint_weights.targets import resolved
 from tqdm import tqdm
 
+from sdinpaint.cli.values import LORA
 from sdinpaint.cli.wording import Wording
 from sdinpaint.errors import ImageError, SdInpaintError, SdInpaintWarning, out_of_memory, shown, shown_lines
 from sdinpaint.images.files import check_output_path
@@ -33,6 +34,7 @@ __all__ = [
     "given",
     "hub_options",
     "json_option",
+    "lora_option",
     "quiet_option",
     "raising_on_signals",
     "replacing",
@@ -177,6 +179,14 @@ json_option = click.option(
     "--json", "as_json", is_flag=True, callback=_remember_json, help="Print one JSON object: the result, or the error."
 )
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="Show no progress and no summary.")
+lora_option = click.option(
+    "--lora",
+    "loras",
+    type=LORA,
+    multiple=True,
+    metavar="FILE[:WEIGHT[:TEXT_WEIGHT]]",
+    help="LoRA, or an adapter like it, to add; the weight is 1 by default.  [repeatable]",
+)
 hub_options = together(
     click.option("--variant", metavar="NAME", help="Variant of a folder's files, such as fp16 for *.fp16.safetensors."),
     click.option("--revision", metavar="NAME", help="Branch, tag or commit of the model on the hub."),

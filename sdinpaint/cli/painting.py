@@ -11,8 +11,18 @@ from typing import Any, Literal
 
 import click
 
-from sdinpaint.cli.common import FILE, check_output, hub_options, json_option, quiet_option, replacing, say, together
-from sdinpaint.cli.values import CROP, DTYPE_OR_AUTO, SAMPLER, SIZE
+from sdinpaint.cli.common import (
+    FILE,
+    check_output,
+    hub_options,
+    json_option,
+    lora_option,
+    quiet_option,
+    replacing,
+    say,
+    together,
+)
+from sdinpaint.cli.values import CROP, DTYPE_OR_AUTO, EMBEDDING, SAMPLER, SIZE
 from sdinpaint.cli.wording import as_typed
 from sdinpaint.errors import shown
 from sdinpaint.images.files import check_output_path, save_png
@@ -221,6 +231,15 @@ model_options = together(
         help="What the UNet predicts, where nothing in the checkpoint tells: v for SD 2 at 768 pixels.",
     ),
     click.option("--ema", is_flag=True, help="Use the averaged (EMA) weights of the UNet."),
+    lora_option,
+    click.option(
+        "--embedding",
+        "embeddings",
+        type=EMBEDDING,
+        multiple=True,
+        metavar="[TOKEN=]FILE",
+        help="Textual inversion to add; the word for it is the one in the file, or the file's name.  [repeatable]",
+    ),
     hub_options,
     quiet_option,
     json_option,

@@ -41,6 +41,8 @@ def _rows(settings: Mapping[str, Any], made: Mapping[str, Any]) -> Iterator[tupl
     if "model" in made:
         with_it = ", ".join(f"{name}={value}" for name, value in made.get("load", {}).items())
         yield "model", f"{made['model']} ({made.get('family')})" + f", loaded with {with_it}" * bool(with_it)
+        for number, one in enumerate(made.get("adapters", [])):
+            yield "" if number else "adapters", _adapter(one)
         yield "computed", f"in {made.get('dtype')} on {made.get('device')}, torch {made.get('torch')}"
     for name in ("image", "mask"):
         if isinstance(made.get(name), Mapping):
@@ -49,6 +51,12 @@ def _rows(settings: Mapping[str, Any], made: Mapping[str, Any]) -> Iterator[tupl
         yield "also given", ", ".join(map(str, made["also"]))
     for number, (name, digest) in enumerate(made.get("weights", {}).items()):
         yield "" if number else "weights", f"{name} {str(digest)[:12]}..."
+
+
+def _adapter(record: Mapping[str, Any]) -> str:
+    weights = [f"{name}={record[name]}" for name in ("weight", "text_weight", "blocks") if record.get(name) is not None]
+    facts = ", ".join([*weights, f"sha256 {str(record.get('sha256'))[:12]}..."])
+    return f"{record.get('kind')} {record.get('name')}, {record.get('source')}: {facts}"
 
 
 def _input(record: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ from sdinpaint.checks import dtype_name
 from sdinpaint.errors import SettingError
 from sdinpaint.images.boxes import Box
 
-__all__ = ["BOX", "COLOR", "CROP", "DTYPE", "DTYPE_OR_AUTO", "POINT", "SAMPLER", "SIZE", "STROKE", "Value"]
+__all__ = ["BOX", "COLOR", "CROP", "DTYPE", "DTYPE_OR_AUTO", "EMBEDDING", "LORA", "POINT", "SAMPLER", "SIZE", "STROKE"]
+__all__ += ["Value"]
 
 
 class Value(click.ParamType):  # type: ignore[type-arg]  # older versions of click take none
@@ -124,6 +126,38 @@ def _crop(text: str) -> int | str | None:
     return {"auto": "auto", "none": None}[text] if text in ("auto", "none") else int(text)
 
 
+def _weighted(text: str) -> tuple[Any, ...]:
+    """Take at most two trailing numbers off a file's name: FILE, FILE:WEIGHT or FILE:WEIGHT:TEXT_WEIGHT.
+
+    A name of which there is a file or folder stays whole.
+    """
+    numbers: list[float] = []
+    while len(numbers) < 2 and ":" in text and not _exists(text):
+        before, _, last = text.rpartition(":")
+        try:
+            numbers.insert(0, float(last))
+        except ValueError:
+            break
+        text = before
+    if not text:
+        raise ValueError(text)
+    return text, *numbers
+
+
+def _named(text: str) -> tuple[str, str | None]:
+    """Split TOKEN=FILE; a file of that whole name has no token of its own."""
+    token, equals, file = text.partition("=")
+    if not equals or _exists(text):
+        return text, None
+    if not token or not file:
+        raise ValueError(text)
+    return file, token
+
+
+def _exists(text: str) -> bool:
+    return os.path.lexists(os.path.expanduser(text))
+
+
 def _size(text: str) -> tuple[int, ...]:
     width, height = _whole(text.lower().replace("x", ","), 2)
     return height, width
@@ -136,4 +170,6 @@ COLOR = Value("COLOR", "255,0,128 or '#ff0080' or red", _color)
 CROP = Value("auto|none|PIXELS", "64", _crop)
 DTYPE, DTYPE_OR_AUTO = DtypeName(), DtypeName("auto")
 SAMPLER = SamplerName()
+LORA = Value("FILE[:WEIGHT[:TEXT_WEIGHT]]", "fox.safetensors:0.8", _weighted)
+EMBEDDING = Value("[TOKEN=]FILE", "fox=learned_embeds.safetensors", _named)
 SIZE = Value("WIDTHxHEIGHT", "640x480", _size)

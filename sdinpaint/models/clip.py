@@ -35,6 +35,10 @@ def quick_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
+Inserted = tuple[Tensor, Tensor]
+"""The places (B, L), bool, at which vectors (number of places, D) stand in for the token's row."""
+
+
 @plain
 class Embeddings(nn.Module):
     """The sum of token and position embeddings."""
@@ -44,11 +48,14 @@ class Embeddings(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.context_length, config.width)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Embed token ids (B, L); return (B, L, D)."""
-        return self.token_embedding(ids) + self.position_embedding(
-            torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device)
-        )
+    def forward(self, ids: Tensor, inserted: Inserted | None = None) -> Tensor:
+        """Embed token ids (B, L), with other vectors in some places; return (B, L, D)."""
+        tokens = self.token_embedding(ids)
+        if inserted is not None:
+            places, vectors = inserted
+            tokens = tokens.clone()  # the layer may have been replaced by one that returns its table
+            tokens[places] = vectors.to(tokens)
+        return tokens + self.position_embedding(torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device))
 
 
 @plain
@@ -145,36 +152,39 @@ class CLIPText(nn.Module):
         if config.projection_dim is not None:
             self.text_projection = nn.Linear(config.width, config.projection_dim, bias=False)
 
-    def forward(self, ids: Tensor, *, pooled: bool = False) -> Any:
+    def forward(self, ids: Tensor, *, pooled: bool = False, inserted: Inserted | None = None) -> Any:
         """Encode token ids to text embeddings.
 
         Args:
             ids: token ids (B, L), int64.
             pooled: return the pooled text as well.
+            inserted: vectors in place of some tokens' rows: places (B, L), bool, and one vector for each (N, D).
 
         Returns:
             Text embeddings (B, L, D); with `pooled` the pair that `encode` returns.
         """
-        return self.encode(ids) if pooled else self.encode(ids)[0]
+        encoded = self.encode(ids, inserted)
+        return encoded if pooled else encoded[0]
 
-    def encode(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    def encode(self, ids: Tensor, inserted: Inserted | None = None) -> tuple[Tensor, Tensor | None]:
         """Encode token ids to text embeddings and pooled text.
 
         Args:
             ids: token ids (B, L), int64.
+            inserted: vectors in place of some tokens' rows, as in `forward`.
 
         Returns:
             Text embeddings (B, L, D), and the pooled text (B, P), which is None where the encoder has no projection.
         """
         # where layers are plain, no other code runs between them, which could write to weights unseen
         with verified(self.parameters() if is_plain(self) else ()):
-            return self._encode(ids)
+            return self._encode(ids, inserted)
 
-    def _encode(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _encode(self, ids: Tensor, inserted: Inserted | None) -> tuple[Tensor, Tensor | None]:
         config, norm = self.config, self.text_model.final_layer_norm
         kept = config.num_layers - config.skip_last
         layers = self.text_model.encoder.layers
-        x = self.text_model.embeddings(ids)
+        x = self.text_model.embeddings(ids, inserted)
         for layer in layers[:kept]:
             x = layer(x)
         context = norm(x) if config.final_norm else x

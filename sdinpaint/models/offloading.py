@@ -61,6 +61,45 @@ class Offloading:
                 self._enter(model, weights)
             yield
 
+    def at_rest(self, weight: nn.Parameter) -> Tensor:
+        """Return what a weight holds between uses.
+
+        Args:
+            weight: the weight.
+
+        Returns:
+            The numbers in host memory.
+        """
+        return self._on_host.get(weight, weight.data)
+
+    def dtype_in_use(self, weight: nn.Parameter) -> torch.dtype:
+        """Return the dtype in which a weight computes.
+
+        Args:
+            weight: the weight.
+
+        Returns:
+            The dtype.
+        """
+        return self.dtype if weight in self._own else weight.dtype
+
+    def place(self, weight: nn.Parameter, data: Tensor) -> None:
+        """Let a weight hold other numbers between uses, and in a use that is in progress.
+
+        Args:
+            weight: the weight.
+            data: the numbers in host memory, in the shape of the weight.
+        """
+        with self._lock:
+            if weight not in self._on_host:
+                point_to(weight, data)
+                return
+            self._on_host[weight] = data
+            point_to(weight, data.to(self.device, self.dtype_in_use(weight)))
+            self._loaded.pop(weight, None)
+            if weight.data_ptr() != data.data_ptr():
+                [self._loaded[weight]] = contents([weight])
+
     def _enter(self, model: nn.Module, weights: Sequence[nn.Parameter]) -> None:
         # Plain tensors serve inside and outside of inference mode.
         with self._lock, torch.inference_mode(False), torch.no_grad():

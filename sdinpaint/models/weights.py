@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from sdinpaint.errors import SettingError
 
-__all__ = ["Contents", "Model", "Packed", "Snapshot", "all_weights", "contents", "forget_derived", "joined", "pack"]
-__all__ += ["Places", "is_replaced", "point_to", "release", "unchanged", "verified", "write"]
+__all__ = ["Contents", "Model", "Packed", "Snapshot", "all_weights", "backed_by_files", "contents", "forget_derived"]
+__all__ += ["Places", "is_replaced", "joined", "pack", "point_to", "release", "unchanged", "verified", "write"]
 
 ALIGNED = 64
 """The alignment of weights in bytes, as torch aligns memory; at other addresses products may round differently."""
@@ -58,19 +58,27 @@ class Model(nn.Module):
 
 
 class Snapshot:
-    """The identity and contents of some weights at one moment, without a copy of the numbers."""
+    """The identity and contents of some weights at one moment, without a copy of the numbers.
 
-    def __init__(self, weights: Iterable[Tensor]) -> None:
+    Args:
+        weights: the weights.
+        owners: what tells them apart, where the numbers of a parameter are looked at in another tensor.
+    """
+
+    def __init__(self, weights: Iterable[Tensor], owners: Iterable[object] | None = None) -> None:
         weights = list(weights)
-        self._which, self._contents = list(map(id, weights)), contents(weights)
+        self._which, self._contents = list(map(id, weights if owners is None else owners)), contents(weights)
 
-    def holds(self, weights: Iterable[Tensor], *, read_devices: bool = True) -> bool:
+    def holds(
+        self, weights: Iterable[Tensor], owners: Iterable[object] | None = None, *, read_devices: bool = True
+    ) -> bool:
         """Tell whether these are the same weights with the same numbers, bit for bit.
 
         Weights in ordinary memory are read, at the speed of memory; weights that are mapped from a file are not.
 
         Args:
             weights: weights in the same order as at the start, for example from `all_weights`.
+            owners: as at the start.
             read_devices: also read weights on a GPU, which waits for the GPU. Without it, writes through `.data` or
                 numpy go unnoticed there.
 
@@ -78,7 +86,7 @@ class Snapshot:
             True if nothing changed.
         """
         weights = list(weights)
-        return self._which == list(map(id, weights)) and all(
+        return self._which == list(map(id, weights if owners is None else owners)) and all(
             unchanged(self._contents, weights, read_devices=read_devices)
         )
 
@@ -116,6 +124,19 @@ def write(module: nn.Module, values: Mapping[str, Tensor]) -> None:
             raise SettingError("SETTING_WEIGHT", name, found, expected=expected)
     for name, value in values.items():
         weights[name].copy_(value)
+
+
+def backed_by_files(weights: Sequence[Tensor]) -> list[bool]:
+    """Tell for each weight whether a file backs its memory, which can then be given back.
+
+    Args:
+        weights: the weights.
+
+    Returns:
+        True for each that lies in a private mapping of a file.
+    """
+    maps = private_maps()
+    return [lies_in(weight, maps) for weight in weights]
 
 
 def point_to(weight: Tensor, data: Tensor) -> None:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from sdinpaint.pipeline.requests import Request, image_name
 from sdinpaint.pipeline.settings import Settings
+from sdinpaint.text.conditioning import TextConditioner
+from sdinpaint.text.embeddings import without_embeddings
 from sdinpaint.text.foreign import foreign_syntax
-from sdinpaint.text.tokenizer import Tokenizer
 
 __all__ = ["request_doubts", "result_doubts"]
 
@@ -23,13 +24,15 @@ FLATTEST = 1e-3
 """Bound of the standard deviation of decoded values, an eighth of a level of 255; a VAE's plain areas have more."""
 
 
-def request_doubts(request: Request, settings: Settings, tokenizer: Tokenizer) -> Iterator[tuple[int | None, str]]:
+def request_doubts(
+    request: Request, settings: Settings, condition: TextConditioner
+) -> Iterator[tuple[int | None, str]]:
     """Say what the caller may not have meant: of the settings, and of each image by its index.
 
     Args:
         request: the request.
         settings: its settings, resolved.
-        tokenizer: the model's tokenizer.
+        condition: the text encoders of the model.
 
     Yields:
         Index of an image, None for the whole run, and a sentence.
@@ -52,7 +55,8 @@ def request_doubts(request: Request, settings: Settings, tokenizer: Tokenizer) -
             prompts = {"prompt": item.prompt, "negative_prompt": item.negative_prompt}
             for argument, prompt in prompts.items():
                 if isinstance(prompt, str):
-                    for doubt in (*filter(None, [tokenizer.doubt(prompt)]), *foreign_syntax(prompt)):
+                    plain = without_embeddings(prompt, condition.embeddings.values())
+                    for doubt in (*filter(None, [condition.doubt(prompt)]), *foreign_syntax(plain)):
                         yield index, f"{name}{argument} {doubt}"
             if item.image.old is None and not settings.soft:
                 for warning in item.mask.report(settings.cover).warnings:

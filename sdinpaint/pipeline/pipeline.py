@@ -276,7 +276,7 @@ class Pipeline(LatentDiffusion):
         made_with = environment(self)  # now: weights may change after the run, and the images are made of these
         with keeping_warnings() as warnings, event_bars(request.kind, show=progress) as bars:
             repaint = Repaint(self, request, settings, [bars, *filter(None, [on_event])], on_step)
-            for index, message in request_doubts(request, settings, self.tokenizer):
+            for index, message in request_doubts(request, settings, self.condition):
                 warn(message, index)
             canvases = repaint()
             if (on_step or on_event) is not None and weights_of(self) != made_with["weights"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -30,7 +31,7 @@ COMPILED = "_orig_mod."
 """The part that `torch.compile` adds to the names of weights."""
 
 
-def fingerprint(module: nn.Module) -> str:
+def fingerprint(module: nn.Module, original: Callable[[Any], Any] = lambda weight: weight) -> str:
     """Compute a SHA-256 digest of a network's weights: their names, dtypes, shapes and bytes.
 
     Device and memory layout do not change the digest. Weights that are on a GPU or not contiguous are copied, a few
@@ -38,13 +39,14 @@ def fingerprint(module: nn.Module) -> str:
 
     Args:
         module: the network.
+        original: returns what a weight was before adapters changed it.
 
     Returns:
         The digest in hexadecimal digits.
     """
     state = sorted((name.replace(COMPILED, ""), tensor) for name, tensor in module.state_dict(keep_vars=True).items())
     with ThreadPoolExecutor(_THREADS) as pool:  # hashlib releases the interpreter's lock
-        digests = pool.map(_bytes_sha256, (tensor for _, tensor in state))
+        digests = pool.map(lambda tensor: _bytes_sha256(original(tensor)), (tensor for _, tensor in state))
         rows = [
             (name, str(getattr(tensor, "dtype", "")), list(getattr(tensor, "shape", ())), digest)
             for (name, tensor), digest in zip(state, digests, strict=True)
@@ -53,7 +55,7 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def weights_of(pipe: LatentDiffusion) -> dict[str, str]:
-    """Compute the fingerprint of every component as it is now, and of the vocabulary.
+    """Compute the fingerprint of every component as it is now but without adapters, and of the vocabulary.
 
     A fingerprint from before is returned again while the weights are known to be the same, bit for bit.
 
@@ -69,10 +71,12 @@ def weights_of(pipe: LatentDiffusion) -> dict[str, str]:
     found = {}
     for name, module in modules.items():
         known = _KNOWN.get(module)
-        if known is None or not known[0].holds(all_weights(module)):
-            snapshot = Snapshot(all_weights(module))
+        owners = list(all_weights(module))
+        own = [pipe.adapters.at_rest(weight) for weight in owners]
+        if known is None or not known[0].holds(own, owners):
+            snapshot = Snapshot(own, owners)
             with pipe.using(module):
-                known = _KNOWN[module] = snapshot, fingerprint(module)
+                known = _KNOWN[module] = snapshot, fingerprint(module, pipe.adapters.original)
         found[name] = known[1]
     if pipe.tokenizer not in _VOCABULARIES:
         _VOCABULARIES[pipe.tokenizer] = _vocabulary_sha256(pipe.tokenizer)

@@ -42,6 +42,15 @@ _INPUT: dict[str, Any] = {"path": (str, NoneType), "size": [int, int], "sha256":
 _INPUTS = {"inpaint": ("image", "mask"), "vary": ("image",), "outpaint": ("image",)}
 """Kind of the run, which is the name of the pipeline's method -> the inputs that its manifest records."""
 _MANIFEST: dict[str, Any] = {"form": int, "kind": str, "model": str, "weights": {}, **dict.fromkeys(COMPARED, str)}
+_NUMBER = (int, float)
+_ADAPTER: dict[str, Any] = {
+    **dict.fromkeys(("kind", "name", "source", "sha256"), str),
+    "weight": (*_NUMBER, NoneType),
+    "text_weight": (*_NUMBER, NoneType),
+    "blocks": (dict, NoneType),
+}
+_ADAPTERS = {"lora": {**_ADAPTER, "weight": _NUMBER}, "embedding": _ADAPTER, "ip_adapter": _ADAPTER}
+"""Kind of an adapter -> the form of its record."""
 _SETTINGS: dict[str, Any] = {"prompt": str, "negative_prompt": (str, NoneType), "seed": int, "manifest": {}}
 ALSO = ("noise", "control_image", "prompt", "negative_prompt")
 """Inputs that an image file does not hold; a prompt is one where it was given as conditioning."""
@@ -55,7 +64,8 @@ def environment(pipe: LatentDiffusion) -> dict[str, Any]:
 
     Returns:
         Versions, device, dtype, family and source of the model, the fingerprint of every component, the values that
-        the released family has otherwise, and the load options that differ from their defaults.
+        the released family has otherwise, the load options that differ from their defaults, and what was added to the
+        model: LoRAs and embeddings.
     """
     cuda = pipe.device.type == "cuda"
     load = {} if pipe.loaded is None else pipe.loaded.to_manifest()
@@ -72,6 +82,7 @@ def environment(pipe: LatentDiffusion) -> dict[str, Any]:
         "draws": DRAWS,
         **({"values": own} if own else {}),
         **({"load": load} if load else {}),
+        **({"adapters": adapters} if (adapters := pipe.recorded_adapters()) else {}),
     }
 
 
@@ -161,6 +172,7 @@ def check_again(
         if made is None or given is None:  # an image that could not be made, then or now
             continue
         require_same_weights(made, pipe)
+        require_same_adapters(made, pipe)
         for name in _INPUTS[made["kind"]]:
             if name in given:
                 one = given[name]
@@ -246,6 +258,7 @@ def check_manifest(manifest: Any) -> Manifest:
     values = manifest.get("values", {})
     _require(values, dict.fromkeys(values, str) if isinstance(values, dict) else {}, "manifest.values")
     _require(manifest, dict.fromkeys(_INPUTS[manifest["kind"]], _INPUT), "manifest")
+    _require_adapters(manifest.get("adapters", []))
     also = manifest.get("also", [])
     _require(also, [str] * len(also) if isinstance(also, list) else [], "manifest.also")
     return dict(manifest)
@@ -292,7 +305,8 @@ def differences(manifest: Manifest, pipe: LatentDiffusion) -> list[str]:
         if ours.get(key) != theirs.get(key):
             usual = "the released value"
             other.append(f"{key}: made with {ours.get(key, usual)}, here {theirs.get(key, usual)}")
-    return _weight_differences(made["weights"], here["weights"]) + other
+    adapters = _adapter_differences(made.get("adapters", []), here.get("adapters", []))
+    return _weight_differences(made["weights"], here["weights"]) + adapters + other
 
 
 def require_same_weights(manifest: Manifest, pipe: LatentDiffusion) -> None:
@@ -312,6 +326,23 @@ def require_same_weights(manifest: Manifest, pipe: LatentDiffusion) -> None:
         raise CheckpointError(
             "MANIFEST_WEIGHTS", pipe.source or "model", "; ".join(different), expected=expected, hint=hint
         )
+
+
+def require_same_adapters(manifest: Manifest, pipe: LatentDiffusion) -> None:
+    """Refuse a pipeline to which other adapters were added than those of a manifest, or at other weights.
+
+    Args:
+        manifest: manifest of an image; without the key "adapters" it was made with none.
+        pipe: the pipeline.
+
+    Raises:
+        SettingError: the error names the adapters, or the manifest is broken.
+    """
+    made = check_manifest(manifest)
+    if different := _adapter_differences(made.get("adapters", []), pipe.recorded_adapters()):
+        expected = "those that made the image"
+        hint = "add what is missing with its weight (loras=..., embeddings=...), and leave out the others"
+        raise SettingError("MANIFEST_ADAPTERS", "adapters", "; ".join(different), expected=expected, hint=hint)
 
 
 def check_input(record: Mapping[str, Any], given: InputImage | Soft, argument: str) -> None:
@@ -343,6 +374,39 @@ def _weight_differences(made: Mapping[str, str], here: Mapping[str, str]) -> lis
     ]
 
 
+def _require_adapters(records: Any) -> None:
+    """Check the records of adapters."""
+    key = "manifest.adapters"
+    _require(records, [{"kind": str}] * len(records) if isinstance(records, list) else [], key)
+    for index, one in enumerate(records):
+        if one["kind"] not in _ADAPTERS:
+            found, expected = said(one["kind"]), "one of " + ", ".join(_ADAPTERS)
+            raise SettingError("MANIFEST_BROKEN", f"{key}[{index}].kind", found, expected=expected, hint=EDITED)
+        _require(one, _ADAPTERS[one["kind"]], f"{key}[{index}]")
+        blocks = one["blocks"] or {}
+        _require(blocks, dict.fromkeys(blocks, _NUMBER), f"{key}[{index}].blocks")
+
+
+def _adapter_differences(made: Sequence[Mapping[str, Any]], here: Sequence[Mapping[str, Any]]) -> list[str]:
+    ours, theirs = (  # wherever the files lie
+        {(one["kind"], one["name"]): {name: one[name] for name in _ADAPTER if name != "source"} for one in records}
+        for records in (made, here)
+    )
+    return [
+        f"{' '.join(key)}: made with {_adapter(ours.get(key))}, here {_adapter(theirs.get(key))}"
+        for key in {**ours, **theirs}
+        if ours.get(key) != theirs.get(key)
+    ]
+
+
+def _adapter(record: Mapping[str, Any] | None) -> str:
+    if record is None:
+        return "none"
+    weights = [f"{key.replace('_', ' ')} {record[key]}" for key in ("weight", "text_weight") if record[key] is not None]
+    blocks = [f"{prefix} {factor}" for prefix, factor in sorted((record["blocks"] or {}).items())]
+    return ", ".join([_short(record["sha256"]), *weights, *blocks])
+
+
 def _short(digest: str | None) -> str:
     return "none" if digest is None else f"{digest[:12]}..."
 
@@ -372,5 +436,5 @@ def _in_words(form: Any) -> str:
         return " or ".join(map(_in_words, form))
     if isinstance(form, list):
         return f"a list of {len(form)}"
-    words = {str: "a text", int: "a whole number", NoneType: "null"}
+    words = {str: "a text", int: "a whole number", float: "a number", dict: "an object", NoneType: "null"}
     return "an object" if isinstance(form, dict) else words[form]

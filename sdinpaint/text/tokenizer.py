@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import tokenizers
 import torch
@@ -29,7 +30,7 @@ from sdinpaint.text.vocabulary import (
     read_vocabulary,
 )
 
-__all__ = ["CONTEXT_LENGTH", "Tokenizer", "train_tokenizer"]
+__all__ = ["CONTEXT_LENGTH", "ROOM", "Place", "Tokenizer", "cut_off", "train_tokenizer"]
 
 CONTEXT_LENGTH = 77
 ROOM = CONTEXT_LENGTH - 2
@@ -37,6 +38,14 @@ ROOM = CONTEXT_LENGTH - 2
 
 # Source: openai/CLIP clip/simple_tokenizer.py SimpleTokenizer.pat; the text is lower case by then
 WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+
+
+class Place(NamedTuple):
+    """A token of a text."""
+
+    id: int
+    offset: int
+    """The character at which it begins."""
 
 
 class Tokenizer:
@@ -164,11 +173,38 @@ class Tokenizer:
         return torch.tensor([self._row(prompt) for prompt in batch], dtype=torch.int64, device="cpu")
 
     def _row(self, prompt: str) -> list[int]:
-        _require_text(prompt)
-        encoding = self._encoder.encode(prompt)
-        if doubt := _doubt(prompt, encoding):
+        places = self.places(prompt)
+        if doubt := cut_off(prompt, [place.offset for place in places]):
             warn(f"prompt {doubt}")
-        row = [self.start_id, *encoding.ids[:ROOM], self.end_id]
+        return self.framed([place.id for place in places[:ROOM]])
+
+    def places(self, text: str) -> list[Place]:
+        """Encode a text of any length.
+
+        Args:
+            text: the text.
+
+        Returns:
+            Its tokens, without start and end.
+
+        Raises:
+            SettingError: it is not valid text.
+        """
+        if text is None:
+            raise SettingError("SETTING_PROMPT", "prompt", "None", expected="a string")
+        encoding = self._encoder.encode(check_prompt("prompt", text))
+        return [Place(id, begin) for id, (begin, _) in zip(encoding.ids, encoding.offsets, strict=True)]
+
+    def framed(self, ids: Sequence[int]) -> list[int]:
+        """Put ids between start and end, and fill them up with padding.
+
+        Args:
+            ids: at most 75 ids.
+
+        Returns:
+            77 ids.
+        """
+        row = [self.start_id, *ids, self.end_id]
         return row + [self.pad_id] * (CONTEXT_LENGTH - len(row))
 
     def doubt(self, prompt: str) -> str | None:
@@ -183,8 +219,7 @@ class Tokenizer:
         Raises:
             SettingError: the prompt is not valid text.
         """
-        _require_text(prompt)
-        return _doubt(prompt, self._encoder.encode(prompt))
+        return cut_off(prompt, [place.offset for place in self.places(prompt)])
 
     def save(self, folder: Path | str) -> None:
         """Write vocab.json, merges.txt and the two small files that transformers' CLIPTokenizer needs.
@@ -247,15 +282,19 @@ def _encoder(model: models.BPE) -> tokenizers.Tokenizer:
     return encoder
 
 
-def _doubt(prompt: str, encoding: tokenizers.Encoding) -> str | None:
-    if len(encoding) <= ROOM:
+def cut_off(prompt: str, offsets: Sequence[int], used: int = ROOM) -> str | None:
+    """Say what of a prompt does not fit.
+
+    Args:
+        prompt: the prompt.
+        offsets: the character at which each of its tokens begins.
+        used: number of tokens that fit.
+
+    Returns:
+        The end of a sentence that begins with the name of the prompt; None where all of it fits.
+    """
+    if len(offsets) <= used:
         return None
-    cut = "".join(character for character in prompt[encoding.offsets[ROOM][0] :] if character.isprintable())
+    cut = "".join(character for character in prompt[offsets[used] :] if character.isprintable())
     shown = cut if len(cut) <= 60 else cut[:57] + "..."
-    return f"has {len(encoding)} tokens, {ROOM} used; cut: {shown!r}"
-
-
-def _require_text(prompt: object) -> None:
-    if prompt is None:
-        raise SettingError("SETTING_PROMPT", "prompt", "None", expected="a string")
-    check_prompt("prompt", prompt)
+    return f"has {len(offsets)} tokens, {used} used; cut: {shown!r}"

@@ -104,6 +104,13 @@ def test_a_step_of_several_images_is_a_measurement_of_its_own(tmp_path, peer):
     assert [row["tflop"] for row in rows] == [pytest.approx(3 * single)] * 2
 
 
+def test_a_lora_is_added_and_taken_off_exactly(tmp_path):
+    measure(options(tmp_path, "adapters", rounds=1))
+    rows = {row["what"]: row for row in rows_in(tmp_path, "adapters")}
+    assert rows.keys() == parts.ADAPTED.keys()
+    assert {row["check"] for row in rows.values()} == {"removal is exact"}
+
+
 def test_images_belong_to_the_part_that_steps(tmp_path):
     with pytest.raises(SettingError, match="the part step") as caught:
         options(tmp_path, "load", images=3)

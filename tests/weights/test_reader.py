@@ -19,6 +19,7 @@ from reading import pickled, read_all, refusal, save_legacy, save_zip
 from safetensors.torch import save_file
 from sdinpaint_weights.folder import open_folder_component
 from sdinpaint_weights.reader import open_weights
+from torch import nn
 
 CLASS = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
 
@@ -134,6 +135,25 @@ def test_a_view_as_pytorch_0_wrote_it(tmp_path):
 def test_a_textual_inversion_embedding_shows_its_names(tmp_path):
     save_zip(tmp_path / "a.pt", {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(1, 4)}, "step": 3})
     assert list(open_weights(tmp_path / "a.pt")) == ["string_to_param.*"]
+
+
+@pickled
+def test_tables_of_parameters_and_tensors_alone(tmp_path, save):
+    """Also as PyTorch wrote them before 1.12, and beside a tensor of numbers."""
+    rows = torch.randn(2, 4)
+    table = nn.ParameterDict({"*": nn.Parameter(rows)})
+    old = nn.ParameterDict({"*": nn.Parameter(rows)})
+    old.__dict__["_parameters"] = OrderedDict(old._parameters)
+    del old._keys
+    for value in (table, old):
+        save(tmp_path / "a.pt", {"string_to_token": torch.tensor(265), "string_to_param": value})
+        assert same(read_all(tmp_path / "a.pt")["string_to_param.*"], rows)
+        save(tmp_path / "b.pt", value)
+        assert same(read_all(tmp_path / "b.pt")["*"], rows)
+    for value in (rows, nn.Parameter(rows)):
+        save(tmp_path / "c.pt", value)
+        assert list(open_weights(tmp_path / "c.pt")) == ["tensor"]
+        assert same(read_all(tmp_path / "c.pt")["tensor"], rows)
 
 
 def test_content_decides_and_not_the_name(tmp_path):

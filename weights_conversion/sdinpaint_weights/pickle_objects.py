@@ -12,10 +12,12 @@ from typing import TypeGuard
 
 from sdinpaint_weights.dtypes import STORED, StoredDtype
 from sdinpaint_weights.pickle_names import is_dangerous, is_harmless
-from sdinpaint_weights.pickle_walker import Arguments, Inert, Known, PickleFault
+from sdinpaint_weights.pickle_walker import Arguments, Inert, Known, ParameterTable, PickleFault
 from sdinpaint_weights.weights import MAX_NAME, MAX_TENSORS, extent_of, is_tensor_name
 
 MAX_DIMENSIONS = 16
+LEARNED = "string_to_param"
+"""The table of the vectors of a textual inversion, beside which there may be a tensor of its token's number."""
 MAX_NESTING = 4
 MAX_CLASSES = 1000
 """Unknown classes that a pickle may name; training frameworks name some dozens."""
@@ -99,21 +101,21 @@ class Names:
         return Inert(full)
 
 
-def storage_of(identity: object) -> PickledStorage | Inert:
+def storage_of(identity: object) -> PickledStorage | Known | Inert:
     """Interpret a persistent id.
 
     Args:
         identity: ("storage", dtype, key, device, elements), with (key, start, count) appended for a view.
 
     Returns:
-        The storage, or an inert object for the source code of a module.
+        The storage; for a class with its source code, which PyTorch before 1.6 wrote of modules, that class alone.
 
     Raises:
         PickleFault: the id is damaged, or its storage class is not supported.
     """
     fields = identity if isinstance(identity, tuple) else ()
     if fields[:1] == ("module",):
-        return Inert("the source of a module")
+        return fields[1] if len(fields) > 1 and isinstance(fields[1], Known) else Inert("the source of a module")
     if len(fields) not in (5, 6) or fields[0] != "storage" or not isinstance(fields[2], str):
         raise PickleFault("CKPT_BAD_PICKLE", "a damaged pickle: an unknown kind of storage")
     dtype, key, total = fields[1], fields[2], fields[4]
@@ -130,6 +132,8 @@ def storage_of(identity: object) -> PickledStorage | Inert:
 def named_tensors(top: object) -> dict[str, PickledTensor]:
     """Find the tensors of a pickle: those of the innermost `state_dict`, or of the tables in it if it has none itself.
 
+    A tensor alone is named "tensor".
+
     Args:
         top: the object that the pickle describes.
 
@@ -142,11 +146,13 @@ def named_tensors(top: object) -> dict[str, PickledTensor]:
     for _ in range(MAX_NESTING):
         if isinstance(top, dict) and isinstance(top.get("state_dict"), dict):
             top = top["state_dict"]
+    if isinstance(top, PickledTensor):
+        return {"tensor": top}
     if isinstance(top, Inert):
         raise PickleFault("CKPT_PICKLED_OBJECT", f"a pickled object of the class {top.name!r}")
     table = top if isinstance(top, dict) else {}
     groups = {"": _tensors_in(table)}
-    if not groups[""]:
+    if not groups[""] or LEARNED in table:
         # Each table counts once, because a pickle may name the same one a million times.
         inner = {id(value): (name, value) for name, value in table.items() if isinstance(value, dict)}
         groups = {f"{_clipped(name)}.": _tensors_in(value) for name, value in inner.values()}
@@ -252,6 +258,7 @@ _BUILDERS: dict[str, Callable[[Arguments], object]] = {
     "torch._utils._rebuild_parameter_with_state": _first,
     "torch._tensor._rebuild_from_type_v2": _tensor_with_attributes,
     "torch.Size": _first,
+    "torch.nn.modules.container.ParameterDict": lambda _: ParameterTable(),
     "collections.OrderedDict": _table,
     "collections.defaultdict": _table,
 }

@@ -55,6 +55,10 @@ class Known:
     build: Callable[[Arguments], object]
 
 
+class ParameterTable(dict[str, object]):
+    """The items of a pickled `torch.nn.ParameterDict`, which are among its attributes."""
+
+
 class Work:
     """The work that one file may still ask for; bounds of its depth and size alone do not end it soon."""
 
@@ -183,6 +187,14 @@ class _Machine:
     def set_item(self, _: object) -> None:
         value, key = self.pop(), self.pop()
         self.set_items((key, value))
+
+    def set_attributes(self, _: object) -> None:
+        """Carry out BUILD: no attributes are needed but the parameters of a table, a module of PyTorch's."""
+        attributes, target = self.pop(), self.peek()
+        parameters = attributes.get("_parameters") if isinstance(attributes, dict) else None
+        if isinstance(target, ParameterTable) and isinstance(parameters, dict):
+            self.work.spend(len(parameters))
+            target.update(parameters)
 
     def new_dict(self, _: object) -> None:
         items = self.pop_mark()
@@ -313,8 +325,7 @@ _ACTIONS: dict[str, Callable[[_Machine, object], object]] = {
     "NEWOBJ": _Machine.reduce,
     "NEWOBJ_EX": _Machine.new_object_with_names,
     "REDUCE": _Machine.reduce,
-    # Attributes of objects are not needed; those of an OrderedDict are PyTorch's version numbers.
-    "BUILD": lambda machine, _: machine.pop(),
+    "BUILD": _Machine.set_attributes,
     "PERSID": _Machine.persistent_object,
     "BINPERSID": lambda machine, _: machine.persistent_object(machine.pop()),
 }

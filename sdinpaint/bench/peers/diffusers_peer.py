@@ -163,6 +163,16 @@ class Diffusers:
         )
         return made.images[0]
 
+    def add_lora(self, path: Path) -> None:
+        """Load a LoRA, and fuse it into the weights."""
+        self.pipe.load_lora_weights(str(path.parent), weight_name=path.name)
+        self.pipe.fuse_lora()
+
+    def remove_lora(self) -> None:
+        """Subtract the LoRA, and remove its layers."""
+        self.pipe.unfuse_lora()
+        self.pipe.unload_lora_weights()
+
 
 class ChannelsLast(Diffusers):
     """diffusers with UNet and VAE in channels-last memory format."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -49,6 +50,12 @@ class System(Protocol):
 
     def picture(self) -> Image.Image:
         """Inpaint the image of `picture_and_mask` by DDIM, without pasting the known pixels back."""
+
+    def add_lora(self, path: Path) -> None:
+        """Add a LoRA to the weights, so that a step costs what it costs without."""
+
+    def remove_lora(self) -> None:
+        """Take the LoRA off again."""
 
 
 class SdInpaint:
@@ -104,6 +111,14 @@ class SdInpaint:
             image, mask, PROMPT, steps=self.case.steps, guidance_scale=GUIDANCE, seed=SEED, **options
         )
         return result.image
+
+    def add_lora(self, path: Path) -> None:
+        """Add a LoRA."""
+        self.pipe.add_lora(path)
+
+    def remove_lora(self) -> None:
+        """Take all LoRAs off."""
+        self.pipe.clear_loras()
 
     def _conditioning(self, index: int) -> Conditioning:
         given, width = self.inputs, self.pipe.family.unet.vector_dim
