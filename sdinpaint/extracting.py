@@ -54,7 +54,7 @@ def extract_lora(
         The tensors of the LoRA by kohya's names.
 
     Raises:
-        AdapterError: the models are of different families, or no layer differs.
+        AdapterError: the models are of different families, no layer differs, or a difference is NaN or infinite.
         CheckpointError: a model cannot be loaded, or the file cannot be written.
         SettingError: an argument is wrong.
     """

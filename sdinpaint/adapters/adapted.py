@@ -12,6 +12,7 @@ from typing import Any
 from sdinpaint_weights.adapter_names import UNET
 from torch import nn
 
+from sdinpaint.adapters.deltas import as_layer
 from sdinpaint.adapters.dialects import Dialect, write_adapter
 from sdinpaint.adapters.embeddings import checked_token, embedding_of, read_embedding
 from sdinpaint.adapters.lora import Lora, checked_blocks, checked_weight
@@ -200,8 +201,13 @@ class Adaptable:
             SettingError: the dialect is not known, or does not fit the name of the file.
         """
         lora = self._lora(name)
-        adapter = {target: lora.file.tensors(target) for target in lora.file.parts}
-        write_adapter(check_path("file", file), adapter, dialect, self.family.kind, lora.metadata)
+        networks = self.networks
+        adapter = {
+            target: as_layer(parts, networks[target.network].get_parameter(f"{target.module}.weight"))
+            for target, parts in ((target, lora.file.tensors(target)) for target in lora.file.parts)
+        }
+        inside = {key: lora.file.weights.tensor(key) for keys in lora.file.embeddings.values() for key in keys.values()}
+        write_adapter(check_path("file", file), adapter, dialect, self.family.kind, lora.metadata, inside)
 
     @contextmanager
     def adapted(self, source: str | Path, weight: float = 1.0, **options: Any) -> Iterator[Lora]:

@@ -15,7 +15,7 @@ from sdinpaint_weights.adapter_names import algorithm_of
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["NUMBERS", "Parts", "bias_delta", "require_fit", "weight_delta"]
+__all__ = ["NUMBERS", "Parts", "as_layer", "bias_delta", "require_fit", "weight_delta"]
 
 Parts = Mapping[str, Tensor]
 """The tensors of an adapter for one module, by their part: "down", "up", "alpha" and so on."""
@@ -24,6 +24,8 @@ LATENT_CHANNELS, INPAINTING = 4, 9
 """Input channels of a text-to-image UNet, which are the first of an inpainting UNet's."""
 NUMBERS = ("alpha", "scale", "on_input")
 """Parts that are numbers, and no matrices."""
+MISFITS = (ValueError, RuntimeError, IndexError)
+"""Errors of parts that do not fit together, or not the weight."""
 
 
 def weight_delta(parts: Parts, weight: Tensor) -> Tensor | None:
@@ -43,10 +45,13 @@ def weight_delta(parts: Parts, weight: Tensor) -> Tensor | None:
     """
     try:
         return _delta(parts, weight)
-    except (ValueError, RuntimeError, IndexError):
+    except MISFITS as error:
         if weight.ndim != 4 or weight.shape[1] != INPAINTING:
             raise
-    delta = _delta(parts, weight[:, :LATENT_CHANNELS])
+        try:
+            delta = _delta(parts, weight[:, :LATENT_CHANNELS])
+        except MISFITS:
+            raise error from None
     return None if delta is None else F.pad(delta, (0, 0, 0, 0, 0, INPAINTING - LATENT_CHANNELS))
 
 
@@ -89,16 +94,39 @@ def require_fit(parts: Parts, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"a delta of the bias of shape {tuple(added.shape)}, for {own}")
 
 
+def as_layer(parts: Parts, weight: Tensor) -> Parts:
+    """Give the factors of a LoRA the shapes of its module's layer, which some programs require.
+
+    Args:
+        parts: the adapter's tensors for the module.
+        weight: the module's weight.
+
+    Returns:
+        The parts, those of a linear layer as matrices and those of a convolution with kernels.
+    """
+    if not {"down", "up"} <= parts.keys():
+        return parts
+    down, up, ones = parts["down"], parts["up"], [1] * (weight.ndim - 2)
+    kernel = ones if "mid" in parts else weight.shape[2:]
+    return {**parts, "down": down.reshape(len(down), -1, *kernel), "up": up.reshape(len(up), len(down), *ones)}
+
+
 def _delta(parts: Parts, weight: Tensor) -> Tensor | None:
     found = DELTAS[str(algorithm_of(parts))](parts, weight)
     if found is None:
         return None
-    if found.numel() != weight.numel() or len(found) != len(weight):
-        raise ValueError(f"a delta of shape {tuple(found.shape)}, for a weight of shape {tuple(weight.shape)}")
-    delta = found.reshape(weight.shape)  # a matrix is a 1 x 1 kernel
+    delta = _shaped(found, weight)
     if "magnitude" in parts:  # PEFT's, always of rows, and of shape (1, o, 1, 1) for a convolution
         return _decomposed(weight + delta, parts["magnitude"].flatten()) - weight
     return delta if "dora_scale" not in parts else _decomposed(weight + delta, parts["dora_scale"]) - weight
+
+
+def _shaped(delta: Tensor, weight: Tensor) -> Tensor:
+    """Give a delta the shape of the weight: a matrix is a 1 x 1 kernel, or has kernels in its rows."""
+    rows = (len(weight), weight[0].numel())
+    if delta.shape not in (weight.shape, rows, (*rows, 1, 1)):
+        raise ValueError(f"a delta of shape {tuple(delta.shape)}, for a weight of shape {tuple(weight.shape)}")
+    return delta.reshape(weight.shape)
 
 
 def _lora(parts: Parts, _: Tensor) -> Tensor:
@@ -159,7 +187,7 @@ def _glora(parts: Parts, weight: Tensor) -> Tensor:
     rank = a1.shape[1]
     added = b1 @ b2 if "bm" not in parts else torch.einsum("or,rskl,si->oikl", b1, parts["bm"], b2)
     through = torch.einsum("oi...,ir,rj->oj...", weight, a1, a2)
-    return (added.reshape(weight.shape) + through) * _factor(parts, rank)
+    return (_shaped(added, weight) + through) * _factor(parts, rank)
 
 
 DELTAS = {"lora": _lora, "loha": _loha, "lokr": _lokr, "glora": _glora, "full": _full, "norm": _norm, "ia3": _ia3}

@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from sdinpaint.adapters.deltas import Parts
 from sdinpaint.adapters.reading import DIFFUSERS_CONFIG, EXAMPLES, PEFT_CONFIG, PEFT_STEM
 from sdinpaint.checks import check_choice
-from sdinpaint.errors import AdapterError, CheckpointError, SettingError
+from sdinpaint.errors import AdapterError, CheckpointError, SettingError, warn
 
 __all__ = ["Adapter", "Dialect", "checked_target", "kohya_tensors", "write_adapter"]
 
@@ -47,7 +48,12 @@ class File(NamedTuple):
 
 
 def write_adapter(
-    target: str | Path, adapter: Adapter, dialect: Dialect, kind: str, metadata: Mapping[str, str]
+    target: str | Path,
+    adapter: Adapter,
+    dialect: Dialect,
+    kind: str,
+    metadata: Mapping[str, str],
+    embeddings: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Write an adapter.
 
@@ -58,6 +64,7 @@ def write_adapter(
             "diffusers", or "peft".
         kind: kind of the model: "sd1", "sd2" or "sdxl".
         metadata: texts for the header of the file.
+        embeddings: tensors of embeddings in the file, which "kohya" alone has names for: key -> tensor.
 
     Raises:
         AdapterError: the dialect has no names for an algorithm of the adapter.
@@ -67,9 +74,11 @@ def write_adapter(
     target = checked_target(target, dialect)
     metadata = {key: text for key, text in metadata.items() if key != DIFFUSERS_CONFIG}  # of the file that was read
     adapter = {module: _with_alpha(parts) for module, parts in adapter.items()}
+    if embeddings and dialect != "kohya":
+        warn(f"{target}: the dialect {dialect!r} has no place for embeddings; {len(embeddings)} tensors are left out")
     try:
         if dialect == "kohya":
-            _write(target, File(kohya_tensors(adapter, kind), {"format": "pt", **metadata}))
+            _write(target, File({**kohya_tensors(adapter, kind), **embeddings}, {"format": "pt", **metadata}))
         elif dialect == "diffusers":
             _write(target, _diffusers(adapter, metadata))
         else:
@@ -184,10 +193,8 @@ def _low_rank(adapter: Adapter, dialect: str, *, named: bool = False) -> tuple[d
         name = target.name.removeprefix(f"{target.network}.")
         name = f"{target.network}.{name}" if named else name
         down, up = parts["down"], parts["up"]
-        ranks[name] = len(down)
-        alphas[name] = float(parts["alpha"])
-        if down.ndim == 2 and up.ndim == 4:
-            up = up.flatten(1)
+        end = name.removeprefix("text_model.")  # fits with and without it: transformers 5 has left it out
+        ranks[end], alphas[end] = len(down), float(parts["alpha"])
         tensors[f"{name}.{PEFT['down']}"], tensors[f"{name}.{PEFT['up']}"] = down, up
         rows = parts.get("magnitude", parts.get("dora_scale"))
         if rows is not None:

@@ -47,7 +47,7 @@ def read_embedding(source: str | Path, token: str | None, family: Family) -> Emb
         AdapterError: it is none, does not fit the model, is too long, or the token cannot be one.
         CheckpointError: the file cannot be read.
     """
-    path, _ = find_weights(source)
+    path, *_ = find_weights(source)
     weights = _opened(path)
     if any(key.startswith(LEARNED) for key in weights):
         keys = {key.removeprefix(LEARNED): key for key in weights if key.partition(".")[0] not in BESIDE}

@@ -39,7 +39,7 @@ def difference_of(base: Networks, tuned: Networks, rank: int, dtype: torch.dtype
         The LoRA; layers that are the same are left out.
 
     Raises:
-        AdapterError: the models have other layers, or no layer differs.
+        AdapterError: the models have other layers, no layer differs, or a difference is NaN or infinite.
     """
     pairs = [pair for name in base if name in tuned for pair in _pairs(name, base[name], tuned[name])]
     adapter: dict[Target, Parts] = {}
@@ -48,8 +48,11 @@ def difference_of(base: Networks, tuned: Networks, rank: int, dtype: torch.dtype
         for target, before, after in pairs:
             if before.shape != after.shape:
                 skipped.append(target.name)
-            elif not torch.equal(before, after):
-                down, up = low_rank(after.float() - before.float(), rank)
+            elif bool((delta := after.float() - before.float()).any()):
+                if not bool(torch.isfinite(delta).all()):
+                    found = f"the difference of {target.name} is NaN or infinite"
+                    raise AdapterError("ADAPTER_VALUES", "base and tuned", found, expected="finite weights")
+                down, up = low_rank(delta, rank)
                 adapter[target] = {"down": down.to(dtype), "up": up.to(dtype), "alpha": torch.tensor(float(len(down)))}
             bar.update()
     if skipped:

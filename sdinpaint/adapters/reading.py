@@ -9,11 +9,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from sdinpaint_weights.adapter_layout import family_of, foreign_kind
+from sdinpaint_weights.adapter_layout import EMBEDDINGS, adapter_layout, foreign_kind, other_family_of
 from sdinpaint_weights.adapter_names import EMBEDDING, Target, algorithm_of, split_key
 from sdinpaint_weights.reader import open_weights
 from sdinpaint_weights.weights import Weights
@@ -34,6 +34,7 @@ LOW_RANK = "LORA"
 ENDINGS = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
 LAYER = re.compile(r"(encoder[._]layers[._])(\d+)")
 EXPECTED = "a LoRA file, a PEFT folder, or a folder with one weights file"
+INSPECT = "sdinpaint inspect says what it is"
 EXAMPLES = 5
 """Keys that an error names at most."""
 
@@ -73,9 +74,9 @@ class InMemory:
 class LoraFile:
     """An adapter file whose every tensor has its place; no values have been read."""
 
-    name: str
-    """The name of the file without its ending, or that of the folder that was given."""
     weights: Readable
+    name: str
+    """The name of the file without its ending, or that of the folder or the repository that was named."""
     sha256: str
     """Digest of the file."""
     parts: Mapping[Target, Mapping[str, str]]
@@ -142,35 +143,60 @@ class LoraFile:
                 raise AdapterError("ADAPTER_VALUES", self.weights.path, found, expected="finite numbers", hint=hint)
 
 
-def find_weights(source: str | Path) -> tuple[Path, Mapping[str, Any]]:
+class Found(NamedTuple):
+    """An adapter on this machine."""
+
+    path: Path
+    config: Mapping[str, Any]
+    """Its PEFT configuration; empty where there is none."""
+    name: str
+    """The name of the file without its ending, or that of the folder or the repository that was named."""
+
+
+def find_weights(source: str | Path) -> Found:
     """Find the weights file of an adapter, and its PEFT configuration where there is one.
 
     Args:
         source: a file, a PEFT folder, a folder with one weights file, or "owner/name" or "owner/name:FILE" on the hub.
 
     Returns:
-        The file, and the configuration; empty where there is none.
+        The file, and what lies beside it.
 
     Raises:
         CheckpointError: there is no such file or folder, or not one weights file in it.
     """
     path = as_path(source)
     if not os.path.lexists(path):
-        from sdinpaint.hub import fetch, is_hub_id  # noqa: PLC0415 - what is on this machine need not wait for it
-
-        if not is_hub_id(str(source)):
-            found, hint = "no such file or folder", "check the path"
-            raise CheckpointError("CKPT_NOT_FOUND", source, found, expected=EXPECTED, hint=hint)
-        path = fetch(str(source))
+        return _find_on_hub(str(source))
     if not path.is_dir():
-        config = path.parent / PEFT_CONFIG
-        return path, read_json(config) if path.stem == PEFT_STEM else {}
+        is_peft = path.stem == PEFT_STEM
+        config = read_json(path.parent / PEFT_CONFIG) if is_peft else {}
+        return Found(path, config, _folder_name(path.parent) if is_peft else path.stem)
     names = sorted(file.name for file in path.iterdir() if file.suffix in ENDINGS)
     named = [name for name in names if Path(name).stem == PEFT_STEM] or names
     if len({Path(name).stem for name in named}) != 1:
         found = f"the folder holds {', '.join(names[:EXAMPLES]) or 'no weights file'}"
         raise CheckpointError("CKPT_NOT_FOUND", path, found, expected="one weights file", hint="name the file itself")
-    return path / named[-1], read_json(path / PEFT_CONFIG)  # .safetensors is the last in the alphabet
+    last = path / named[-1]  # .safetensors is the last in the alphabet
+    return Found(last, read_json(path / PEFT_CONFIG) if last.stem == PEFT_STEM else {}, _folder_name(path))
+
+
+def _find_on_hub(source: str) -> Found:
+    from sdinpaint.hub import fetch, is_hub_id  # noqa: PLC0415 - what is on this machine need not wait for it
+
+    if not is_hub_id(source):
+        found, hint = "no such file or folder", "check the path"
+        raise CheckpointError("CKPT_NOT_FOUND", source, found, expected=EXPECTED, hint=hint)
+    path = fetch(source)
+    repository, _, file = source.partition(":")
+    if path.stem != PEFT_STEM:
+        return Found(path, {}, Path(file).stem if file else repository.partition("/")[2])
+    config = read_json(fetch(f"{repository}:{PurePosixPath(file).parent / PEFT_CONFIG}"))
+    return Found(path, config, repository.partition("/")[2])
+
+
+def _folder_name(folder: Path) -> str:
+    return Path(os.path.abspath(folder)).name  # what a link is called, and not what it points to
 
 
 def read_lora(source: str | Path, table: Mapping[str, Target], family: str, *, strict: bool = True) -> LoraFile:
@@ -189,19 +215,12 @@ def read_lora(source: str | Path, table: Mapping[str, Target], family: str, *, s
         AdapterError: it is no adapter, or not one for this model; the error counts and names keys.
         CheckpointError: the file cannot be read.
     """
-    path, config = find_weights(source)
-    if (method := str(config.get("peft_type", LOW_RANK))).upper() != LOW_RANK:
-        hint = "programs differ in what its factors mean; LyCORIS's own files are read"
-        raise AdapterError("ADAPTER_KIND", path, f"it is {method} of PEFT", expected="LoRA or DoRA of PEFT", hint=hint)
+    path, config, name = find_weights(source)
     weights = open_weights(path)
     shapes = weights.shapes()
-    if foreign := foreign_kind(shapes):
-        code = "ADAPTER_KIND" if foreign[0] == "ADAPTER_KIND" else "ADAPTER_FAMILY"
-        expected = f"a LoRA of {title_of_kind(family)}, or an adapter like it"
-        raise AdapterError(
-            code, path, f"it is {foreign[1]}", expected=expected, hint="sdinpaint inspect says what it is"
-        )
+    _require_kind(path, config, shapes, family)
     parts: dict[Target, dict[str, str]] = {}
+    stems: dict[Target, set[str]] = {}
     embeddings: dict[str, dict[str, str]] = {}
     unknown: list[str] = []
     idle: list[str] = []
@@ -212,17 +231,21 @@ def read_lora(source: str | Path, table: Mapping[str, Target], family: str, *, s
         elif (place := _place(key, table)) is None:
             (idle if family == "sd2" and _is_after_last_layer(key, table) else unknown).append(key)
         else:
-            target, part = place
-            if part in parts.setdefault(target, {}) and part != "oft":
+            target, stem, part = place
+            if part == "oft":
+                what, hint = f"{key} belongs to OFT or BOFT", "programs differ in what these keys mean"
+                raise AdapterError(
+                    "ADAPTER_KIND", path, what, expected="LoRA, LoHa, LoKr, GLoRA, IA3 or full", hint=hint
+                )
+            if part in parts.setdefault(target, {}):
                 twice.append(f"{parts[target][part]} and {key}")
             parts[target][part] = key
-    if (unknown or not parts) and (other := family_of(shapes)) not in (family, "unknown"):
+            stems.setdefault(target, set()).add(stem)
+    if (unknown or not parts) and (other := other_family_of(shapes, family)):
         raise other_family(path, other, family)
-    if not embeddings and not any(part != "weight" for key in weights for _, part in split_key(key)):
-        examples = ", ".join(list(weights)[:EXAMPLES]) or "there is none"
-        found_keys = f"none of its {len(weights)} keys is one of an adapter: {examples}"
-        hint = "sdinpaint inspect says what it is"
-        raise AdapterError("ADAPTER_KIND", path, found_keys, expected=EXPECTED, hint=hint)
+    twice += [
+        " and ".join(keys.values()) for at, keys in parts.items() if len(stems[at]) > 1 and algorithm_of(keys) is None
+    ]
     if twice:
         raise _keys_error(path, "tensors under two names", twice, "one name for each module")
     if unknown and (strict or not (parts or embeddings)):
@@ -233,9 +256,32 @@ def read_lora(source: str | Path, table: Mapping[str, Target], family: str, *, s
         warn(f"{path.name}: {len(unknown)} keys that no module has are left out: {', '.join(unknown[:EXAMPLES])}")
     alphas = dict(_alphas(weights, config, parts))
     (opened,) = weights.files
-    return LoraFile(
-        _name(source, path), weights, opened.sha256(), parts, algorithms, embeddings, (*unknown, *idle), alphas
-    )
+    return LoraFile(weights, name, opened.sha256(), parts, algorithms, embeddings, (*unknown, *idle), alphas)
+
+
+def _require_kind(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], family: str) -> None:
+    """Refuse what is no adapter, or one of an algorithm or a family that is not read."""
+    if (method := str(config.get("peft_type", LOW_RANK))).upper() != LOW_RANK:
+        hint = "programs differ in what its factors mean; LyCORIS's own files are read"
+        raise AdapterError("ADAPTER_KIND", path, f"it is {method} of PEFT", expected="LoRA or DoRA of PEFT", hint=hint)
+    if foreign := foreign_kind(shapes):
+        code = "ADAPTER_KIND" if foreign[0] == "ADAPTER_KIND" else "ADAPTER_FAMILY"
+        expected = f"a LoRA of {title_of_kind(family)}, or an adapter like it"
+        raise AdapterError(code, path, f"it is {foreign[1]}", expected=expected, hint=INSPECT)
+    if path.stem == PEFT_STEM and not config:
+        warn(f"{path}: there is no {PEFT_CONFIG} beside it, so that alphas which it does not hold count as its ranks")
+    parts = {part for key in shapes for _, part in split_key(key)}
+    if parts <= {"weight"} and not any(map(EMBEDDING.fullmatch, shapes)):  # a model's own tensors are weights, too
+        raise _no_adapter(path, shapes)
+
+
+def _no_adapter(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> AdapterError:
+    examples = ", ".join(list(shapes)[:EXAMPLES]) or "there is none"
+    layout = adapter_layout(shapes)
+    is_embedding = layout is not None and layout.kind == EMBEDDINGS
+    found = f"none of its {len(shapes)} keys is one of an adapter: {examples}"
+    hint = "it looks like a textual inversion: take add_embedding, or --embedding" if is_embedding else INSPECT
+    return AdapterError("ADAPTER_KIND", path, found, expected=EXPECTED, hint=hint)
 
 
 def other_family(path: Path, other: str, family: str) -> AdapterError:
@@ -255,12 +301,9 @@ def other_family(path: Path, other: str, family: str) -> AdapterError:
     return AdapterError("ADAPTER_FAMILY", path, found, expected=f"one of {own}", hint=hint)
 
 
-def _name(source: str | Path, path: Path) -> str:
-    return path.resolve().parent.name if as_path(source).is_dir() or path.stem == PEFT_STEM else path.stem
-
-
-def _place(key: str, table: Mapping[str, Target]) -> tuple[Target, str] | None:
-    return next(((table[stem], part) for stem, part in split_key(key) if stem in table), None)
+def _place(key: str, table: Mapping[str, Target]) -> tuple[Target, str, str] | None:
+    """Return the module of a key, how it is spelled, and the name of the part."""
+    return next(((table[stem], stem, part) for stem, part in split_key(key) if stem in table), None)
 
 
 def _is_after_last_layer(key: str, table: Mapping[str, Target]) -> bool:
@@ -273,9 +316,6 @@ def _algorithms(path: Path, parts: Mapping[Target, Mapping[str, str]]) -> dict[T
     found: dict[Target, str] = {}
     broken: list[str] = []
     for target, named in parts.items():
-        if "oft" in named:
-            what, hint = f"{named['oft']} belongs to OFT or BOFT", "programs differ in what these keys mean"
-            raise AdapterError("ADAPTER_KIND", path, what, expected="LoRA, LoHa, LoKr, GLoRA, IA3 or full", hint=hint)
         if (algorithm := algorithm_of(named)) is None:
             broken.append(" and ".join(named.values()))
         else:
@@ -298,7 +338,7 @@ def _alphas(
         own = _of_network(weights, network) if DIFFUSERS_CONFIG in weights.metadata else config
         if own.get("lora_alpha") is None:
             continue
-        alphas, default = _patterns(own.get("alpha_pattern")), own["lora_alpha"]
+        alphas, default = _patterns(weights.path, own.get("alpha_pattern") or {}), own["lora_alpha"]
         for target, named in parts.items():
             if target.network == network and "down" in named:
                 module, rank = target.name.removeprefix(f"{network}."), weights.shape(named["down"])[0]
@@ -324,10 +364,13 @@ def _of_network(weights: Weights, network: str) -> dict[str, Any]:
     return {key.removeprefix(start): value for key, value in table.items() if key.startswith(start)}
 
 
-def _patterns(table: Any) -> list[tuple[Callable[[str], object], Any]]:
+def _patterns(path: Path, table: Any) -> list[tuple[Callable[[str], object], Any]]:
     """Return what PEFT's table says of modules whose names end as a pattern does; what is no pattern fits none."""
+    if not isinstance(table, Mapping):
+        found_kind = f"PEFT's alpha_pattern is {table!r:.60}"
+        raise CheckpointError("CKPT_BAD_CONFIG", path, found_kind, expected="a table of patterns and alphas")
     found: list[tuple[Callable[[str], object], Any]] = []
-    for pattern, value in table.items() if isinstance(table, dict) else ():
+    for pattern, value in table.items():
         with suppress(re.error):
             found.append((re.compile(rf"(.*\.)?({pattern})").fullmatch, value))
     return found

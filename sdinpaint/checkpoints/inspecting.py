@@ -238,7 +238,7 @@ def _adapter(source: str | Path, path: Path) -> tuple[Report, Weights] | None:
     from sdinpaint.adapters.reading import find_weights  # noqa: PLC0415 - needs torch, which takes seconds
 
     try:
-        file, config = find_weights(source)
+        file, config, _ = find_weights(source)
         weights = open_weights(file)
     except SdInpaintError:  # the error of opening it as a model tells more
         return None

@@ -42,9 +42,9 @@ def is_conv_in(layer):
 
 
 def made_for(pipe, make, kinds=(nn.Linear, nn.Conv2d)):
-    """Tensors of a file in which `make` drew the parts of each layer, and the deltas by weight."""
+    """Tensors of a file in which `make` drew the parts of every third layer, and the deltas by weight."""
     draw, tensors, deltas = Drawn(), {}, {}
-    for layer in layers(pipe, kinds):
+    for layer in layers(pipe, kinds)[::3]:
         weight = layer.module.weight
         parts, delta = make(draw, tuple(weight.shape))
         tensors |= {f"{kohya(layer)}.{part}": one for part, one in parts.items()}

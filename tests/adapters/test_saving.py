@@ -8,13 +8,14 @@ import json
 import pytest
 import torch
 from adapters import ALGORITHMS, CONVOLUTIONS, Drawn, assert_weights, dora, kohya, layers, lora, same, weights, write
-from builders import as_sdxl, random_pipeline, small
+from builders import as_sd2, as_sdxl, random_pipeline, small
 from refusals import refused
 from safetensors.torch import load_file
 from torch import nn
 
 import sdinpaint
 from sdinpaint.errors import AdapterError, SdInpaintWarning, SettingError
+from sdinpaint.loading import save_diffusers
 
 DIALECTS = ("kohya", "diffusers", "peft")
 
@@ -31,11 +32,17 @@ def xl(tiny, vocabulary):
     return random_pipeline(small(as_sdxl(tiny)), vocabulary)
 
 
+@pytest.fixture(scope="module")
+def sd2(tiny, vocabulary):
+    """One of linear projections."""
+    return random_pipeline(small(as_sd2(tiny)), vocabulary)
+
+
 def tensors_of(pipe, make, kinds=(nn.Linear, nn.Conv2d)):
     draw = Drawn()
     return {
         f"{kohya(layer)}.{part}": one
-        for layer in layers(pipe, kinds)
+        for layer in layers(pipe, kinds)[::4]
         for part, one in make(draw, tuple(layer.module.weight.shape))[0].items()
     }
 
@@ -149,6 +156,37 @@ def test_metadata_follow_but_not_a_configuration_of_other_alphas(pipe, tmp_path)
         assert added.metadata["ss_output_name"] == "fox"
 
 
+def test_matrices_get_the_kernels_that_diffusers_requires(pipe, tmp_path):
+    (layer, *_) = (one for one in layers(pipe) if one.diffusers.endswith("proj_in"))
+    parts = {
+        name: one.flatten(1) if one.ndim else one for name, one in lora(Drawn(), layer.module.weight.shape)[0].items()
+    }
+    path = write(tmp_path / "fox.safetensors", {f"{kohya(layer)}.{name}": one for name, one in parts.items()})
+    with pipe.adapted(path):
+        pipe.save_lora("fox", tmp_path / "out.safetensors", "diffusers")
+    assert {one.ndim for one in load_file(tmp_path / "out.safetensors").values()} == {4}
+
+
+def test_biases_norms_and_embeddings_are_written_too(pipe, tmp_path):
+    shapes = {"lora_unet_conv_out.diff_b": 4, "lora_unet_conv_norm_out.w_norm": 12}
+    shapes |= {"lora_te_text_model_final_layer_norm.b_norm": 28, "bundle_emb.zorblax.emb_params": (2, 28)}
+    tensors = {key: torch.randn(shape) for key, shape in shapes.items()}
+    with pipe.adapted(write(tmp_path / "fox.safetensors", tensors)):
+        pipe.save_lora("fox", tmp_path / "out.safetensors")
+    found = load_file(tmp_path / "out.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensors[key]) for key in found)
+
+
+def test_embeddings_are_left_out_with_a_warning_where_they_have_no_place(pipe, tmp_path):
+    inside = {"bundle_emb.zorblax.emb_params": torch.ones(2, 28)}
+    with (
+        pipe.adapted(write(tmp_path / "fox.safetensors", tensors_of(pipe, lora, nn.Conv2d) | inside)),
+        pytest.warns(SdInpaintWarning, match="1 tensors are left out"),
+    ):
+        pipe.save_lora("fox", tmp_path / "out.safetensors", "diffusers")
+
+
 @pytest.mark.parametrize(("name", "dialect"), [("out", "kohya"), ("out.pt", "diffusers"), ("out.safetensors", "peft")])
 def test_a_target_of_another_kind_is_refused(pipe, tmp_path, name, dialect):
     source = write(tmp_path / "fox.safetensors", tensors_of(pipe, lora))
@@ -214,7 +252,54 @@ def test_layers_of_other_sizes_are_left_out_with_a_warning(pipe, four_channels, 
     assert not any("conv_in" in key for key in tensors)
 
 
+def test_models_of_two_dtypes_are_compared(pipe, tiny, vocabulary):
+    half = random_pipeline(small(tiny), vocabulary)
+    half.unet.to(torch.bfloat16)
+    found = sdinpaint.extract_lora(pipe, half, 1, progress=False, dtype="float16")
+    assert {one.dtype for key, one in found.items() if "alpha" not in key} == {torch.float16}
+    assert not any(key.startswith("lora_te") for key in found)
+
+
+def test_a_difference_that_is_nan_is_refused_by_name(pipe, tiny, vocabulary):
+    broken = random_pipeline(small(tiny), vocabulary)
+    broken.unet.out[2].weight[0, 0, 0, 0] = torch.nan
+    refused(AdapterError, "ADAPTER_VALUES", lambda: sdinpaint.extract_lora(pipe, broken, progress=False), "conv_out")
+
+
 # Peers
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
+@pytest.mark.parametrize("model", ["pipe", "sd2", "xl"])
+def test_diffusers_merges_what_is_written_to_the_same_weights(request, tmp_path, model, dialect):
+    from diffusers import DiffusionPipeline
+
+    pipe = request.getfixturevalue(model)
+    left_out = "conv_in", "text_projection"  # diffusers has no LoRA for another number of channels, nor for this one
+    held = [layer for layer in layers(pipe) if layer.diffusers not in left_out]
+    draw = Drawn()
+    tensors = {
+        f"{kohya(layer)}.{part}": one
+        for layer in held
+        for part, one in lora(draw, tuple(layer.module.weight.shape))[0].items()
+    }
+    before = weights(pipe)
+    with pipe.adapted(write(tmp_path / "fox.safetensors", tensors)):
+        pipe.save_lora("fox", tmp_path / "out.safetensors", dialect)
+        wanted = weights(pipe)
+    save_diffusers(tmp_path / "model", pipe)
+    peer = DiffusionPipeline.from_pretrained(tmp_path / "model", torch_dtype=torch.float32)
+    peer.load_lora_weights(tmp_path, weight_name="out.safetensors")
+    peer.fuse_lora()
+    for layer in held:
+        found = getattr(peer, layer.network).state_dict()
+        names = layer.diffusers, layer.diffusers.removeprefix("text_model.")  # which transformers 5 has left out
+        key = next(key for name in names if (key := f"{name}.base_layer.weight") in found)
+        at = layer.network, f"{layer.official}.weight"
+        effect = (wanted[at] - before[at]).norm()
+        assert effect > 1e-2
+        assert (found[key] - wanted[at]).norm() < 1e-5 * effect
 
 
 @pytest.mark.peer

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from sdinpaint_weights.adapter_names import EMBEDDING, algorithm_of, split_key
 
 __all__ = ["CONTROL_LORA", "EMBEDDINGS", "IP_ADAPTER", "LORA", "AdapterLayout", "adapter_layout", "family_of"]
-__all__ += ["foreign_kind"]
+__all__ += ["foreign_kind", "other_family_of"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -22,7 +22,8 @@ FOREIGN = (
         "ADAPTER_FAMILY",
         "a LoRA of Flux, SD 3 or another transformer",
         re.compile(
-            r"(?:base_model\.model\.)?(?:(?:transformer|diffusion_model)\.)?(?:double_|single_|joint_|transformer_)\w*blocks"
+            r"transformer\."
+            r"|(?:base_model\.model\.)?(?:diffusion_model\.)?(?:double_|single_|joint_|transformer_)\w*blocks"
             r"|lora_(?:unet_(?:double|single|joint)_blocks|transformer_|te3_)"
         ),
     ),
@@ -40,6 +41,7 @@ DEEP = re.compile(r"transformer_blocks[._](\d+)")
 XL_ONLY = re.compile(r"label_emb|add_embedding")
 FOUR_LEVELS = re.compile(
     r"(?:down|up)_blocks[._]3[._]|down_blocks[._]0[._]attentions|(?:input|output)_blocks[._](?:9|1\d)[._]"
+    r"|input_blocks[._][12][._]1[._]"
 )
 """Matches modules that SD 1 and 2 have, with four levels and attention at the first, and SDXL has not."""
 CONTEXT = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
@@ -134,6 +136,22 @@ def family_of(shapes: Shapes) -> str:
     if text == {"sd2"} or (text == {"sd1"} and levels):
         return text.pop()
     return "unknown"
+
+
+def other_family_of(shapes: Shapes, family: str) -> str | None:
+    """Tell the family that an adapter was made for, where it is another one.
+
+    Args:
+        shapes: key -> shape of every tensor.
+        family: the family of the model: "sd1", "sd2" or "sdxl".
+
+    Returns:
+        "sd1", "sd2", "sdxl", or the title of several; None where it may be the family of the model.
+    """
+    found = family_of(shapes)
+    if found == "unknown" and family == "sdxl" and any(FOUR_LEVELS.search(key) for key in shapes):
+        return "Stable Diffusion 1 or 2"
+    return None if found in (family, "unknown") else found
 
 
 def _widths(shapes: Shapes, stem_of: re.Pattern[str]) -> set[int]:

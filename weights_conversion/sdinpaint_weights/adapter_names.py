@@ -34,12 +34,14 @@ class Target(NamedTuple):
 PREFIXES = {
     UNET: ("lora_unet_", "lycoris_", "unet.", "", "base_model.model.", "base_model.model.unet."),
     TEXT: (
-        *("lora_te_", "lora_te1_", "lycoris_", "lycoris_text_encoder_", "text_encoder.", "clip_l.transformer."),
-        *("clip_h.transformer.", "base_model.model.", "base_model.model.text_encoder."),
+        *("lora_te_", "lora_te1_", "lycoris_", "lycoris_text_encoder_", "text_encoder."),
+        *("clip_l.", "clip_l.transformer.", "text_encoders.clip_l.transformer."),
+        *("clip_h.", "clip_h.transformer.", "text_encoders.clip_h.transformer."),
+        *("base_model.model.", "base_model.model.text_encoder."),
     ),
     TEXT_2: (
-        *("lora_te2_", "lycoris_text_encoder_2_", "text_encoder_2.", "clip_g.transformer."),
-        "base_model.model.text_encoder_2.",
+        *("lora_te2_", "lycoris_text_encoder_2_", "text_encoder_2.", "base_model.model.text_encoder_2."),
+        *("clip_g.", "clip_g.transformer.", "text_encoders.clip_g.transformer."),
     ),
 }
 """Prefixes of diffusers' names by network; those that end with an underscore have underscores in place of dots."""
@@ -50,8 +52,9 @@ ALIASES = (
     (re.compile(r"\.(attn[12])\.to_([qkv])$"), (r".\1.processor.to_\2",)),
     (re.compile(r"\.self_attn\.([qkv])_proj$"), (r".self_attn.to_\1",)),
     (re.compile(r"\.self_attn\.out_proj$"), (r".self_attn.to_out",)),
+    (re.compile(r"^text_model\."), ("",)),
 )
-"""Other names of attention's modules in diffusers of 2023."""
+"""Other names of attention's modules in diffusers of 2023, and of all modules of transformers 5's CLIPTextModel."""
 
 EMBEDDING = re.compile(r"bundle_emb\.(?P<name>.+?)\.(?P<part>string_to_param\..+|emb_params|clip_[lg])")
 """Matches the tensors of an embedding within a LoRA file."""
@@ -68,9 +71,10 @@ _PARTS = {
     **{name: rf"\.{name}" for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")},
     **{name: rf"\.{name}" for name in ("lokr_t2", "diff", "diff_b", "w_norm", "b_norm", "on_input")},
     **{name: rf"\.{name}(?:\.weight)?" for name in ("a1", "a2", "b1", "b2", "bm")},
-    "oft": r"\.(?:oft_blocks|oft_diag|rescale|oft_[RS](?:\.\w+)?(?:\.weight)?)",
+    "oft": r"\.(?:oft_blocks|oft_diag|rescale|b?oft_[RrSs](?:\.[^.]+)?(?:\.weight)?)",
     "weight": r"\.weight",  # IA3's vector; last, as the others end with it
 }
+_STARTS = re.compile(r"\.|_(?=lora\.)")
 _SUFFIX = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in _PARTS.items()))
 
 
@@ -85,19 +89,19 @@ class Algorithm(NamedTuple):
 
 BESIDE = frozenset({"alpha", "scale", "dora_scale", "magnitude"})
 """Parts of any algorithm of low rank: the factor of the product, and DoRA's magnitude."""
+_LOHA = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
+_LOKR_2 = frozenset({"lokr_w2_a", "lokr_w2_b"})
 _LOKR = tuple(
     one | two
     for one, two in product(
         (frozenset({"lokr_w1"}), frozenset({"lokr_w1_a", "lokr_w1_b"})),
-        (frozenset({"lokr_w2"}), frozenset({"lokr_w2_a", "lokr_w2_b"})),
+        (frozenset({"lokr_w2"}), _LOKR_2, _LOKR_2 | {"lokr_t2"}),
     )
 )
 ALGORITHMS = {
     "lora": Algorithm((frozenset({"down", "up"}),), BESIDE | {"mid", "diff_b"}),
-    "loha": Algorithm(
-        (frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),), BESIDE | {"hada_t1", "hada_t2", "diff_b"}
-    ),
-    "lokr": Algorithm(_LOKR, BESIDE | {"lokr_t2", "diff_b"}),
+    "loha": Algorithm((_LOHA, _LOHA | {"hada_t1", "hada_t2"}), BESIDE | {"diff_b"}),
+    "lokr": Algorithm(_LOKR, BESIDE | {"diff_b"}),
     "glora": Algorithm((frozenset({"a1", "a2", "b1", "b2"}),), BESIDE | {"bm", "diff_b"}),
     "full": Algorithm((frozenset({"diff"}), frozenset({"diff_b"})), frozenset({"alpha", "diff_b"})),
     "norm": Algorithm((frozenset({"w_norm"}), frozenset({"b_norm"})), frozenset({"b_norm"})),
@@ -160,9 +164,9 @@ def split_key(key: str) -> Iterator[tuple[str, str]]:
     Yields:
         A possible spelling of a module, and the name of the part: "down", "up", "alpha", "hada_w1_a" and so on.
     """
-    for start in (at for at, character in enumerate(key) if character in "._"):
-        if found := _SUFFIX.fullmatch(key, start):
-            yield key[:start], str(found.lastgroup)
+    for start in _STARTS.finditer(key):
+        if found := _SUFFIX.fullmatch(key, start.start()):
+            yield key[: start.start()], str(found.lastgroup)
 
 
 def _spelled(target: Target) -> Iterator[str]:
