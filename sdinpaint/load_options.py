@@ -163,7 +163,7 @@ def _several(name: str, given: Any) -> list[Any]:
         return []
     if isinstance(given, str | os.PathLike | LoraOption):
         return [given]
-    if isinstance(given, Mapping | bytes) or not isinstance(given, Iterable):
+    if isinstance(given, Mapping | bytes) or not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
         found, expected = f"a {type(given).__name__}", "a list of files, or of pairs of a file and what belongs to it"
         raise SettingError(f"SETTING_{name.upper()}", name, found, expected=expected)
     return list(given)
