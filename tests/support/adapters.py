@@ -333,7 +333,7 @@ CONVOLUTIONS: dict[str, tuple[str, Any]] = {
     "lokr, tucker": ("lokr", lambda draw, shape: lokr(draw, shape, core=True)),
     "lokr, tucker, first low": ("lokr", lambda draw, shape: lokr(draw, shape, low=(True, False), core=True)),
 }
-"""The same for algorithms that convolutions alone have."""
+"""Algorithms that convolutions alone have, by name as in the table before."""
 
 
 # Files and weights
